@@ -1,0 +1,45 @@
+# `make demo`, `make test`, `make mutants` need Python 3.11 or newer, git and a compiler; the rest they install.
+PYTHON ?= python3
+minor := $(shell $(PYTHON) -c 'import sys; print(f"{sys.version_info[0]}.{sys.version_info[1]}")')
+# megatron-core 0.17 and newer need Python 3.12.
+lock := $(if $(filter 3.11,$(minor)),locks/py311-mcore0.16.1.txt,locks/py312-mcore0.19.2.txt)
+venv := .venv/$(minor)
+ready := $(venv)/ready-$(shell cksum < $(lock) | cut -d' ' -f1)
+run := OMP_NUM_THREADS=1 $(venv)/bin/python
+
+.PHONY: demo test test-gpu smoke mutants lint clean
+
+demo: $(ready)
+	$(run) examples/demo.py $(if $(HF_DIR),--hf-dir $(HF_DIR))
+
+test: $(ready) lint
+	$(run) -m pytest -m "not gpu"
+
+# Run with the Python that has CUDA, Transformer Engine and flash-linear-attention; nothing is installed for it.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu tests/gpu
+
+# The other releases of megatron-core, on top of the Python 3.12 environment.
+smoke: $(ready)
+	for version in 0.17.1 0.18.2; do \
+	  dir=.venv/mcore-$$version; \
+	  test -d $$dir || $(venv)/bin/pip install -q --no-deps --target $$dir megatron-core==$$version || exit 1; \
+	  PYTHONPATH=$$dir $(run) -m pytest -q tests/smoke || exit 1; \
+	done
+
+mutants: $(ready)
+	$(run) tests/mutants.py
+
+lint: $(ready)
+	$(venv)/bin/ruff check .
+	$(venv)/bin/ruff format --check .
+	$(venv)/bin/mypy
+
+$(ready): $(lock) pyproject.toml
+	$(PYTHON) -m venv $(venv)
+	$(venv)/bin/pip install -q -r $(lock)
+	$(venv)/bin/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info demo-out demo-report.json

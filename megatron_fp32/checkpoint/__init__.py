@@ -1,0 +1,1 @@
+"""Checkpoint formats and the conversion between them. Nothing here imports Megatron."""

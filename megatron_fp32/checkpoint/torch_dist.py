@@ -1,0 +1,242 @@
+"""megatron-core's `torch_dist` checkpoints, read and written without a model, a GPU or a process group.
+
+A checkpoint is a directory: `.metadata`, a pickled `torch.distributed.checkpoint.metadata.Metadata` that says where
+each chunk of each tensor lies; `*.distcp`, concatenated `torch.save` blobs; `metadata.json`, which names the format;
+and, up to megatron-core 0.18, `common.pt` for what is no tensor (from 0.19 on the object `common_state` holds it; both
+are written).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem, metadata, planner
+
+from megatron_fp32.checkpoint.huggingface import CheckpointError, TensorInfo
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+_DATA_FILE = "__0_0.distcp"
+
+_ALLOWED = {
+    metadata.__name__: {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    planner.__name__: {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType", "BytesIOWriteData"},
+    filesystem.__name__: {"_StorageInfo"},
+    "torch": {"Size", *(str(v).removeprefix("torch.") for v in vars(torch).values() if isinstance(v, torch.dtype))},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+    "builtins": {"set", "frozenset"},
+}
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The directory with `.metadata`: `path` itself, or the one that its tracker file names.
+
+    Raises:
+        CheckpointError: when there is none, or it has another format.
+    """
+    root = Path(path)
+    tracker = root / TRACKER
+    if not (root / ".metadata").is_file() and tracker.is_file():
+        step = tracker.read_text().strip()
+        if step != "release" and not step.isdecimal():
+            raise CheckpointError(f"{tracker} must hold 'release' or an iteration, got {step[:40]!r}")
+        root = root / (step if step == "release" else f"iter_{int(step):07d}")
+    if not (root / ".metadata").is_file():
+        raise CheckpointError(f"{path} is no torch_dist checkpoint: no .metadata in {root}, and no {TRACKER} beside")
+    declared = root / "metadata.json"
+    if declared.is_file():
+        backend = json.loads(declared.read_text()).get("sharded_backend")
+        if backend != "torch_dist":
+            raise CheckpointError(f"{declared}: expected sharded_backend 'torch_dist', got {backend!r}")
+    return root
+
+
+class TorchDistReader:
+    """The tensors of a `torch_dist` checkpoint, whatever parallel sizes it was saved with.
+
+    Args:
+        path: see `find_checkpoint`.
+
+    Attributes:
+        tensors: global shape and dtype of every tensor.
+        objects: names of the other entries.
+
+    Raises:
+        CheckpointError: when it cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.directory = find_checkpoint(path)
+        self._metadata = _read_metadata(self.directory / ".metadata")
+        self.tensors: dict[str, TensorInfo] = {}
+        self.objects: list[str] = []
+        for name, entry in self._metadata.state_dict_metadata.items():
+            if isinstance(entry, metadata.TensorStorageMetadata):
+                self.tensors[name] = TensorInfo(dtype=entry.properties.dtype, shape=tuple(entry.size))
+            else:
+                self.objects.append(name)
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, put together from its chunks.
+
+        Raises:
+            CheckpointError: when chunks are missing, overlap, or hold something else than the metadata says.
+        """
+        entry = self._metadata.state_dict_metadata[name]
+        if not isinstance(entry, metadata.TensorStorageMetadata):
+            raise CheckpointError(f"{self.directory}: {name!r} is no tensor")
+        result = torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
+        covered = 0
+        for chunk in entry.chunks:
+            index = metadata.MetadataIndex(name, chunk.offsets)
+            result[_box(chunk)] = self._read_chunk(index, chunk, entry.properties.dtype)
+            covered += chunk.sizes.numel()
+        if covered != result.numel():
+            raise CheckpointError(
+                f"{self.directory}: the chunks of {name!r} hold {covered} values, the tensor has {result.numel()}"
+            )
+        return result
+
+    def _read_chunk(
+        self, index: metadata.MetadataIndex, chunk: metadata.ChunkStorageMetadata, dtype: torch.dtype
+    ) -> Tensor:
+        where = self._metadata.storage_data.get(index)
+        if where is None:
+            raise CheckpointError(f"{self.directory}: no data for {index.fqn!r} at {tuple(chunk.offsets)}")
+        file = self.directory / where.relative_path
+        if Path(where.relative_path).name != where.relative_path or not file.is_file():
+            raise CheckpointError(
+                f"{self.directory}: the data file {where.relative_path!r} of {index.fqn!r} is missing"
+            )
+        try:
+            with file.open("rb") as stream:
+                stream.seek(where.offset)
+                blob = stream.read(where.length)
+            value = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+            raise CheckpointError(f"{file}: the data of {index.fqn!r} is damaged: {error}") from error
+        if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != chunk.sizes:
+            raise CheckpointError(f"{file}: the data of {index.fqn!r} is not the {dtype} {tuple(chunk.sizes)} promised")
+        return value
+
+
+class TorchDistWriter:
+    """Writes a `torch_dist` checkpoint, one tensor at a time.
+
+    Args:
+        directory: an existing, empty directory; it becomes a checkpoint when `finish` returns.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
+        self._stream = (self._directory / _DATA_FILE).open("xb")
+        self._entries: dict[str, Any] = {}
+        self._storage: dict[metadata.MetadataIndex, Any] = {}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a whole tensor under its global name."""
+        zeros = torch.Size([0] * tensor.dim())
+        self._append(metadata.MetadataIndex(name, zeros), tensor.detach().contiguous().clone())
+        self._entries[name] = metadata.TensorStorageMetadata(
+            metadata.TensorProperties(dtype=tensor.dtype),
+            tensor.shape,
+            [metadata.ChunkStorageMetadata(offsets=zeros, sizes=tensor.shape)],
+        )
+
+    def write_object(self, name: str, value: Any) -> None:
+        """Write something that is no tensor. megatron-core expects objects as one-element lists."""
+        self._append(metadata.MetadataIndex(name), [value])
+        self._entries[name] = metadata.BytesStorageMetadata()
+
+    def finish(self, common: dict[str, Any]) -> None:
+        """Write the common state and the metadata; the checkpoint is complete after this.
+
+        Args:
+            common: what a trainer reads besides tensors: `args`, `checkpoint_version`, `iteration`.
+        """
+        self.write_object("common_state/shard_0_1", common)
+        self._stream.close()
+        torch.save(common, self._directory / "common.pt")
+        complete = metadata.Metadata(
+            state_dict_metadata=self._entries,
+            planner_data=None,
+            storage_data=self._storage,
+            storage_meta=metadata.StorageMeta(),
+        )
+        (self._directory / ".metadata").write_bytes(pickle.dumps(complete))
+        declared = {
+            "sharded_backend": "torch_dist",
+            "sharded_backend_version": 1,
+            "common_backend": "torch",
+            "common_backend_version": 1,
+        }
+        (self._directory / "metadata.json").write_text(json.dumps(declared))
+
+    def __enter__(self) -> TorchDistWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def _append(self, index: metadata.MetadataIndex, value: Any) -> None:
+        start = self._stream.tell()
+        torch.save(value, self._stream)
+        self._storage[index] = filesystem._StorageInfo(_DATA_FILE, start, self._stream.tell() - start)
+
+
+def common_state(args: Namespace) -> dict[str, Any]:
+    """The common state of a checkpoint that no trainer has touched yet."""
+    return {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}
+
+
+def _box(chunk: metadata.ChunkStorageMetadata) -> tuple[slice, ...]:
+    return tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+
+
+def _read_metadata(path: Path) -> metadata.Metadata:
+    try:
+        value = _RestrictedUnpickler(io.BytesIO(path.read_bytes())).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+    if not isinstance(value, metadata.Metadata) or not isinstance(value.storage_data, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not the metadata of a checkpoint")
+    return value
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Admits the classes of a checkpoint's metadata, and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Raises CheckpointError for anything that a checkpoint's metadata does not need."""
+        if name not in _ALLOWED.get(module, ()):
+            raise CheckpointError(f"the checkpoint's .metadata asks for {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def known_non_model_entries(names: Iterable[str]) -> list[str]:
+    """Of a checkpoint's entries, those that are not the model's: optimizer, generators, common state."""
+    prefixes = ("optimizer.", "chained_", "rng_state", "rerun_state", "common_state", "opt_param_scheduler")
+    return [name for name in names if name.startswith(prefixes)]

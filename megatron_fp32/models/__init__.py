@@ -1,0 +1,1 @@
+"""Model families (no Megatron import) and the specs and providers that build them (Megatron)."""

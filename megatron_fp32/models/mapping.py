@@ -1,0 +1,159 @@
+"""How tensors of one layout become tensors of another: the vocabulary that family files are written in.
+
+A `Mapping` joins one or more Hugging Face tensors to one or more Megatron tensors that hold the same values. Both
+directions are pure functions of plain tensors, so that a converter can stream them, one mapping in memory at a time.
+Names are full checkpoint keys; shapes are global (not per rank).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A name and the global shape that belongs to it."""
+
+    name: str
+    shape: Shape
+
+
+class Mapping(ABC):
+    """The tensors of one mapping on both sides, and the functions between them."""
+
+    hf: tuple[TensorSpec, ...]
+    megatron: tuple[TensorSpec, ...]
+
+    invertible: bool = True
+    """`to_hf(to_megatron(x))` equals x bit for bit, for every x."""
+
+    @abstractmethod
+    def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The Megatron tensors, in the order of `megatron`, from those of `hf`."""
+
+    @abstractmethod
+    def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The Hugging Face tensors, in the order of `hf`, from those of `megatron`."""
+
+
+class Rename(Mapping):
+    """One tensor on each side, the same values."""
+
+    def __init__(self, hf: str, megatron: str, shape: Shape) -> None:
+        self.hf = (TensorSpec(name=hf, shape=shape),)
+        self.megatron = (TensorSpec(name=megatron, shape=shape),)
+
+    def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Unchanged."""
+        return (tensors[0],)
+
+    def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Unchanged."""
+        return (tensors[0],)
+
+
+class SplitRows(Mapping):
+    """One Hugging Face tensor whose row blocks are separate Megatron tensors."""
+
+    def __init__(self, hf: str, parts: Sequence[tuple[str, int]], row_shape: Shape) -> None:
+        self.hf = (TensorSpec(name=hf, shape=(sum(rows for _, rows in parts), *row_shape)),)
+        self.megatron = tuple(TensorSpec(name=name, shape=(rows, *row_shape)) for name, rows in parts)
+
+    def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The row blocks."""
+        return tensors[0].split([spec.shape[0] for spec in self.megatron])
+
+    def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The row blocks one after another."""
+        return (torch.cat(list(tensors)),)
+
+
+class ConcatRows(Mapping):
+    """Hugging Face tensors that are row blocks of one Megatron tensor, such as gate and up of `linear_fc1`."""
+
+    def __init__(self, parts: Sequence[tuple[str, int]], megatron: str, row_shape: Shape) -> None:
+        self.hf = tuple(TensorSpec(name=name, shape=(rows, *row_shape)) for name, rows in parts)
+        self.megatron = (TensorSpec(name=megatron, shape=(sum(rows for _, rows in parts), *row_shape)),)
+
+    def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The row blocks one after another."""
+        return (torch.cat(list(tensors)),)
+
+    def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The row blocks."""
+        return tensors[0].split([spec.shape[0] for spec in self.hf])
+
+
+class GatedQkv(Mapping):
+    """Attention with an output gate.
+
+    Hugging Face stores q and gate of a head beside each other in `q_proj`; megatron-core's `linear_qkv` has, for each
+    query group, [q of its heads | gate of its heads | k | v] (megatron/core/transformer/attention.py).
+    """
+
+    def __init__(
+        self, q: str, k: str, v: str, megatron: str, *, heads: int, groups: int, head_dim: int, hidden: int
+    ) -> None:
+        self._heads, self._groups, self._head_dim, self._hidden = heads, groups, head_dim, hidden
+        self.hf = (
+            TensorSpec(name=q, shape=(2 * heads * head_dim, hidden)),
+            TensorSpec(name=k, shape=(groups * head_dim, hidden)),
+            TensorSpec(name=v, shape=(groups * head_dim, hidden)),
+        )
+        self.megatron = (TensorSpec(name=megatron, shape=(2 * (heads + groups) * head_dim, hidden)),)
+
+    def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """q_proj, k_proj, v_proj -> linear_qkv."""
+        q_gate, k, v = tensors
+        group_heads = self._heads // self._groups
+        q, gate = q_gate.view(self._groups, group_heads, 2, self._head_dim, self._hidden).unbind(2)
+        grouped = [
+            q.reshape(self._groups, -1, self._hidden),
+            gate.reshape(self._groups, -1, self._hidden),
+            k.view(self._groups, self._head_dim, self._hidden),
+            v.view(self._groups, self._head_dim, self._hidden),
+        ]
+        return (torch.cat(grouped, dim=1).view(-1, self._hidden),)
+
+    def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """linear_qkv -> q_proj, k_proj, v_proj."""
+        group_heads = self._heads // self._groups
+        rows = group_heads * self._head_dim
+        grouped = tensors[0].reshape(self._groups, -1, self._hidden)
+        q, gate, k, v = grouped.split([rows, rows, self._head_dim, self._head_dim], dim=1)
+        per_head = (self._groups, group_heads, self._head_dim, self._hidden)
+        q_gate = torch.stack([q.reshape(per_head), gate.reshape(per_head)], dim=2)
+        return (
+            q_gate.view(-1, self._hidden),
+            k.reshape(-1, self._hidden),
+            v.reshape(-1, self._hidden),
+        )
+
+
+class ZeroCentred(Mapping):
+    """A norm weight w that Megatron stores as w - 1, in fp32.
+
+    Not invertible: fl(fl(w - 1) + 1) differs from w for two thirds of the fp32 values below 0.5, so a converter keeps
+    the original beside the checkpoint.
+    """
+
+    invertible = False
+
+    def __init__(self, hf: str, megatron: str, shape: Shape) -> None:
+        self.hf = (TensorSpec(name=hf, shape=shape),)
+        self.megatron = (TensorSpec(name=megatron, shape=shape),)
+
+    def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """w - 1 in fp32, whatever the dtype of w."""
+        return (tensors[0].float() - 1,)
+
+    def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """w in fp32."""
+        return (tensors[0].float() + 1,)

@@ -1,0 +1,158 @@
+"""Layer specs for models with gated-delta-net layers, under Transformer Engine and under the local backend.
+
+megatron-core's own `get_transformer_block_with_experimental_attention_variant_spec` refuses the local backend. The one
+here builds it with the checkpoint keys of the Transformer Engine spec, so that one checkpoint loads under both.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
+    get_linear_attention_pattern,
+    get_transformer_block_with_experimental_attention_variant_spec,
+)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+
+from megatron_fp32.config import Fp32Config
+from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
+from megatron_fp32.transformer.norm import PreLinearRMSNorm, RMSNorm
+
+
+def gated_delta_net_block_spec(
+    config: TransformerConfig,
+    fp32: Fp32Config | None = None,
+    *,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+) -> TransformerBlockSubmodules:
+    """The decoder's spec: gated delta net and gated attention in the order that `config.linear_attention_freq` says.
+
+    Args:
+        config: `transformer_impl` chooses the backend, `"transformer_engine"` or `"local"`.
+        fp32: which parameters of the gated-delta-net layers are kept; the default keeps `A_log` and `out_norm`.
+        vp_stage, pp_rank: the pipeline stage to build for.
+
+    Raises:
+        ValueError: for a configuration that has no gated-delta-net layers, or another backend.
+    """
+    if config.experimental_attention_variant != "gated_delta_net":
+        raise ValueError(
+            f"expected experimental_attention_variant 'gated_delta_net', got {config.experimental_attention_variant!r}"
+        )
+    if config.transformer_impl == "transformer_engine":
+        spec = get_transformer_block_with_experimental_attention_variant_spec(
+            config, vp_stage=vp_stage, pp_rank=pp_rank
+        )
+    elif config.transformer_impl == "local":
+        spec = _local_block_spec(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    else:
+        raise ValueError(f"expected transformer_impl 'transformer_engine' or 'local', got {config.transformer_impl!r}")
+    return with_fp32_gated_delta_net(spec, fp32)
+
+
+def with_fp32_gated_delta_net(
+    spec: TransformerBlockSubmodules, fp32: Fp32Config | None = None
+) -> TransformerBlockSubmodules:
+    """A copy of a block spec in which every `GatedDeltaNet` is an `Fp32GatedDeltaNet`."""
+    names = (fp32 or Fp32Config()).gated_delta_net
+    spec = copy.deepcopy(spec)
+    for layer in spec.layer_specs or ():
+        attention = layer.submodules.self_attention
+        if names and isinstance(attention, ModuleSpec) and attention.module is GatedDeltaNet:
+            attention.module = Fp32GatedDeltaNet
+            attention.params = {**(attention.params or {}), "fp32_parameters": names}
+    return spec
+
+
+class _DotProductAttention(DotProductAttention):
+    """Declares the empty `_extra_state` that Transformer Engine's attention stores."""
+
+    def get_extra_state(self) -> None:
+        return None
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        state_dict.setdefault(f"{prefix}_extra_state", None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> Any:
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        extra_state = make_sharded_tensors_for_checkpoint(
+            {"_extra_state": None},
+            prefix,
+            {},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return {**super().sharded_state_dict(prefix, sharded_offsets, metadata), **extra_state}
+
+
+def _local_block_spec(
+    config: TransformerConfig, *, vp_stage: int | None, pp_rank: int | None
+) -> TransformerBlockSubmodules:
+    if config.num_moe_experts is not None:
+        raise ValueError("the local spec has no mixture of experts; use transformer_impl='transformer_engine'")
+    attention = _local_attention_layer(config)
+    gated_delta_net = _local_gated_delta_net_layer(attention.submodules.mlp)
+    layers = [gated_delta_net if kind else attention for kind in get_linear_attention_pattern(config)]
+    start = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return TransformerBlockSubmodules(layer_specs=layers[start : start + count], layer_norm=RMSNorm)
+
+
+def _local_attention_layer(config: TransformerConfig) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    attention = layer.submodules.self_attention
+    norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if config.qk_layernorm else {}
+    attention.submodules = dataclasses.replace(attention.submodules, core_attention=_DotProductAttention, **norms)
+    layer.submodules = dataclasses.replace(
+        layer.submodules, input_layernorm=PreLinearRMSNorm, pre_mlp_layernorm=PreLinearRMSNorm
+    )
+    return layer
+
+
+def _local_gated_delta_net_layer(mlp: Any) -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=PreLinearRMSNorm,
+            self_attention=ModuleSpec(
+                module=GatedDeltaNet,
+                submodules=GatedDeltaNetSubmodules(
+                    in_proj=ColumnParallelLinear, out_norm=RMSNorm, out_proj=RowParallelLinear
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=PreLinearRMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.in_proj.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )

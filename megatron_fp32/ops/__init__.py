@@ -1,0 +1,1 @@
+"""Numerics on plain tensors and explicit process groups. Nothing here imports Megatron."""

@@ -1,0 +1,59 @@
+"""Matrix products that keep the fp32 accumulator of 16-bit operands.
+
+The product of two bf16 (or fp16) values is exact in fp32, so all that a 16-bit product loses is the accumulator when it
+is rounded on the way out. On CUDA `torch.mm(out_dtype=float32)` stores it instead; on the CPU, where that overload does
+not exist, the operands are widened first, which is the same sum in another order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+def check_operands(a: Tensor, b: Tensor, *, names: tuple[str, str]) -> None:
+    """Refuse operands that a matrix product here would have to round.
+
+    Raises:
+        TypeError: unless both are bfloat16, both float16 or both float32.
+        ValueError: for float32 operands on CUDA while TF32 is allowed.
+    """
+    if a.dtype != b.dtype or a.dtype not in (*_SIXTEEN_BIT, torch.float32):
+        raise TypeError(
+            f"{names[0]} and {names[1]} must both be bfloat16, float16 or float32, got {a.dtype} and {b.dtype}"
+        )
+    if a.is_cuda and a.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        raise ValueError(
+            f"{names[0]} and {names[1]} are float32 and TF32 is allowed: the product would keep 10 of their 23 bits. "
+            "Set torch.backends.cuda.matmul.fp32_precision = 'ieee', or pass 16-bit operands, which TF32 does not touch"
+        )
+
+
+def mm_fp32(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """`a @ b` with fp32 accumulation and fp32 result, whatever autocast and TF32 settings are around it.
+
+    Args:
+        a: [m, k], bfloat16, float16 or float32.
+        b: [k, n], the dtype of `a`.
+        out: [m, n] float32 to write into.
+    """
+    if out is None:
+        out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+    if a.numel() == 0 or b.numel() == 0:
+        return out.zero_()
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda and a.dtype in _SIXTEEN_BIT:
+            return torch.mm(a, b, out_dtype=torch.float32, out=out)
+        return torch.mm(a.float(), b.float(), out=out)
+
+
+def addmm_fp32_(accumulator: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`accumulator += a @ b` in fp32, in place. Shapes and dtypes as in `mm_fp32`; accumulator [m, n] float32."""
+    if a.numel() == 0 or b.numel() == 0:
+        return accumulator
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda and a.dtype in _SIXTEEN_BIT:
+            return torch.addmm(accumulator, a, b, out_dtype=torch.float32, out=accumulator)
+        return accumulator.addmm_(a.float(), b.float())

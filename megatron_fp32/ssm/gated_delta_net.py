@@ -1,0 +1,110 @@
+"""Gated delta net whose `A_log` and `out_norm` are fp32 from construction on.
+
+Stock megatron-core draws `A_log` and takes its logarithm in `params_dtype`, rounds both parameters in Float16Module,
+and (without sequence parallel) trains `out_norm` with a gradient that saw only the local heads (Megatron-LM#7452).
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_fp32.config import DEFAULT_KEPT_PARAMETERS
+from megatron_fp32.transformer.keep_in_fp32 import Fp32ParameterGuard, keep_in_fp32
+
+
+class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
+    """`GatedDeltaNet` with kept fp32 parameters and the right gradient for `out_norm`.
+
+    Args:
+        fp32_parameters: what to keep, relative to the layer. `dt_bias` and `conv1d` stay in `params_dtype` unless they
+            are named, as in the released checkpoints.
+        *args, **kwargs: those of `GatedDeltaNet`.
+
+    Attributes:
+        fp32_calls: forward passes in which every kept parameter was fp32, for proving that it held.
+
+    Raises:
+        ValueError: when a name is no parameter of the layer.
+    """
+
+    fp32_calls: int
+    config: TransformerConfig
+    out_norm: nn.Module
+    pg_collection: ProcessGroupCollection
+    A_init_range: tuple[float, float]
+    _fp32_parameters: tuple[str, ...]
+
+    def __init__(self, *args: Any, fp32_parameters: tuple[str, ...] = DEFAULT_KEPT_PARAMETERS, **kwargs: Any) -> None:
+        # The parent's constructor ends in reset_parameters, which reads this.
+        object.__setattr__(self, "_fp32_parameters", tuple(fp32_parameters))
+        super().__init__(*args, **kwargs)
+        self.fp32_calls = 0
+        self._hooked_weight: weakref.ref[Tensor] | None = None
+
+    def reset_parameters(self) -> None:
+        """Initialize as megatron-core does, then draw `A_log` again in fp32 where it is kept."""
+        # torch.ones(out=dt_bias) inside the parent needs dt_bias to have params_dtype still.
+        super().reset_parameters()
+        if not self._fp32_parameters:
+            return
+        keep_in_fp32(self, *self._fp32_parameters)
+        if "A_log" in self._fp32_parameters and self.config.perform_initialization:
+            with get_cuda_rng_tracker().fork(), torch.no_grad():
+                self.get_parameter("A_log").uniform_(*self.A_init_range).log_()
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As the parent; counts the pass when every kept parameter is fp32."""
+        self._sum_out_norm_grad_over_tp()
+        output = super().forward(*args, **kwargs)
+        if all(self.get_parameter(name).dtype == torch.float32 for name in self._fp32_parameters):
+            self.fp32_calls += 1
+        return output
+
+    def _sum_out_norm_grad_over_tp(self) -> None:
+        """`out_norm.weight` is replicated over the tensor-parallel ranks, each of which sees only its own heads.
+
+        With sequence parallel finalize_model_grads already sums its gradient, because the norm marks its weight.
+        Otherwise nobody does. A hook on the Parameter serves every implementation of the norm; it is set here, not in
+        the constructor, because deepcopy, pickle and `to_empty` make new Parameters without hooks.
+        """
+        weight = self.out_norm.get_parameter("weight")
+        if self.tp_size == 1 or not weight.requires_grad:
+            return
+        if self._hooked_weight is not None and self._hooked_weight() is weight:
+            return
+        if self.config.sequence_parallel and getattr(weight, "sequence_parallel", False):
+            return
+        group = self.pg_collection.tp
+
+        def sum_over_tp(grad: Tensor) -> Tensor:
+            total = grad.to(torch.float32, copy=True)
+            dist.all_reduce(total, group=group)
+            return total.to(grad.dtype)
+
+        weight.register_hook(sum_over_tp)
+        self._hooked_weight = weakref.ref(weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hooked_weight": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fp32GatedDeltaNet:
+        """The copy shares the process groups, which cannot be copied (stock layers cannot be either, for that)."""
+        memo.update({id(g): g for g in vars(self.pg_collection).values() if isinstance(g, dist.ProcessGroup)})
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+
+# Megatron-Bridge chooses a mapping by type(module).__name__; pickle finds the class by its __qualname__.
+Fp32GatedDeltaNet.__name__ = GatedDeltaNet.__name__

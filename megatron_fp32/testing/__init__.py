@@ -1,0 +1,1 @@
+"""Running megatron-core without a GPU, and on several ranks, in tests."""

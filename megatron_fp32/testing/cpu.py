@@ -1,0 +1,151 @@
+"""Build and train megatron-core models on a machine without a GPU.
+
+megatron-core names the current CUDA device, its generator and its streams in many places. `cpu_megatron()` answers for
+them inside a `with` block and puts everything back on exit. It is for tests and demonstrations: configure the model
+with `deterministic_mode=True`, `transformer_impl="local"` and every fusion off, so that no CUDA kernel is chosen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+@contextlib.contextmanager
+def cpu_megatron() -> Iterator[None]:
+    """Let megatron-core build, train and save on the CPU inside the block.
+
+    Raises:
+        RuntimeError: when CUDA is available: there the real thing runs, and answers for the CPU would be wrong.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError("cpu_megatron() is for machines without CUDA; a GPU is available here")
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    with contextlib.ExitStack() as stack:
+        # torch.compile would build every @jit_fuser method with a C++ compiler.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_CudaNamesMeanCpu())
+        for name, answer in {
+            "current_device": lambda: torch.device("cpu"),
+            "current_stream": lambda *_, **__: mock.MagicMock(name="cuda stream"),
+            "synchronize": lambda *_, **__: None,
+        }.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        stack.enter_context(
+            mock.patch.multiple(
+                megatron_random,
+                _CUDA_RNG_STATE_TRACKER=_cpu_rng_tracker(),
+                _CUDA_RNG_STATE_TRACKER_INITIALIZED=True,
+            )
+        )
+        for module in _gated_delta_net_modules():
+            # deterministic_mode replaces FLA's convolution and delta rule by torch, but not its l2norm.
+            stack.enter_context(mock.patch.multiple(module, create=True, l2norm=_l2norm, HAVE_FLA=True))
+        yield
+
+
+@contextlib.contextmanager
+def model_parallel(*, tensor: int = 1, pipeline: int = 1, seed: int = 1234) -> Iterator[None]:
+    """megatron-core's parallel state over an initialized process group, seeded, destroyed on exit.
+
+    Args:
+        tensor, pipeline: parallel sizes; the rest of the ranks is data parallel.
+        seed: for megatron-core's generators, as `--seed` is.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    try:
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        _drop_global_buffer(parallel_state)
+
+
+@contextlib.contextmanager
+def single_process() -> Iterator[None]:
+    """A gloo process group of this process alone, for tests in the main process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _drop_global_buffer(parallel_state: Any) -> None:
+    # initialize_model_parallel asserts that the buffer of the last world is gone; destroy_model_parallel of some
+    # versions leaves it.
+    if getattr(parallel_state, "_GLOBAL_MEMORY_BUFFER", None) is not None:
+        parallel_state.destroy_global_memory_buffer()
+
+
+class _CudaNamesMeanCpu(TorchFunctionMode):
+    """`device="cuda"` literals, `Tensor.cuda()` and the `'torch.cuda.*'` names that the optimizers dispatch on."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            name = func(*args)
+            return name.replace("torch.", "torch.cuda.", 1) if not name.startswith("torch.cuda.") else name
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+def _cpu_rng_tracker() -> Any:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    class CpuRngStatesTracker(megatron_random.CudaRNGStatesTracker):
+        """The tracker over the CPU generator: ranks draw what their seeds say, as on a GPU."""
+
+        def add(self, name: str, seed: int) -> None:
+            self._is_initialized = True
+            if seed in self.seeds_ or name in self.states_:
+                raise ValueError(f"rng state {name!r} or seed {seed} is there already")
+            self.seeds_.add(seed)
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            if name not in self.states_:
+                raise ValueError(f"rng state {name!r} is not there; it has {sorted(self.states_)}")
+            outside = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outside)
+
+    return CpuRngStatesTracker()
+
+
+def _gated_delta_net_modules() -> list[Any]:
+    """The module of <= 0.18, or the package of >= 0.19 with the modules in it."""
+    package = importlib.import_module("megatron.core.ssm.gated_delta_net")
+    if not hasattr(package, "__path__"):
+        return [package]
+    return [package, *(importlib.import_module(f"{package.__name__}.{name}") for name in ("common", "gdn"))]
+
+
+def _l2norm(x: Tensor, eps: float = 1e-6, output_dtype: torch.dtype | None = None) -> Tensor:
+    """`fla.modules.l2norm.l2norm`: fp32 inside, `x * rsqrt(sum(x^2) + eps)`, the input's dtype outside."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().sum(-1, keepdim=True) + eps)).to(output_dtype or x.dtype)

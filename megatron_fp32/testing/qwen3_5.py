@@ -1,0 +1,98 @@
+"""Small Qwen3.5 checkpoints, written by transformers itself (which must be installed)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+TINY_QWEN3_5: dict[str, Any] = {
+    "vocab_size": 1000,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+"""Fields of `Qwen3_5TextConfig`: layers of both kinds, grouped value heads, gated attention."""
+
+
+def write_qwen3_5(
+    directory: str | Path, *, seed: int = 0, released_names: bool = False, logits_std: float = 4.0, **fields: Any
+) -> Path:
+    """Write a random Qwen3.5 checkpoint as the real ones are: `A_log` and `linear_attn.norm.weight` F32, the rest BF16.
+
+    The F32 values have full mantissas, many of the norm's below 0.5; the logits have a standard deviation of about
+    `logits_std`, so that rounding them shows.
+
+    Args:
+        directory: made if it does not exist.
+        seed: of all values.
+        released_names: write the vision-language model around it too, whose text tensors are named
+            `model.language_model.*`, as in the released checkpoints.
+        logits_std: see above.
+        fields: of `Qwen3_5TextConfig`, over `TINY_QWEN3_5`.
+    """
+    from transformers.models import qwen3_5
+
+    torch.manual_seed(seed)
+    text = qwen3_5.Qwen3_5TextConfig(**{**TINY_QWEN3_5, **fields})
+    if released_names:
+        vision = {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": text.hidden_size,
+            "num_position_embeddings": 16,
+        }
+        config = qwen3_5.Qwen3_5Config(
+            text_config=text.to_dict(), vision_config=vision, tie_word_embeddings=text.tie_word_embeddings
+        )
+        model: Any = qwen3_5.Qwen3_5ForConditionalGeneration(config)
+    else:
+        model = qwen3_5.Qwen3_5ForCausalLM(text)
+    model.bfloat16()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _fill(name, parameter)
+        head = model.get_output_embeddings().weight
+        head.mul_(logits_std / text.hidden_size**0.5 / head.std())
+    model.save_pretrained(directory)
+    return Path(directory)
+
+
+def load_qwen3_5(directory: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """transformers' model of a checkpoint, for comparison. In bfloat16 transformers rounds `A_log`."""
+    from transformers.models import qwen3_5
+
+    model: nn.Module = qwen3_5.Qwen3_5ForCausalLM.from_pretrained(directory, dtype=dtype)
+    return model.eval()
+
+
+def _fill(name: str, parameter: nn.Parameter) -> None:
+    if name.endswith("A_log"):
+        parameter.data = torch.empty(parameter.shape).uniform_(0.01, 16).log()
+    elif name.endswith("linear_attn.norm.weight"):
+        # Log-normal around 0.5: half of the values lie where (w - 1) + 1 is not exact. torch.uniform_ would draw
+        # from a grid on which it always is.
+        parameter.data = 0.5 * torch.randn(parameter.shape).mul_(0.5).exp_()
+    elif name.endswith("dt_bias"):
+        parameter.uniform_(-3, 1)
+    elif parameter.dim() == 1:
+        parameter.add_(0.2 * torch.randn_like(parameter))
+    elif name.endswith("embed_tokens.weight"):
+        parameter.normal_()
+    else:
+        # Larger weights make the model amplify a change of one ulp in the embedding beyond 1e-5 in a log-prob, in
+        # transformers alone: no two implementations could then agree.
+        parameter.normal_(std=0.5 / parameter.shape[-1] ** 0.5)

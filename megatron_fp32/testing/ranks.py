@@ -1,0 +1,179 @@
+"""A pool of ranks that lives for a whole test run.
+
+Starting a rank costs 6 to 10 seconds, nearly all of it imports. A pool starts its processes once, joins them in a gloo
+group, and runs one function after another on all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import socket
+import tempfile
+import time
+import traceback
+import weakref
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class RankError(RuntimeError):
+    """A function raised, or hung, on at least one rank. The message carries each rank's traceback."""
+
+
+class RankPool:
+    """`world_size` processes in one gloo group.
+
+    Args:
+        world_size: number of ranks.
+        timeout: seconds that one `run` may take before the ranks are ended.
+        setup: context manager that every rank enters once, such as `cpu_megatron`. It must be importable.
+
+    Use it as a context manager, or call `close`. After an error the ranks are restarted by the next `run`, because
+    others may hang in a collective that the failed one left.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        timeout: float = 300.0,
+        setup: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        if world_size < 1:
+            raise ValueError(f"world_size must be at least 1, got {world_size}")
+        self.world_size = world_size
+        self._timeout = timeout
+        self._setup = setup
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+        # multiprocessing joins its children at exit, and these wait for us; they cannot be daemons, because
+        # megatron-core's checkpoint writer starts processes of its own.
+        self._at_exit = weakref.finalize(self, _end, self._processes, self._pipes)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """`function(*args, **kwargs)` on every rank; what each returned, in the order of the ranks.
+
+        The function, its arguments and its results are pickled: it must be importable.
+
+        Raises:
+            RankError: when a rank raised, died, or did not answer in time.
+        """
+        if not self._processes:
+            self._start()
+        # Plain pickle carries tensors by value; multiprocessing's would share memory that dies with its process.
+        request = pickle.dumps((function, args, kwargs))
+        for pipe in self._pipes:
+            pipe.send_bytes(request)
+        results: list[Any] = [None] * self.world_size
+        failures: dict[int, str] = {}
+        deadline = time.monotonic() + self._timeout
+        waiting = dict(enumerate(self._pipes))
+        while waiting and not (failures and time.monotonic() > deadline):
+            ready = multiprocessing.connection.wait(list(waiting.values()), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                failures.update({rank: f"no answer within {self._timeout:g} s" for rank in waiting})
+                break
+            for rank in [r for r, pipe in waiting.items() if pipe in ready]:
+                try:
+                    ok, answer = pickle.loads(waiting.pop(rank).recv_bytes())
+                except (EOFError, ConnectionError):
+                    ok, answer = False, "the process died"
+                if ok:
+                    results[rank] = answer
+                else:
+                    failures[rank] = answer
+                    # The others may wait for this rank in a collective for ever.
+                    deadline = min(deadline, time.monotonic() + 5.0)
+        if failures:
+            self.close()
+            raise RankError("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
+        return results
+
+    def close(self) -> None:
+        """End the processes."""
+        _end(self._processes, self._pipes)
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        handle, store = tempfile.mkstemp(prefix="megatron_fp32_ranks_")
+        os.close(handle)
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, self.world_size, store, theirs, self._setup, self._timeout)
+            )
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+
+def _end(processes: list[Any], pipes: list[Connection]) -> None:
+    for pipe in pipes:
+        pipe.close()  # an idle rank leaves its loop
+    patience = time.monotonic() + 5.0
+    for process in processes:
+        process.join(max(0.0, patience - time.monotonic()))
+        if process.is_alive():
+            # The rank leads a session, so this reaches the processes that it started too.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+    processes.clear()
+    pipes.clear()
+
+
+def _serve(
+    rank: int,
+    world_size: int,
+    store: str,
+    pipe: Connection,
+    setup: Callable[[], contextlib.AbstractContextManager[Any]],
+    timeout: float,
+) -> None:
+    os.setsid()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME=_loopback())
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+    )
+    with setup():
+        while True:
+            try:
+                request = pipe.recv_bytes()
+            except EOFError:
+                return
+            try:
+                function, args, kwargs = pickle.loads(request)
+                answer = pickle.dumps((True, function(*args, **kwargs)))
+            except BaseException:
+                answer = pickle.dumps((False, traceback.format_exc()))
+            pipe.send_bytes(answer)
+
+
+def _loopback() -> str:
+    names = [name for _, name in socket.if_nameindex()]
+    return "lo" if "lo" in names else names[0]

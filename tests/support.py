@@ -1,0 +1,61 @@
+"""What tests share: ranks, poisoned memory, small models."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron_fp32.models.qwen3_5 import Qwen35Config
+from megatron_fp32.testing.cpu import cpu_megatron
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` is full of NaN inside the block, so that reading what was never written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextlib.contextmanager
+def rank_setup() -> Iterator[None]:
+    """What every rank of the pools in conftest.py enters."""
+    with cpu_megatron(), poisoned_memory():
+        yield
+
+
+def tiny_qwen3_5(**fields: Any) -> Qwen35Config:
+    """A Qwen3.5 of two layers, one of each kind, with grouped value heads."""
+    return Qwen35Config(
+        **{
+            "vocab_size": 120,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_conv_kernel_dim": 4,
+            "layer_types": ("linear_attention", "full_attention"),
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+            "tie_word_embeddings": False,
+            **fields,
+        }
+    )
+
+
+def full_mantissa(*shape: int, seed: int = 0, scale: float = 0.5) -> torch.Tensor:
+    """fp32 values that bf16 cannot hold, half of them below `scale`."""
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(*shape, generator=generator).mul_(0.5).exp_()
