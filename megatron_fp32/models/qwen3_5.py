@@ -144,7 +144,7 @@ def extra_state_keys(config: Qwen35Config) -> Iterator[str]:
         attention = (
             ("in_proj", "out_norm", "out_proj")
             if kind == _LINEAR
-            else ("linear_qkv", "core_attention", "linear_proj", "q_layernorm", "k_layernorm")
+            else ("linear_qkv", "linear_proj", "q_layernorm", "k_layernorm")
         )
         yield from (f"{layer}self_attention.{name}." for name in attention)
         yield from (f"{layer}mlp.{name}." for name in ("linear_fc1", "linear_fc2"))

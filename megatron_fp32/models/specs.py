@@ -19,17 +19,12 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
-)
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
 )
 
 from megatron_fp32.config import Fp32Config
@@ -83,34 +78,6 @@ def with_fp32_gated_delta_net(
     return spec
 
 
-class _DotProductAttention(DotProductAttention):
-    """Declares the empty `_extra_state` that Transformer Engine's attention stores."""
-
-    def get_extra_state(self) -> None:
-        return None
-
-    def set_extra_state(self, state: Any) -> None:
-        pass
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        state_dict.setdefault(f"{prefix}_extra_state", None)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> Any:
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        extra_state = make_sharded_tensors_for_checkpoint(
-            {"_extra_state": None},
-            prefix,
-            {},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        return {**super().sharded_state_dict(prefix, sharded_offsets, metadata), **extra_state}
-
-
 def _local_block_spec(
     config: TransformerConfig, *, vp_stage: int | None, pp_rank: int | None
 ) -> TransformerBlockSubmodules:
@@ -126,9 +93,9 @@ def _local_block_spec(
 
 def _local_attention_layer(config: TransformerConfig) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    attention = layer.submodules.self_attention
-    norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if config.qk_layernorm else {}
-    attention.submodules = dataclasses.replace(attention.submodules, core_attention=_DotProductAttention, **norms)
+    if config.qk_layernorm:
+        attention = layer.submodules.self_attention
+        attention.submodules = dataclasses.replace(attention.submodules, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
     layer.submodules = dataclasses.replace(
         layer.submodules, input_layernorm=PreLinearRMSNorm, pre_mlp_layernorm=PreLinearRMSNorm
     )

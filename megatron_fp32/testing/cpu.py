@@ -75,9 +75,9 @@ def model_parallel(*, tensor: int = 1, pipeline: int = 1, seed: int = 1234) -> I
 
 
 @contextlib.contextmanager
-def single_process() -> Iterator[None]:
-    """A gloo process group of this process alone, for tests in the main process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def single_process(backend: str = "gloo") -> Iterator[None]:
+    """A process group of this process alone, for tests in the main process."""
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:

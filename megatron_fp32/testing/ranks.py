@@ -1,6 +1,6 @@
 """A pool of ranks that lives for a whole test run.
 
-Starting a rank costs 6 to 10 seconds, nearly all of it imports. A pool starts its processes once, joins them in a gloo
+Starting a rank costs 6 to 10 seconds, nearly all of it imports. A pool starts its processes once, joins them in a
 group, and runs one function after another on all of them.
 """
 
@@ -32,10 +32,11 @@ class RankError(RuntimeError):
 
 
 class RankPool:
-    """`world_size` processes in one gloo group.
+    """`world_size` processes in one group.
 
     Args:
         world_size: number of ranks.
+        backend: `"gloo"`, or `"nccl"` with one GPU a rank.
         timeout: seconds that one `run` may take before the ranks are ended.
         setup: context manager that every rank enters once, such as `cpu_megatron`. It must be importable.
 
@@ -47,12 +48,14 @@ class RankPool:
         self,
         world_size: int,
         *,
+        backend: str = "gloo",
         timeout: float = 300.0,
         setup: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         if world_size < 1:
             raise ValueError(f"world_size must be at least 1, got {world_size}")
         self.world_size = world_size
+        self._backend = backend
         self._timeout = timeout
         self._setup = setup
         self._processes: list[Any] = []
@@ -119,7 +122,7 @@ class RankPool:
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, self.world_size, store, theirs, self._setup, self._timeout)
+                target=_serve, args=(rank, self.world_size, store, theirs, self._setup, self._backend, self._timeout)
             )
             process.start()
             theirs.close()
@@ -148,13 +151,16 @@ def _serve(
     store: str,
     pipe: Connection,
     setup: Callable[[], contextlib.AbstractContextManager[Any]],
+    backend: str,
     timeout: float,
 ) -> None:
     os.setsid()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME=_loopback())
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         store=dist.FileStore(store, world_size),
         rank=rank,
         world_size=world_size,

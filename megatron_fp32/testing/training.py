@@ -50,6 +50,10 @@ class Batch:
         text = torch.randint(0, vocab_size, (batch, length + 1), generator=generator)
         return cls(tokens=text[:, :-1].contiguous(), labels=text[:, 1:].contiguous())
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        return Batch(tokens=self.tokens.to(device), labels=self.labels.to(device))
+
 
 class Trainer:
     """A wrapped model and its optimizer on this rank.
@@ -110,9 +114,9 @@ class Trainer:
         return self._forward(batch.tokens, labels=batch.labels).float()
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """[b, s, vocab] as the model returns them, without gradients."""
+        """[b, s, padded vocab], gathered over the tensor-parallel ranks, without gradients."""
         with torch.no_grad():
-            return self._forward(tokens)
+            return self._forward(tokens, runtime_gather_output=True)
 
     def save(self, directory: str | Path) -> None:
         """Save model and optimizer as `torch_dist`. The directory must exist on rank 0's file system."""
