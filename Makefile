@@ -5,7 +5,8 @@ minor := $(shell $(PYTHON) -c 'import sys; print(f"{sys.version_info[0]}.{sys.ve
 lock := $(if $(filter 3.11,$(minor)),locks/py311-mcore0.16.1.txt,locks/py312-mcore0.19.2.txt)
 venv := .venv/$(minor)
 ready := $(venv)/ready-$(shell cksum < $(lock) | cut -d' ' -f1)
-run := OMP_NUM_THREADS=1 $(venv)/bin/python
+# megatron-core warns, on every rank, of every optional package that is absent.
+run := OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(venv)/bin/python
 
 .PHONY: demo test test-gpu smoke mutants lint clean
 

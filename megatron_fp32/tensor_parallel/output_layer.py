@@ -33,6 +33,22 @@ class Fp32OutputLayer(ColumnParallelLinear):
         self.fp32_config = fp32_config or Fp32Config()
         self.fp32_calls = 0
 
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the parent: (logits, bias or None).
+
+        Args:
+            input_: [s, b, hidden], or [s / tp, b, hidden] with sequence parallel.
+            weight: tied weight, [vocab / tp, hidden]; required when the layer has none of its own.
+            runtime_gather_output: overrides `gather_output`.
+        """
+        if self.output_size_per_partition == self.output_size:
+            # megatron-core's gather over one rank returns its input from within an autograd Function. That is a view
+            # which must not be changed in place, and megatron-core's own cross entropy does that to fp32 logits.
+            runtime_gather_output = False
+        return super().forward(input_, weight, runtime_gather_output)
+
     def _forward_impl(
         self,
         input: Tensor,

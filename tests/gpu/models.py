@@ -13,7 +13,7 @@ from megatron_fp32.models.provider import build_qwen3_5, read_hf_config, transfo
 
 
 def build(hf: Path, fp32: Fp32Config | None = None, *, bf16: bool = True, **overrides: Any) -> GPTModel:
-    """The model of a checkpoint on the current GPU, logits gathered."""
+    """The model of a checkpoint on the current GPU."""
     model = read_hf_config(hf)
     config = transformer_config(
         model,
@@ -21,4 +21,4 @@ def build(hf: Path, fp32: Fp32Config | None = None, *, bf16: bool = True, **over
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         **{"transformer_impl": "transformer_engine", **overrides},
     )
-    return build_qwen3_5(model, config, fp32, parallel_output=False).cuda()
+    return build_qwen3_5(model, config, fp32).cuda()

@@ -1,0 +1,141 @@
+"""Time and error of the output layer's logits and gradients, beside bare matrix products of the same shapes.
+
+    python benchmarks/linear_logits.py [--tokens 8192 --hidden 4096 --vocab 151936] [--json FILE]
+
+Needs a CUDA device. Every ratio is taken within one run, and every error on the very output that was timed.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from megatron_fp32.ops.logits import fp32_logits
+from megatron_fp32.ops.logits.reference import relative_error
+
+
+@click.command()
+@click.option("--tokens", default=8192, show_default=True)
+@click.option("--hidden", "hidden_size", default=4096, show_default=True)
+@click.option("--vocab", default=151936, show_default=True)
+@click.option("--repeats", default=20, show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path))
+def main(tokens: int, hidden_size: int, vocab: int, repeats: int, json_path: Path | None) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, hidden_size, device="cuda").bfloat16()
+    weight = (torch.randn(vocab, hidden_size, device="cuda") / hidden_size**0.5).bfloat16()
+    labels = torch.randint(vocab, (tokens,), device="cuda")
+    rows = [
+        *forward_rows(hidden, weight, repeats),
+        *backward_rows(hidden, weight, labels, repeats),
+    ]
+    width = max(len(row["what"]) for row in rows)
+    for row in rows:
+        error = "" if row["error"] is None else f"error {row['error']:.2e}"
+        print(f"{row['what']:{width}}  {row['ms']:8.2f} ms  {row['ratio']:6.3f}x  {error}")
+    if json_path is not None:
+        machine = {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+        }
+        shapes = {"tokens": tokens, "hidden": hidden_size, "vocab": vocab}
+        result = {"command": " ".join(sys.argv), **machine, **shapes, "rows": rows}
+        json_path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def forward_rows(hidden: Tensor, weight: Tensor, repeats: int) -> list[dict[str, Any]]:
+    """Logits: the unit is a bare bf16 product with bf16 output."""
+    sample = torch.arange(0, hidden.shape[0], 64, device="cuda")
+    truth = hidden[sample].double() @ weight.double().t()
+    ways: dict[str, Callable[[], Tensor]] = {
+        "logits: bare bf16 product": lambda: hidden @ weight.t(),
+        "logits: bf16 product, then .float() (stock)": lambda: (hidden @ weight.t()).float(),
+        "logits: fp32 upcast of both operands": lambda: hidden.float() @ weight.float().t(),
+        "logits: fp32_logits": lambda: fp32_logits(hidden, weight),
+    }
+    rows: list[dict[str, Any]] = []
+    for what, way in ways.items():
+        ms, output = timed(way, repeats if "upcast" not in what else 3)
+        unit = rows[0]["ms"] if rows else ms
+        rows.append({"what": what, "ms": ms, "ratio": ms / unit, "error": relative_error(output[sample], truth)})
+        del output
+    return rows
+
+
+def backward_rows(hidden: Tensor, weight: Tensor, labels: Tensor, repeats: int) -> list[dict[str, Any]]:
+    """dX and dW of a softmax gradient: the unit is the two bare bf16 products. dW goes into fp32 main_grad."""
+    grad = softmax_gradient(hidden, weight, labels)
+    low = grad.bfloat16()
+    bare_ms, _ = timed(lambda: (low @ weight, low.t() @ hidden)[0], repeats)
+
+    weight = weight.clone().requires_grad_()
+    leaf = hidden.clone().requires_grad_()
+    weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+    weight.grad_added_to_main_grad = False
+    logits = fp32_logits(leaf, weight)
+
+    def backward() -> Tensor:
+        weight.main_grad.zero_()
+        return torch.autograd.grad(logits, (leaf, weight), grad, retain_graph=True)[0]
+
+    zero_ms, _ = timed(weight.main_grad.zero_, repeats)
+    ms, hidden_grad = timed(backward, repeats)
+    sample = torch.arange(0, hidden.shape[0], 64, device="cuda")
+    hidden_truth = grad[sample].double() @ weight.detach().double()
+    columns = torch.arange(0, weight.shape[0], 1024, device="cuda")
+    weight_truth = grad[:, columns].double().t() @ hidden.double()
+    return [
+        {"what": "backward: two bare bf16 products", "ms": bare_ms, "ratio": 1.0, "error": None},
+        {
+            "what": "backward: fp32_logits, dX",
+            "ms": ms - zero_ms,
+            "ratio": (ms - zero_ms) / bare_ms,
+            "error": relative_error(hidden_grad[sample], hidden_truth),
+        },
+        {
+            "what": "backward: fp32_logits, dW in main_grad (same pass)",
+            "ms": ms - zero_ms,
+            "ratio": (ms - zero_ms) / bare_ms,
+            "error": relative_error(weight.main_grad[columns], weight_truth),
+        },
+    ]
+
+
+def softmax_gradient(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """softmax(logits) - one-hot, in fp32, with the label's logit raised so that its probability is near 0.7."""
+    logits = fp32_logits(hidden, weight)
+    rows = torch.arange(labels.numel(), device=labels.device)
+    logits[rows, labels] = logits.logsumexp(-1) + 0.85
+    gradient = logits.softmax(-1)
+    gradient[rows, labels] -= 1
+    return gradient / labels.numel()
+
+
+def timed(way: Callable[[], Tensor], repeats: int) -> tuple[float, Tensor]:
+    """Median of CUDA-event timings in ms after three warm-ups, and the last output."""
+    for _ in range(3):
+        output = way()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        output = way()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times), output
+
+
+if __name__ == "__main__":
+    main()

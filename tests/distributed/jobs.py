@@ -1,0 +1,146 @@
+"""Functions that the tests of this folder run on ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_fp32.checkpoint.sidecar import digest
+from megatron_fp32.config import Fp32Config
+from megatron_fp32.models.provider import build_qwen3_5, cpu_overrides, transformer_config
+from megatron_fp32.optimizer import native_fp32
+from megatron_fp32.testing.cpu import model_parallel
+from megatron_fp32.testing.training import Batch, Trainer, TrainerConfig
+from tests.support import tiny_qwen3_5
+
+LENGTH = 16
+
+
+def trainer(config: TrainerConfig, *, tensor: int, fp32: Fp32Config | None = None, **overrides: Any) -> Trainer:
+    """The tiny model in bf16, wrapped, with the same start for every call."""
+    model = tiny_qwen3_5()
+    torch.manual_seed(3)
+    settings = {"bf16": True, "params_dtype": torch.bfloat16, **overrides}
+    built = build_qwen3_5(
+        model,
+        transformer_config(model, **cpu_overrides(), tensor_model_parallel_size=tensor, **settings),
+        fp32,
+        vocab_divisible_by=4,
+    )
+    return Trainer(built, config)
+
+
+def batches(count: int = 2) -> list[Batch]:
+    """Micro-batches, the same on every rank."""
+    return [Batch.random(120, length=LENGTH, seed=seed) for seed in range(count)]
+
+
+def state_of(trained: Trainer) -> tuple[dict[str, str], dict[str, str]]:
+    """Digests of this rank's parameters and of every tensor of its optimizer."""
+    parameters = {name: digest(p) for name, p in trained.model.named_parameters()}
+    return parameters, {name: digest(tensor) for name, tensor in trained.optimizer_tensors()}
+
+
+def straight(config: TrainerConfig, tensor: int, steps: int, overrides: dict[str, Any]) -> Any:
+    """Train without interruption; losses and state."""
+    with model_parallel(tensor=tensor), native_fp32.install_optimizer_repairs():
+        trained = trainer(config, tensor=tensor, **overrides)
+        losses = [trained.step(batches()) for _ in range(steps)]
+        return losses, state_of(trained)
+
+
+def train_and_save(
+    config: TrainerConfig, tensor: int, steps: int, directory: Path, without: str | None, overrides: dict[str, Any]
+) -> None:
+    """Train and save, with every repair or with all but one."""
+    with model_parallel(tensor=tensor), repairs(without):
+        trained = trainer(config, tensor=tensor, **overrides)
+        for _ in range(steps):
+            trained.step(batches())
+        trained.save(directory)
+
+
+def resume(
+    config: TrainerConfig, tensor: int, steps: int, directory: Path, without: str | None, overrides: dict[str, Any]
+) -> Any:
+    """Load and go on; losses and state."""
+    with model_parallel(tensor=tensor), repairs(without):
+        trained = trainer(config, tensor=tensor, **overrides)
+        with torch.no_grad():
+            for parameter in trained.model.parameters():
+                parameter.fill_(7.0)  # what is not loaded shows
+        trained.load(directory)
+        losses = [trained.step(batches()) for _ in range(steps)]
+        return losses, state_of(trained)
+
+
+@contextlib.contextmanager
+def repairs(without: str | None) -> Iterator[None]:
+    """Every optimizer repair but the one named `without`."""
+    with contextlib.ExitStack() as stack:
+        for repair, install in native_fp32._repairs():
+            assert repair.needed, repair.name
+            if repair.name != without:
+                stack.enter_context(install())
+        yield
+
+
+def gradients(tensor: int, sequence_parallel: bool, fp32: Fp32Config) -> dict[str, torch.Tensor]:
+    """Gradients of the kept parameters, whole, after three micro-batches in an fp32 body."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    with model_parallel(tensor=tensor):
+        trained = trainer(
+            TrainerConfig(distributed_optimizer=False),
+            tensor=tensor,
+            fp32=fp32,
+            bf16=False,
+            params_dtype=torch.float32,
+            sequence_parallel=sequence_parallel,
+        )
+        fill_alike(trained, tensor)
+        trained.backward(batches(3))
+        group = parallel_state.get_tensor_model_parallel_group()
+        whole = {}
+        for name, parameter in trained.model.named_parameters():
+            if name.endswith(("A_log", "out_norm.weight")):
+                parts = [torch.empty_like(parameter.main_grad) for _ in range(tensor)]
+                dist.all_gather(parts, parameter.main_grad.contiguous(), group=group)
+                whole[name] = torch.cat(parts) if name.endswith("A_log") else torch.stack(parts)
+        return whole
+
+
+def fill_alike(trained: Trainer, tensor: int) -> None:
+    """Give every parameter the values of the same whole tensor, whatever the tensor-parallel size."""
+    state = trained.model.sharded_state_dict()
+    generator = torch.Generator()
+    for key, entry in sorted(state.items()):
+        data = getattr(entry, "data", None)
+        if not isinstance(data, torch.Tensor) or not data.is_floating_point():
+            continue
+        sharded = entry.build() if hasattr(entry, "build") else [entry]
+        for piece in flatten(sharded):
+            seed = zlib.crc32(piece.key.encode())
+            whole = torch.randn(piece.global_shape, generator=generator.manual_seed(seed)) * 0.1
+            if key.endswith("A_log"):
+                whole = whole.exp()
+            window = tuple(slice(o, o + s) for o, s in zip(piece.global_offset, piece.local_shape, strict=True))
+            with torch.no_grad():
+                piece.data.copy_(whole[window])
+
+
+def flatten(pieces: Any) -> Iterator[Any]:
+    """The ShardedTensors in what a factory builds."""
+    if isinstance(pieces, dict):
+        pieces = pieces.values()
+    for piece in pieces:
+        if isinstance(piece, (list, dict)):
+            yield from flatten(piece)
+        else:
+            yield piece

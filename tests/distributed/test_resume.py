@@ -1,0 +1,89 @@
+"""Save, load and resume on two ranks: every optimizer, every format, with and without each repair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fp32.testing.cpu import single_process
+from megatron_fp32.testing.ranks import RankPool
+from megatron_fp32.testing.training import TrainerConfig
+from tests.distributed import jobs
+from tests.support import rank_setup
+
+DISTRIBUTED = TrainerConfig(sharding="dp_reshardable")
+RESHARDABLE = TrainerConfig(sharding="fully_reshardable")
+FLOAT16 = TrainerConfig(distributed_optimizer=False)
+
+
+@pytest.mark.parametrize("config", [DISTRIBUTED, RESHARDABLE, FLOAT16], ids=["dp", "fully", "float16"])
+@pytest.mark.parametrize(
+    ("tensor", "overrides"),
+    [(2, {}), (2, {"sequence_parallel": True}), (1, {})],
+    ids=["TP2", "TP2-SP", "DP2"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    ranks: Callable[[int], RankPool], tmp_path: Path, config: TrainerConfig, tensor: int, overrides: dict[str, Any]
+) -> None:
+    pool = ranks(2)
+    whole = pool.run(jobs.straight, config, tensor, 6, overrides)
+    pool.run(jobs.train_and_save, config, tensor, 3, tmp_path, None, overrides)
+    resumed = pool.run(jobs.resume, config, tensor, 3, tmp_path, None, overrides)
+    for (losses, (parameters, optimizer)), (later, (parameters_2, optimizer_2)) in zip(whole, resumed, strict=True):
+        assert losses[-1] < losses[0]
+        assert later == losses[3:]
+        assert parameters_2 == parameters
+        assert optimizer_2 == optimizer
+        assert any(name.endswith(".step") for name in optimizer)
+        assert any(name.endswith(".exp_avg_sq") for name in optimizer)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """What a rank of the pools enters, in this process."""
+    with rank_setup(), single_process():
+        yield
+
+
+FAILS_TO_SAVE = [
+    ("distributed-index-map", DISTRIBUTED, AssertionError),
+    ("distributed-index-map", RESHARDABLE, RuntimeError),
+    ("float16-id-map", FLOAT16, AssertionError),
+]
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(("repair", "config", "error"), FAILS_TO_SAVE)
+def test_saving_fails_without(tmp_path: Path, repair: str, config: TrainerConfig, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"shape|size"):
+        jobs.train_and_save(config, 1, 1, tmp_path, repair, {})
+
+
+FAILS_TO_LOAD = [
+    ("distributed-leaf-shards", DISTRIBUTED, RuntimeError, "leaf Variable that requires grad"),
+    ("torch-adam-no-state", DISTRIBUTED, AssertionError, ""),
+    ("torch-adam-step-missing", RESHARDABLE, KeyError, "step"),
+]
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(("repair", "config", "error", "message"), FAILS_TO_LOAD)
+def test_loading_fails_without(
+    tmp_path: Path, repair: str, config: TrainerConfig, error: type[Exception], message: str
+) -> None:
+    jobs.train_and_save(config, 1, 1, tmp_path, None, {})
+    with pytest.raises(error, match=message):
+        jobs.resume(config, 1, 1, tmp_path, repair, {})
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_shared_step_spoils_a_resumed_run(tmp_path: Path) -> None:
+    whole = jobs.straight(RESHARDABLE, 1, 3, {})
+    jobs.train_and_save(RESHARDABLE, 1, 1, tmp_path, None, {})
+    spoilt = jobs.resume(RESHARDABLE, 1, 2, tmp_path, "torch-adam-shared-step", {})
+    steps = [name for name in whole[1][1] if name.endswith(".step")]
+    assert steps
+    assert all(spoilt[1][1][name] != whole[1][1][name] for name in steps)

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+from transformers.models.qwen3_5 import Qwen3_5TextConfig
+
+from megatron_fp32.config import Fp32Config
+from megatron_fp32.models import provider, specs
+from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
+from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
+from tests.support import tiny_qwen3_5
+
+
+def _config(**overrides: Any) -> Any:
+    return provider.transformer_config(tiny_qwen3_5(), **{**provider.cpu_overrides(), **overrides})
+
+
+def _attention_modules(spec: Any) -> list[type]:
+    return [layer.submodules.self_attention.module for layer in spec.layer_specs]
+
+
+@pytest.mark.usefixtures("megatron")
+def test_the_configuration_says_what_the_model_is() -> None:
+    model = tiny_qwen3_5(rms_norm_eps=3e-5, layer_types=("full_attention", "linear_attention", "linear_attention"))
+    config = provider.transformer_config(model)
+    assert (config.num_layers, config.hidden_size, config.ffn_hidden_size) == (3, 64, 96)
+    assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (4, 2, 16)
+    assert (config.linear_num_key_heads, config.linear_num_value_heads) == (2, 4)
+    assert (config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim) == (16, 16, 4)
+    assert config.linear_attention_freq == [0, 1, 1]
+    assert config.layernorm_epsilon == 3e-5
+    assert config.layernorm_zero_centered_gamma
+    assert config.normalization == "RMSNorm"
+    assert config.attention_output_gate
+    assert config.qk_layernorm
+    assert not config.add_bias_linear
+    assert config.activation_func is torch.nn.functional.silu
+
+
+def test_overrides_win_over_the_model() -> None:
+    config = _config(hidden_dropout=0.5, ffn_hidden_size=32, params_dtype=torch.bfloat16)
+    assert (config.hidden_dropout, config.ffn_hidden_size, config.params_dtype) == (0.5, 32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "tensor_parallel", "divisible_by", "padded"),
+    [(1, 1, 128, 128), (128, 1, 128, 128), (129, 1, 128, 256), (129, 2, 128, 256), (257, 2, 128, 512), (57, 3, 1, 57),
+     (58, 3, 1, 60)],
+)  # fmt: skip
+def test_the_vocabulary_is_padded_as_megatron_pads_it(
+    vocab: int, tensor_parallel: int, divisible_by: int, padded: int
+) -> None:
+    assert provider.padded_vocab_size(vocab, tensor_parallel, divisible_by=divisible_by) == padded
+
+
+@pytest.fixture
+def hf_dir(tmp_path: Path) -> Path:
+    Qwen3_5TextConfig(
+        vocab_size=57, hidden_size=32, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=4,
+        linear_value_head_dim=4, layer_types=["linear_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5},
+    ).save_pretrained(tmp_path)  # fmt: skip
+    return tmp_path
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_provider_builds_the_model_of_a_config_file(hf_dir: Path) -> None:
+    provide = provider.model_provider(hf_dir, **provider.cpu_overrides(), bf16=True)
+    model = provide(pre_process=True, post_process=True)
+    assert isinstance(model, GPTModel)
+    assert model.embedding.word_embeddings.weight.shape == (128, 32)
+    assert model.embedding.word_embeddings.weight.dtype == torch.bfloat16
+    assert model.rotary_pos_emb.inv_freq.tolist() == pytest.approx([1.0, 5e5**-0.5])  # half of 8 dimensions rotate
+    assert isinstance(model.output_layer, Fp32OutputLayer)
+    attention = [layer.self_attention for layer in model.decoder.layers]
+    assert isinstance(attention[0], Fp32GatedDeltaNet)
+    assert not isinstance(attention[1], GatedDeltaNet)
+    assert attention[0].A_log.dtype == attention[0].out_norm.weight.dtype == torch.float32
+    assert attention[0].dt_bias.dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_providers_overrides_win(hf_dir: Path) -> None:
+    options = {**provider.cpu_overrides(), "bf16": True, "params_dtype": torch.float32, "ffn_hidden_size": 12}
+    model = provider.model_provider(hf_dir, fp32=Fp32Config(logits=False), **options)(post_process=True)
+    assert model.decoder.layers[0].mlp.linear_fc2.weight.shape == (32, 12)
+    assert model.decoder.layers[0].mlp.linear_fc2.weight.dtype == torch.float32
+    assert not isinstance(model.output_layer, Fp32OutputLayer)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_stage_without_the_head_or_the_embedding_builds(hf_dir: Path) -> None:
+    model = provider.model_provider(hf_dir, **provider.cpu_overrides())(pre_process=False, post_process=False)
+    assert not hasattr(model, "embedding")
+    assert not hasattr(model, "output_layer")
+
+
+def test_a_missing_config_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        provider.model_provider(tmp_path)
+
+
+def test_a_config_of_another_family_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="'llama'"):
+        provider.model_provider(tmp_path)
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("experimental_attention_variant", None), ("transformer_impl", "inference_optimized")],
+)
+def test_a_spec_for_another_model_or_backend_is_refused(field: str, value: Any) -> None:
+    config = _config()
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=f"expected {field}.*got {value!r}"):
+        specs.gated_delta_net_block_spec(config)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_mixture_of_experts_needs_transformer_engine() -> None:
+    config = _config()
+    config.num_moe_experts = 4
+    with pytest.raises(ValueError, match="transformer_impl='transformer_engine'"):
+        specs.gated_delta_net_block_spec(config)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_the_fp32_layer_is_put_into_a_copy_of_the_spec() -> None:
+    stock = specs.gated_delta_net_block_spec(_config(), Fp32Config(gated_delta_net=()))
+    before = repr(stock)  # a copy would not be equal: specs hold functools.partial objects
+    ours = specs.with_fp32_gated_delta_net(stock, Fp32Config(gated_delta_net=("A_log",)))
+    assert repr(stock) == before
+    assert _attention_modules(stock)[0] is GatedDeltaNet
+    assert _attention_modules(ours)[0] is Fp32GatedDeltaNet
+    assert _attention_modules(ours)[1] is _attention_modules(stock)[1]
+    assert ours.layer_specs[0].submodules.self_attention.params["fp32_parameters"] == ("A_log",)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_keeping_nothing_leaves_megatrons_class() -> None:
+    model = provider.build_qwen3_5(
+        tiny_qwen3_5(), _config(bf16=True, params_dtype=torch.bfloat16), Fp32Config(gated_delta_net=())
+    )
+    layer = model.decoder.layers[0].self_attention
+    assert type(layer) is GatedDeltaNet
+    assert layer.A_log.dtype == torch.bfloat16

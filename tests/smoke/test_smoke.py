@@ -1,0 +1,35 @@
+"""Build, wrap, train, save and load, on whichever megatron-core is on the path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import megatron.core
+import pytest
+import torch
+
+from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
+from megatron_fp32.testing.training import TrainerConfig
+from megatron_fp32.transformer.keep_in_fp32 import kept_parameters
+from tests.distributed import jobs
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("sharding", ["dp_reshardable", "fully_reshardable"])
+def test_build_wrap_train_save_load(tmp_path: Path, sharding: str) -> None:
+    print("megatron-core", megatron.core.__version__)
+    with install_optimizer_repairs():
+        config = TrainerConfig(sharding=sharding)
+        trained = jobs.trainer(config, tensor=1)
+        assert {str(p.dtype) for _, p in kept_parameters(trained.model)} == {"torch.float32"}
+        losses = [trained.step(jobs.batches()) for _ in range(4)]
+        assert losses[-1] < losses[0]
+        assert trained.model.output_layer.fp32_calls == 8
+        trained.save(tmp_path)
+        loaded = jobs.trainer(config, tensor=1)
+        with torch.no_grad():
+            for parameter in loaded.model.parameters():
+                parameter.fill_(7.0)
+        loaded.load(tmp_path)
+        assert jobs.state_of(loaded) == jobs.state_of(trained)
+        assert loaded.step(jobs.batches()) == trained.step(jobs.batches())

@@ -1,0 +1,169 @@
+"""`Fp32GatedDeltaNet` on one rank. Its gradients over ranks are in test_ranks.py."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
+from megatron_fp32.transformer.keep_in_fp32 import kept_parameters
+from tests.ssm.layers import MODEL, build, load, random_weights
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+KEPT = {"A_log", "out_norm.weight"}
+
+
+def on_bf16_grid(tensor: Tensor) -> Tensor:
+    return tensor == tensor.bfloat16().float()
+
+
+def hidden_states(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(8, 2, MODEL.hidden_size).to(dtype)
+
+
+def dtypes(layer: torch.nn.Module) -> dict[str, torch.dtype]:
+    return {name: parameter.dtype for name, parameter in layer.named_parameters()}
+
+
+class TestConstruction:
+    def test_a_log_is_drawn_in_fp32_in_its_range(self) -> None:
+        draws = []
+        for seed in range(16):
+            model_parallel_cuda_manual_seed(seed)
+            draws.append(build(Fp32GatedDeltaNet).A_log.detach())
+        a_log = torch.cat(draws)
+        assert a_log.dtype == torch.float32
+        assert a_log.min() >= 0  # log 1
+        assert a_log.max() <= math.log(16)
+        # A value of random bits lies on the bf16 grid once in 65536.
+        assert not on_bf16_grid(a_log).any()
+        # The range itself is uniform, not its logarithm: half of the draws lie above 8.5.
+        assert 0.25 < (a_log.exp() > 8.5).float().mean() < 0.75
+
+    def test_another_range(self) -> None:
+        a_log = build(Fp32GatedDeltaNet, A_init_range=(2, 3)).A_log
+        assert math.log(2) <= a_log.min()
+        assert a_log.max() <= math.log(3)
+
+    def test_the_stock_layer_rounds_a_log_so_the_test_above_can_fail(self) -> None:
+        assert on_bf16_grid(build(GatedDeltaNet).A_log.float()).all()
+
+    def test_what_is_not_kept_is_in_params_dtype(self) -> None:
+        layer = build(Fp32GatedDeltaNet)
+        assert {name for name, dtype in dtypes(layer).items() if dtype == torch.float32} == KEPT
+        assert {dtype for name, dtype in dtypes(layer).items() if name not in KEPT} == {torch.bfloat16}
+        assert {name for name, _ in kept_parameters(layer)} == KEPT
+        assert torch.equal(layer.dt_bias, torch.ones_like(layer.dt_bias))
+
+    @pytest.mark.parametrize(
+        "names", [("A_log",), ("A_log", "dt_bias", "conv1d.weight"), ("out_norm.weight",), ()], ids="+".join
+    )
+    def test_other_parameters_may_be_kept(self, names: tuple[str, ...]) -> None:
+        layer = build(Fp32GatedDeltaNet, fp32_parameters=names).bfloat16()
+        assert {name for name, dtype in dtypes(layer).items() if dtype == torch.float32} == set(names)
+        if "dt_bias" in names:
+            assert torch.equal(layer.dt_bias, torch.ones_like(layer.dt_bias))
+
+    @pytest.mark.parametrize("name", ["a_log", "out_norm", "in_norm.weight", ""])
+    def test_a_wrong_name(self, name: str) -> None:
+        with pytest.raises(ValueError, match=f"(no parameter|no submodule) .*{name}"):
+            build(Fp32GatedDeltaNet, fp32_parameters=("A_log", name))
+
+    def test_without_initialization_nothing_is_drawn(self) -> None:
+        before = torch.get_rng_state()
+        layer = build(Fp32GatedDeltaNet, config={"perform_initialization": False})
+        assert layer.A_log.dtype == torch.float32
+        assert layer.A_log.isnan().all()  # fresh memory is NaN in these tests: nobody wrote to it
+        torch.set_rng_state(before)
+        model_parallel_cuda_manual_seed(7)
+        first = build(Fp32GatedDeltaNet).A_log
+        model_parallel_cuda_manual_seed(7)
+        build(Fp32GatedDeltaNet, config={"perform_initialization": False})
+        assert torch.equal(build(Fp32GatedDeltaNet).A_log, first)
+
+    def test_the_names_that_others_match_on(self) -> None:
+        assert Fp32GatedDeltaNet.__name__ == "GatedDeltaNet"
+        assert pickle.loads(pickle.dumps(Fp32GatedDeltaNet)) is Fp32GatedDeltaNet
+        assert type(build(Fp32GatedDeltaNet)) is Fp32GatedDeltaNet
+        assert list(build(Fp32GatedDeltaNet).state_dict()) == list(build(GatedDeltaNet).state_dict())
+
+
+class TestKeeping:
+    def test_float16_module_keeps_the_bits(self) -> None:
+        layer = build(Fp32GatedDeltaNet)
+        weights = random_weights()
+        load(layer, weights)
+        wrapped = Float16Module(layer.config, layer).module
+        for name in KEPT:
+            assert wrapped.get_parameter(name).dtype == torch.float32
+            assert torch.equal(wrapped.get_parameter(name), weights[name])
+        assert wrapped.in_proj.weight.dtype == torch.bfloat16
+
+    def test_attributes_of_the_parameters_stay(self) -> None:
+        layer = build(Fp32GatedDeltaNet).bfloat16()
+        assert layer.A_log.tensor_model_parallel
+        assert layer.out_norm.weight.sequence_parallel is False
+
+    def test_deepcopy_shares_the_process_groups_and_nothing_else(self) -> None:
+        layer = build(Fp32GatedDeltaNet)
+        load(layer, random_weights())
+        copied = copy.deepcopy(layer)
+        assert type(copied) is Fp32GatedDeltaNet
+        assert copied.pg_collection.tp is layer.pg_collection.tp
+        assert copied.in_proj.tp_group is layer.in_proj.tp_group
+        assert copied.A_log is not layer.A_log
+        copied.bfloat16()
+        for name in KEPT:
+            assert torch.equal(copied.get_parameter(name), random_weights()[name])
+        x = hidden_states(torch.bfloat16)
+        assert torch.equal(copied(x, None)[0], layer(x, None)[0])
+
+
+class TestForward:
+    def test_equals_the_stock_layer_where_everything_is_fp32(self) -> None:
+        ours, stock = (build(cls, params_dtype=torch.float32) for cls in (Fp32GatedDeltaNet, GatedDeltaNet))
+        for layer in (ours, stock):
+            load(layer, random_weights())
+        x = hidden_states()
+        grad = torch.randn_like(x)
+        outputs = []
+        for layer in (ours, stock):
+            out, bias = layer(x, None)
+            assert bias is None
+            grads = torch.autograd.grad(out, list(layer.parameters()), grad)
+            outputs.append([out, *grads])
+        assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+    def test_the_kept_bits_reach_the_result(self) -> None:
+        layer = build(Fp32GatedDeltaNet).bfloat16()
+        load(layer, random_weights())
+        x = hidden_states(torch.bfloat16)
+        results = []
+        for _ in range(2):
+            grads = torch.autograd.grad(layer(x, None)[0].float().square().sum(), layer.A_log)
+            results.append(grads[0])
+            with torch.no_grad():
+                layer.A_log.copy_(layer.A_log.bfloat16())
+        assert results[0].dtype == torch.float32
+        assert not torch.equal(*results)
+
+    def test_a_pass_counts_only_while_everything_kept_is_fp32(self) -> None:
+        layer: Any = build(Fp32GatedDeltaNet).bfloat16()
+        assert layer.fp32_calls == 0
+        x = hidden_states(torch.bfloat16)
+        layer(x, None)
+        layer(x, None)
+        assert layer.fp32_calls == 2
+        layer.A_log.data = layer.A_log.data.bfloat16()  # around the guard
+        layer(x, None)
+        assert layer.fp32_calls == 2

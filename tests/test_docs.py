@@ -1,0 +1,63 @@
+"""Every code block of the README and the docs runs, in the order of its file."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_fp32.models.provider import cpu_overrides
+from megatron_fp32.testing.qwen3_5 import write_qwen3_5
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    yield from BLOCK.findall(page.read_text())
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if page.name != "quickstart.md":
+        write_qwen3_5("qwen3_5")
+    if page.name == "checkpoints.md":
+        shell("megatron-fp32 import qwen3_5 checkpoint")
+    names = {"parallel_settings": {**cpu_overrides(), "params_dtype": torch.bfloat16}}
+    ran = 0
+    for language, code in blocks(page):
+        assert language in ("python", "bash", "console", "text"), language
+        if language == "python":
+            exec(compile(code, str(page), "exec"), names)
+        elif language == "bash":
+            shell(code)
+        ran += language in ("python", "bash")
+    assert ran or page.name in ("numerics.md", "refused.md")
+
+
+def test_make_targets_in_the_docs_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        t for page in [*PAGES, ROOT / "CONTRIBUTING.md"] for t in re.findall(r"\bmake ([a-z-]+)", page.read_text())
+    }
+    assert {"demo", "test", "test-gpu", "mutants"} <= named <= targets
+
+
+def test_links_between_files_lead_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def shell(script: str) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["bash", "-euc", script], check=True, env={**os.environ, "PATH": path})

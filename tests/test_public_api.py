@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import importlib.resources
+import inspect
+
+import pytest
+
+import megatron_fp32
+
+NAMES = [
+    "Fp32Config",
+    "Fp32GatedDeltaNet",
+    "Fp32OutputLayer",
+    "export_checkpoint",
+    "fp32_logits",
+    "gated_delta_net_block_spec",
+    "import_checkpoint",
+    "install_optimizer_repairs",
+    "keep_in_fp32",
+    "model_provider",
+    "to_fp32_output_layer",
+]
+
+
+def test_the_public_names_are_these() -> None:
+    assert megatron_fp32.__all__ == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_is_there_and_documented(name: str) -> None:
+    thing = getattr(megatron_fp32, name)
+    assert inspect.getmodule(thing).__name__.startswith("megatron_fp32.")
+    assert inspect.getdoc(thing)
+    assert name in dir(megatron_fp32)
+
+
+def test_a_star_import_gives_exactly_these() -> None:
+    space: dict[str, object] = {}
+    exec("from megatron_fp32 import *", space)
+    assert sorted(set(space) - {"__builtins__"}) == NAMES
+
+
+@pytest.mark.parametrize("name", ["fp32_logit", "_missing", "__path_of_no_module__"])
+def test_other_names_are_attribute_errors(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"module 'megatron_fp32' has no attribute '{name}'"):
+        getattr(megatron_fp32, name)
+    assert not hasattr(megatron_fp32, name)
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert importlib.resources.files(megatron_fp32).joinpath("py.typed").is_file()
+
+
+class TestConfig:
+    def test_defaults(self) -> None:
+        config = megatron_fp32.Fp32Config()
+        assert (config.logits, config.grad_precision) == (True, "bf16")
+        assert config.gated_delta_net == ("A_log", "out_norm.weight")
+
+    def test_it_is_a_value(self) -> None:
+        config = megatron_fp32.Fp32Config()
+        assert config == megatron_fp32.Fp32Config()
+        assert len({config, megatron_fp32.Fp32Config()}) == 1
+        with pytest.raises(AttributeError):
+            config.logits = False  # type: ignore[misc]
+        with pytest.raises(TypeError):
+            megatron_fp32.Fp32Config(True)  # type: ignore[misc]
+
+    @pytest.mark.parametrize("precision", ["fp32", "", None])
+    def test_an_unknown_grad_precision(self, precision: str) -> None:
+        with pytest.raises(ValueError, match=r"grad_precision must be one of .*bf16.*, got"):
+            megatron_fp32.Fp32Config(grad_precision=precision)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("names", ["A_log", ("",), ("A_log", 3), (None,)])
+    def test_names_that_are_no_tuple_of_names(self, names: tuple[str, ...]) -> None:
+        with pytest.raises(ValueError, match="gated_delta_net must be a tuple of non-empty parameter names, got"):
+            megatron_fp32.Fp32Config(gated_delta_net=names)
+
+    def test_no_names_keep_nothing(self) -> None:
+        assert megatron_fp32.Fp32Config(gated_delta_net=()).gated_delta_net == ()
