@@ -83,7 +83,8 @@ def export(megatron_dir: Path, hf_dir: Path, source: Path | None, allow_rounded:
 
 
 def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    # Paths may hold brackets, which rich would take for markup.
+    return Console(highlight=False, soft_wrap=True, markup=False)
 
 
 @contextlib.contextmanager

@@ -86,7 +86,6 @@ def test_a_damaged_source_is_a_message_not_a_traceback(
     assert message in result.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="the console takes brackets for markup")
 @pytest.mark.parametrize("name", ["run[bold]", "run[/bold]"])
 def test_a_path_with_brackets_is_printed_as_it_is(hf: Path, tmp_path: Path, name: str) -> None:
     result = _run("import", "--text-only", hf, tmp_path / name)

@@ -358,6 +358,7 @@ def _staging(out: Path) -> Iterator[Path]:
     """A directory beside `out` that becomes `out` when the block ends well, and vanishes when it does not."""
     if out.exists():
         raise CheckpointError(f"{out} exists already; name a directory that does not")
+    new_parents = [parent for parent in out.absolute().parents if not parent.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -366,6 +367,9 @@ def _staging(out: Path) -> Iterator[Path]:
         staging.rename(out)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                parent.rmdir()
         raise
 
 

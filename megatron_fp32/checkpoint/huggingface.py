@@ -78,7 +78,7 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
             raise
 
     def read(self, name: str) -> Tensor:
-        """The tensor, in memory of its own."""
+        """The tensor. It may share memory with another read of the same name: do not write to it."""
         return self._handles[name].get_tensor(name)
 
     def __exit__(self, *exc: object) -> None:

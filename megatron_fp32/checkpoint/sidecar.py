@@ -64,7 +64,11 @@ class Sidecar:
     @property
     def hf_config(self) -> dict[str, Any]:
         """The source's `config.json`, parsed."""
-        config: dict[str, Any] = json.loads((self.directory / "assets" / "config.json").read_text())
+        path = self.directory / "assets" / "config.json"
+        try:
+            config: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
         return config
 
     def originals(self) -> dict[str, Tensor]:
@@ -73,7 +77,11 @@ class Sidecar:
         if not path.is_dir():
             return {}
         with HuggingFaceReader(path) as reader:
-            return {name: reader.read(name) for name in reader.tensors}
+            tensors = {name: reader.read(name).clone() for name in reader.tensors}
+        damaged = [n for n, t in tensors.items() if n not in self.tensors or digest(t) != self.tensors[n].digest]
+        if damaged:
+            raise CheckpointError(f"{path} is damaged: {damaged} are not what was imported")
+        return tensors
 
     def copy_assets(self, directory: Path) -> None:
         """Put the files that are no weights into `directory`."""
@@ -150,7 +158,9 @@ def _read_sidecar(directory: Path) -> Sidecar:
             tensors=tensors,
             left_out=tuple(content["left_out"]),
         )
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{directory / 'source.json'} is damaged: {error!r}") from error
 
 

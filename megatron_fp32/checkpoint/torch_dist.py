@@ -9,6 +9,7 @@ are written).
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import pickle
 from argparse import Namespace
@@ -43,6 +44,9 @@ _ALLOWED = {
     "torch": {"Size", *(str(v).removeprefix("torch.") for v in vars(torch).values() if isinstance(v, torch.dtype))},
     "torch.serialization": {"_get_layout"},
     "collections": {"OrderedDict"},
+    # torch's own writer notes the directory that it wrote to.
+    "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
     "builtins": {"set", "frozenset"},
 }
 
@@ -64,7 +68,10 @@ def find_checkpoint(path: str | Path) -> Path:
         raise CheckpointError(f"{path} is no torch_dist checkpoint: no .metadata in {root}, and no {TRACKER} beside")
     declared = root / "metadata.json"
     if declared.is_file():
-        backend = json.loads(declared.read_text()).get("sharded_backend")
+        try:
+            backend = json.loads(declared.read_text())["sharded_backend"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{declared} is damaged: {error!r}") from error
         if backend != "torch_dist":
             raise CheckpointError(f"{declared}: expected sharded_backend 'torch_dist', got {backend!r}")
     return root
@@ -104,16 +111,14 @@ class TorchDistReader:
         entry = self._metadata.state_dict_metadata[name]
         if not isinstance(entry, metadata.TensorStorageMetadata):
             raise CheckpointError(f"{self.directory}: {name!r} is no tensor")
+        if not _tiles(entry):
+            raise CheckpointError(
+                f"{self.directory}: the chunks of {name!r} do not make up the {tuple(entry.size)} tensor"
+            )
         result = torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
-        covered = 0
         for chunk in entry.chunks:
             index = metadata.MetadataIndex(name, chunk.offsets)
             result[_box(chunk)] = self._read_chunk(index, chunk, entry.properties.dtype)
-            covered += chunk.sizes.numel()
-        if covered != result.numel():
-            raise CheckpointError(
-                f"{self.directory}: the chunks of {name!r} hold {covered} values, the tensor has {result.numel()}"
-            )
         return result
 
     def _read_chunk(
@@ -214,16 +219,50 @@ def _box(chunk: metadata.ChunkStorageMetadata) -> tuple[slice, ...]:
     return tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
+def _tiles(entry: metadata.TensorStorageMetadata) -> bool:
+    """The chunks lie inside the tensor, do not overlap, and cover it."""
+    boxes = [_box(chunk) for chunk in entry.chunks]
+    inside = all(
+        len(box) == len(entry.size) and all(0 <= b.start <= b.stop <= n for b, n in zip(box, entry.size, strict=True))
+        for box in boxes
+    )
+    overlap = any(
+        all(max(a.start, b.start) < min(a.stop, b.stop) for a, b in zip(one, two, strict=True))
+        for one, two in itertools.combinations(boxes, 2)
+        if len(one) == len(two)
+    )
+    return inside and not overlap and sum(chunk.sizes.numel() for chunk in entry.chunks) == entry.size.numel()
+
+
 def _read_metadata(path: Path) -> metadata.Metadata:
     try:
         value = _RestrictedUnpickler(io.BytesIO(path.read_bytes())).load()
+        if not isinstance(value, metadata.Metadata):
+            raise CheckpointError(f"{path} holds a {type(value).__name__}, not the metadata of a checkpoint")
+        _check_metadata(value)
     except CheckpointError:
         raise
-    except Exception as error:  # a damaged pickle may raise anything
+    except Exception as error:  # a damaged pickle may raise, or lack, anything
         raise CheckpointError(f"{path} cannot be read: {error!r}") from error
-    if not isinstance(value, metadata.Metadata) or not isinstance(value.storage_data, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not the metadata of a checkpoint")
     return value
+
+
+def _check_metadata(value: metadata.Metadata) -> None:
+    """Touch everything that reading will need, so that damage shows here. Raises whatever the damage raises."""
+    for name, entry in value.state_dict_metadata.items():
+        if not isinstance(name, str):
+            raise TypeError(f"a tensor's name is a {type(name).__name__}")
+        if isinstance(entry, metadata.TensorStorageMetadata):
+            shapes = [entry.size, *(s for chunk in entry.chunks for s in (chunk.offsets, chunk.sizes))]
+            if not all(isinstance(shape, torch.Size) for shape in shapes):
+                raise TypeError(f"shapes of {name!r} are no torch.Size")
+            if not isinstance(entry.properties.dtype, torch.dtype):
+                raise TypeError(f"the dtype of {name!r} is a {type(entry.properties.dtype).__name__}")
+    for index, where in value.storage_data.items():
+        if not isinstance(index, metadata.MetadataIndex) or not isinstance(where.relative_path, str):
+            raise TypeError("the places of the data are damaged")
+        if not (isinstance(where.offset, int) and isinstance(where.length, int) and where.offset >= 0):
+            raise TypeError(f"the place of {index.fqn!r} is damaged")
 
 
 class _RestrictedUnpickler(pickle.Unpickler):

@@ -72,7 +72,9 @@ class Qwen35Config:
         Raises:
             ValueError: for another family, a mixture of experts, or arithmetic that this mapping does not know.
         """
-        text = config.get("text_config", config)
+        text = config.get("text_config", config) if isinstance(config, dict) else None
+        if not isinstance(text, dict):
+            raise ValueError(f"config.json must hold an object, got {type(text or config).__name__}")
         if text.get("model_type") not in ("qwen3_5_text", "qwen3_5"):
             raise ValueError(f"expected model_type 'qwen3_5' or 'qwen3_5_text', got {text.get('model_type')!r}")
         rope = text.get("rope_parameters") or {}
@@ -87,9 +89,10 @@ class Qwen35Config:
         if wrong:
             raise ValueError("this Qwen3.5 config is not supported: " + ", ".join(wrong))
         fields = {f.name for f in dataclasses.fields(cls)}
-        missing = [name for name in sorted(fields - _DERIVED) if name not in text]
-        if missing or not rope:
-            raise ValueError(f"config.json lacks {', '.join(missing + ([] if rope else ['rope_parameters']))}")
+        missing = sorted({*(fields - _DERIVED), "layer_types", "num_hidden_layers"} - text.keys())
+        missing += [] if "rope_theta" in rope else ["rope_parameters.rope_theta"]
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}")
         layer_types = tuple(text["layer_types"])
         if len(layer_types) != text["num_hidden_layers"] or not set(layer_types) <= {_LINEAR, _FULL}:
             raise ValueError(
@@ -101,7 +104,8 @@ class Qwen35Config:
             layer_types=layer_types,
             rope_theta=float(rope["rope_theta"]),
             partial_rotary_factor=float(rope.get("partial_rotary_factor", 0.25)),
-            tie_word_embeddings=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+            # transformers ties by the outer config.
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
         )
 
 

@@ -173,7 +173,6 @@ class TestReader:
         assert _same(reader.read("columns"), torch.cat([first["columns"], second["columns"]], dim=1))
         assert _same(reader.read("replicated"), first["replicated"])
 
-    @pytest.mark.xfail(raises=CheckpointError, strict=True, reason="torch's metadata names its directory as a Path")
     def test_it_reads_what_torch_saved(self, tmp_path: Path) -> None:
         tensors = _tensors()
         dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
@@ -234,7 +233,6 @@ class TestTracker:
         with pytest.raises(CheckpointError, match="expected sharded_backend 'torch_dist', got 'zarr'"):
             find_checkpoint(checkpoint)
 
-    @pytest.mark.xfail(strict=True, reason="not every JSON text is an object")
     @pytest.mark.parametrize("text", ["{", "[]", "null"])
     def test_a_damaged_declaration_is_refused(self, checkpoint: Path, text: str) -> None:
         (checkpoint / "metadata.json").write_text(text)
@@ -312,7 +310,7 @@ class TestDamage:
 
     def test_chunks_that_leave_a_hole_are_refused(self, checkpoint: Path) -> None:
         _change_metadata(checkpoint, lambda m: m.state_dict_metadata["f32"].chunks.clear())
-        with pytest.raises(CheckpointError, match="chunks of 'f32' hold 0 values, the tensor has 21"):
+        with pytest.raises(CheckpointError, match="chunks of 'f32' do not make up"):
             TorchDistReader(checkpoint).read("f32")
 
     def test_data_of_another_dtype_than_promised_is_refused(self, checkpoint: Path) -> None:
@@ -331,7 +329,6 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=r"'transposed' is not the torch\.float32 \(4, 3\) promised"):
             TorchDistReader(checkpoint).read("transposed")
 
-    @pytest.mark.xfail(strict=True, reason="values are counted, not places")
     def test_chunks_that_lie_on_each_other_are_refused(self, checkpoint: Path) -> None:
         def repeat(m: Any) -> None:
             entry = m.state_dict_metadata["f32"]
@@ -342,7 +339,6 @@ class TestDamage:
         with pytest.raises(CheckpointError, match="chunks of 'f32'"):
             TorchDistReader(checkpoint).read("f32")
 
-    @pytest.mark.xfail(strict=True, raises=RuntimeError, reason="torch's own error comes through")
     def test_a_chunk_that_lies_outside_of_the_tensor_is_refused(self, checkpoint: Path) -> None:
         def shrink(m: Any) -> None:
             m.state_dict_metadata["f32"].size = torch.Size([2, 7])
@@ -351,7 +347,6 @@ class TestDamage:
         with pytest.raises(CheckpointError, match="'f32'"):
             TorchDistReader(checkpoint).read("f32")
 
-    @pytest.mark.xfail(strict=True, raises=AttributeError, reason="only the outermost object is checked")
     @pytest.mark.parametrize("field", ["size", "chunks", "properties"])
     def test_metadata_that_lacks_a_field_is_refused(self, checkpoint: Path, field: str) -> None:
         _change_metadata(checkpoint, lambda m: delattr(m.state_dict_metadata["f32"], field))

@@ -1,0 +1,275 @@
+"""Break the package in one named way at a time, and check that a named test notices.
+
+    python tests/mutants.py [NAME ...]
+
+Works on a copy of the tree. Exits with 1 when a fault goes unnoticed, does not apply, or its test fails without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """A one-line fault."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+OPS, RANKS = "tests/ops/test_logits.py", "tests/tensor_parallel/test_ranks.py"
+MAIN_GRAD, GDN = "tests/ops/test_main_grad.py", "tests/ssm/test_gated_delta_net.py"
+GDN_RANKS, KEEP = "tests/ssm/test_ranks.py", "tests/transformer/test_keep_in_fp32.py"
+RESUME = "tests/distributed/test_resume.py::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit"
+MEGATRON, CONVERT = "tests/checkpoint/test_through_megatron.py", "tests/checkpoint/test_convert.py"
+
+MUTANTS = [
+    Mutant(
+        name="round the logits on the CPU",
+        file="ops/logits/gemm.py",
+        old="return torch.mm(a.float(), b.float(), out=out)",
+        new="return out.copy_(torch.mm(a, b))",
+        test=f"{OPS}::TestAgainstFloat64",
+    ),
+    Mutant(
+        name="leave autocast on",
+        file="ops/logits/gemm.py",
+        old="torch.autocast(a.device.type, enabled=False)",
+        new="torch.autocast(a.device.type, enabled=torch.is_autocast_enabled(a.device.type))",
+        test=f"{OPS}::TestSurroundings",
+    ),
+    Mutant(
+        name="drop the dgrad sum",
+        file="ops/logits/autograd.py",
+        old="if ctx.reduce_hidden_grad:",
+        new="if False:",
+        test=f"{RANKS}::test_errors_are_those_of_one_rank",
+    ),
+    Mutant(
+        name="sum the dgrad twice",
+        file="ops/logits/autograd.py",
+        old="return partial, dist.all_reduce(partial, group=ctx.tp_group, async_op=True)",
+        new="return partial, [dist.all_reduce(partial, group=ctx.tp_group, async_op=True) for _ in '12'][1]",
+        test=f"{RANKS}::test_errors_are_those_of_one_rank",
+    ),
+    Mutant(
+        name="round each rank's dgrad before the sum",
+        file="ops/logits/autograd.py",
+        old="partial = mm_fp32(grad_low, weight)",
+        new="partial = mm_fp32(grad_low, weight).bfloat16()",
+        test="tests/ops tests/tensor_parallel",
+    ),
+    Mutant(
+        name="skip grad_added_to_main_grad",
+        file="ops/logits/autograd.py",
+        old="weight.grad_added_to_main_grad = True",
+        new="weight.grad_added_to_main_grad = False",
+        test=MAIN_GRAD,
+    ),
+    Mutant(
+        name="return garbage where zeros are asked for",
+        file="ops/logits/autograd.py",
+        old='torch.zeros if getattr(weight, "zero_out_wgrad", False) else torch.empty',
+        new="torch.empty",
+        test=MAIN_GRAD,
+    ),
+    Mutant(
+        name="accumulate dW in bf16",
+        file="ops/logits/autograd.py",
+        old="addmm_fp32_(main_grad, grad_2d.t(), hidden_2d)",
+        new="main_grad.copy_((main_grad + mm_fp32(grad_2d.t(), hidden_2d)).bfloat16())",
+        test=MAIN_GRAD,
+    ),
+    Mutant(
+        name="gather over one rank",
+        file="tensor_parallel/output_layer.py",
+        old="if self.output_size_per_partition == self.output_size:",
+        new="if False:",
+        test="tests/tensor_parallel/test_output_layer.py",
+    ),
+    Mutant(
+        name="round A_log once",
+        file="ssm/gated_delta_net.py",
+        old=".uniform_(*self.A_init_range).log_()",
+        new=".uniform_(*self.A_init_range).log_().copy_(self.A_log.bfloat16())",
+        test=f"{GDN}::TestConstruction",
+    ),
+    Mutant(
+        name="drop the sum of out_norm's gradient",
+        file="ssm/gated_delta_net.py",
+        old="weight.register_hook(sum_over_tp)",
+        new="pass",
+        test=f"{GDN_RANKS}::test_gradients_are_those_of_one_rank",
+    ),
+    Mutant(
+        name="sum out_norm's gradient with sequence parallel too",
+        file="ssm/gated_delta_net.py",
+        old='if self.config.sequence_parallel and getattr(weight, "sequence_parallel", False):',
+        new="if False:",
+        test=f"{GDN_RANKS}::test_gradients_are_those_of_one_rank",
+    ),
+    Mutant(
+        name="let Float16Module cast a kept parameter",
+        file="transformer/keep_in_fp32.py",
+        old="if id(tensor) not in kept or",
+        new="if True or",
+        test=f"{KEEP}::TestCasts",
+    ),
+    Mutant(
+        name="let assign=True change the dtype",
+        file="transformer/keep_in_fp32.py",
+        old="if parameter.dtype != torch.float32:\n                self._parameters",
+        new="if False:\n                self._parameters",
+        test=f"{KEEP}::TestLoading",
+    ),
+    Mutant(
+        name="lose the attributes of a new Parameter",
+        file="transformer/keep_in_fp32.py",
+        old="vars(new).update(vars(old))",
+        new="pass",
+        test=KEEP,
+    ),
+    Mutant(
+        name="return the norm in the dtype of its input",
+        file="transformer/norm.py",
+        old=", self.eps).to(self.weight.dtype)",
+        new=", self.eps).to(x.dtype)",
+        test="tests/transformer/test_norm.py",
+    ),
+    Mutant(
+        name="share Adam's step",
+        file="optimizer/native_fp32.py",
+        old='torch.full_like(state["step"], float(group["step"]))',
+        new='state["step"]',
+        test=f"{RESUME}[DP2-fully]",
+    ),
+    Mutant(
+        name="leave the index map as it is",
+        file="optimizer/native_fp32.py",
+        old="for order, param in enumerate([*fp32, *float16]):",
+        new="for order, param in enumerate([]):",
+        test=f"{RESUME}[DP2-dp]",
+    ),
+    Mutant(
+        name="swap beta and alpha",
+        file="models/qwen3_5.py",
+        old='f"{source}in_proj_b.weight", f"{target}in_proj.weight.beta"',
+        new='f"{source}in_proj_a.weight", f"{target}in_proj.weight.beta"',
+        test=f"{MEGATRON}::TestParity::test_one_rank",
+    ),
+    Mutant(
+        name="swap gate and up",
+        file="models/qwen3_5.py",
+        old='[(f"{hf}mlp.gate_proj.weight", ffn), (f"{hf}mlp.up_proj.weight", ffn)]',
+        new='[(f"{hf}mlp.up_proj.weight", ffn), (f"{hf}mlp.gate_proj.weight", ffn)]',
+        test=f"{MEGATRON}::TestParity::test_one_rank",
+    ),
+    Mutant(
+        name="cast in the converter",
+        file="checkpoint/convert.py",
+        old="for target, tensor in zip(mapping.megatron, mapping.to_megatron(tensors), strict=True):",
+        new="for target, tensor in zip(mapping.megatron, [t.bfloat16() for t in mapping.to_megatron(tensors)]):",
+        test=f"{CONVERT}::TestRoundTrip",
+    ),
+    Mutant(
+        name="ignore the exact originals",
+        file="models/mapping.py",
+        old="    invertible = False",
+        new="    invertible = True",
+        test=f"{CONVERT}::TestRoundTrip",
+    ),
+    Mutant(
+        name="round what was trained in fp32",
+        file="checkpoint/convert.py",
+        old="infos[name] = TensorInfo(dtype=torch.float32, shape=info.shape)",
+        new="infos[name] = info",
+        test=f"{MEGATRON}::TestTrained",
+    ),
+    Mutant(
+        name="do not read back",
+        file="checkpoint/convert.py",
+        old="if digest(tensor) != expected:",
+        new="if False:",
+        test=f"{CONVERT}::TestVerification",
+    ),
+    Mutant(
+        name="unpickle anything",
+        file="checkpoint/torch_dist.py",
+        old="if name not in _ALLOWED.get(module, ()):",
+        new="if False:",
+        test="tests/checkpoint/test_torch_dist.py::TestDamage",
+    ),
+]
+
+
+def main(names: list[str]) -> int:
+    """Run the mutants, or those named."""
+    unknown = set(names) - {mutant.name for mutant in MUTANTS}
+    if unknown:
+        print(f"no such mutants: {sorted(unknown)}", file=sys.stderr)
+        return 2
+    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
+        copy = Path(directory) / "tree"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "*.egg-info", "demo-out", "build"))
+        tests = sorted({test for mutant in chosen for test in mutant.test.split()})
+        print(f"{len(tests)} tests without a fault ...", flush=True)
+        if not passes(copy, tests):
+            print("they fail without a fault; nothing can be said", file=sys.stderr)
+            return 1
+        survivors = [mutant.name for mutant in chosen if not noticed(copy, mutant)]
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults noticed")
+    for name in survivors:
+        print(f"NOT NOTICED: {name}")
+    return 1 if survivors else 0
+
+
+def noticed(copy: Path, mutant: Mutant) -> bool:
+    """Whether the mutant's test fails with the fault in place."""
+    path = copy / "megatron_fp32" / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        print(f"does not apply ({text.count(mutant.old)} places): {mutant.name}", file=sys.stderr)
+        return False
+    start = time.monotonic()
+    path.write_text(text.replace(mutant.old, mutant.new))
+    try:
+        red = not passes(copy, mutant.test.split())
+    finally:
+        path.write_text(text)
+    print(f"{'noticed' if red else 'NOT NOTICED':12} {time.monotonic() - start:5.1f} s  {mutant.name}", flush=True)
+    return red
+
+
+def passes(copy: Path, tests: list[str]) -> bool:
+    """Whether the tests pass in the copy; anything but 'passed' and 'some failed' is an error."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    run = subprocess.run(
+        command,
+        cwd=copy,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode not in (0, 1):
+        print(run.stdout[-2000:], run.stderr[-2000:], file=sys.stderr)
+        raise SystemExit(f"pytest ended with {run.returncode}")
+    return run.returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
