@@ -45,13 +45,6 @@ MUTANTS = [
         test=f"{OPS}::TestAgainstFloat64",
     ),
     Mutant(
-        name="leave autocast on",
-        file="ops/logits/gemm.py",
-        old="torch.autocast(a.device.type, enabled=False)",
-        new="torch.autocast(a.device.type, enabled=torch.is_autocast_enabled(a.device.type))",
-        test=f"{OPS}::TestSurroundings",
-    ),
-    Mutant(
         name="drop the dgrad sum",
         file="ops/logits/autograd.py",
         old="if ctx.reduce_hidden_grad:",

@@ -77,7 +77,8 @@ class RankPool:
         # Plain pickle carries tensors by value; multiprocessing's would share memory that dies with its process.
         request = pickle.dumps((function, args, kwargs))
         for pipe in self._pipes:
-            pipe.send_bytes(request)
+            with contextlib.suppress(OSError):  # a rank that died since the last run is found below
+                pipe.send_bytes(request)
         results: list[Any] = [None] * self.world_size
         failures: dict[int, str] = {}
         deadline = time.monotonic() + self._timeout
@@ -133,7 +134,7 @@ class RankPool:
 def _end(processes: list[Any], pipes: list[Connection]) -> None:
     for pipe in pipes:
         pipe.close()  # an idle rank leaves its loop
-    patience = time.monotonic() + 5.0
+    patience = time.monotonic() + 10.0
     for process in processes:
         process.join(max(0.0, patience - time.monotonic()))
         if process.is_alive():

@@ -73,8 +73,8 @@ class Fp32ParameterGuard(nn.Module):
         }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = self._guarded()
-        kept = {id(tensor) for p in before.values() for tensor in (p, p.grad) if tensor is not None}
+        before = self._attributes()
+        kept = {id(tensor) for p in self._guarded().values() for tensor in (p, p.grad) if tensor is not None}
 
         def guarded(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -89,7 +89,7 @@ class Fp32ParameterGuard(nn.Module):
         return applied
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        before = self._guarded()
+        before = self._attributes()
         super()._load_from_state_dict(*args, **kwargs)
         # assign=True puts the checkpoint's own tensor in place, in its own dtype.
         for leaf, parameter in self._guarded().items():
@@ -102,12 +102,14 @@ class Fp32ParameterGuard(nn.Module):
         for parameter in self._guarded().values():
             parameter.keep_in_fp32 = True  # type: ignore[attr-defined]
 
-    def _carry_attributes(self, before: dict[str, nn.Parameter]) -> None:
-        """Operations that make a new Parameter drop `tensor_model_parallel`, `sequence_parallel` and our mark."""
-        for leaf, old in before.items():
-            new = self._parameters[leaf]
-            if new is not None and new is not old:
-                vars(new).update(vars(old))
+    def _attributes(self) -> dict[str, dict[str, Any]]:
+        return {leaf: dict(vars(parameter)) for leaf, parameter in self._guarded().items()}
+
+    def _carry_attributes(self, attributes: dict[str, dict[str, Any]]) -> None:
+        """A new Parameter, or one whose contents were swapped, lacks `tensor_model_parallel`, `sequence_parallel`
+        and our mark."""
+        for leaf, values in attributes.items():
+            vars(self._parameters[leaf]).update(values)
 
 
 def _resolve(module: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -153,8 +155,9 @@ def _keep_one(owner: nn.Module, leaf: str, name: str) -> KeptParameter:
 
 
 def _on_bf16_grid(tensor: Tensor) -> bool:
-    # NaN in uninitialised memory is not equal to itself; compare the bits.
-    return torch.equal(tensor.bfloat16().float().view(torch.int32), tensor.float().view(torch.int32))
+    # Uninitialised memory may hold NaN, which is not equal to itself.
+    values = tensor.float()
+    return bool(((values.bfloat16().float() == values) | values.isnan()).all())
 
 
 @functools.cache

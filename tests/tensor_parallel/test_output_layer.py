@@ -168,6 +168,16 @@ class TestForward:
         logits, _ = layer(hidden, runtime_gather_output=runtime_gather_output)
         assert torch.equal(logits.double(), logits_reference(hidden, layer.weight))
 
+    def test_logits_gathered_on_one_rank_can_be_changed_in_place(self) -> None:
+        """megatron-core's gather returns a view that cannot be, and its cross entropy does just that."""
+        layer = to_fp32_output_layer(stock_layer(gather_output=True))
+        hidden = torch.randn(3, 1, HIDDEN).bfloat16().requires_grad_()
+        logits, _ = layer(hidden, runtime_gather_output=True)
+        cotangent = torch.randn(3, 1, VOCAB)
+        logits.div_(0.5).backward(cotangent)
+        truth = gradients_reference(hidden.detach(), layer.weight.detach(), (cotangent * 2).bfloat16())
+        assert torch.equal(hidden.grad, truth.hidden_grad.bfloat16())
+
     def test_a_tied_weight_is_passed_with_the_call(self) -> None:
         layer = to_fp32_output_layer(stock_layer(skip_weight_param_allocation=True))
         embedding = torch.nn.Parameter(integers(VOCAB, HIDDEN))

@@ -127,7 +127,6 @@ def test_a_rank_that_dies_is_reported(pool: RankPool) -> None:
     assert pool.run(rank_and, 1) == [(0, 2, 1), (1, 2, 1)]
 
 
-@pytest.mark.xfail(strict=True, raises=BrokenPipeError, reason="run() does not expect a rank that is dead already")
 def test_a_rank_that_dies_between_runs_is_reported(pool: RankPool) -> None:
     os.kill(pool.run(pid)[1], signal.SIGKILL)
     time.sleep(0.5)
