@@ -140,8 +140,8 @@ class GatedQkv(Mapping):
 class ZeroCentred(Mapping):
     """A norm weight w that Megatron stores as w - 1, in fp32.
 
-    Not invertible: fl(fl(w - 1) + 1) differs from w for two thirds of the fp32 values below 0.5, so a converter keeps
-    the original beside the checkpoint.
+    Not invertible: fl(fl(w - 1) + 1) differs from w for most fp32 values below 0.5, so a converter keeps the original
+    beside the checkpoint.
     """
 
     invertible = False

@@ -11,17 +11,15 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.optimizer import distrib_optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer, Range
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, param_group_identifier_keys
-from megatron.core.optimizer.optimizer_config import OptimizerConfig
-from torch import Tensor, nn
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from torch import Tensor
+
+from megatron_fp32.optimizer import probes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +86,7 @@ def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContext
             name="distributed-leaf-shards",
             symptom="load: 'a view of a leaf Variable that requires grad is being used in an in-place operation'",
             upstream="Megatron-LM#6982",
-            needed=not _shards_are_leaves(),
+            needed=not probes.shards_are_leaves(),
         ),
         _leaf_shards,
     )
@@ -97,7 +95,7 @@ def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContext
             name="distributed-index-map",
             symptom="save: the state of one parameter is written under the name of another",
             upstream="Megatron-LM#5835",
-            needed=not _index_map_follows_groups(),
+            needed=not probes.index_map_follows_groups(),
         ),
         _index_map,
     )
@@ -106,7 +104,7 @@ def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContext
             name="float16-id-map",
             symptom="save: 'Optimizer shape does not match model shape', or swapped states where shapes are equal",
             upstream="Megatron-LM#5929",
-            needed=not _float16_ids_count_fp32(),
+            needed=not probes.float16_ids_count_fp32(),
         ),
         _float16_id_map,
     )
@@ -115,7 +113,7 @@ def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContext
             name="torch-adam-no-state",
             symptom="load: AssertionError before the first step, with torch's Adam",
             upstream="none",
-            needed=not _state_dict_works_before_first_step(),
+            needed=not probes.state_dict_works_before_first_step(),
         ),
         _zero_state_before_first_step,
     )
@@ -124,7 +122,7 @@ def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContext
             name="torch-adam-step-missing",
             symptom="load of fully_reshardable: KeyError 'step', with torch's Adam",
             upstream="none",
-            needed=not _accepts_states_without_step(),
+            needed=not probes.accepts_states_without_step(),
         ),
         _keep_step_when_missing,
     )
@@ -133,7 +131,7 @@ def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContext
             name="torch-adam-shared-step",
             symptom="resume: all parameters share one step, which advances once for each of them, with torch's Adam",
             upstream="none",
-            needed=not _loaded_steps_are_separate(),
+            needed=not probes.loaded_steps_are_separate(),
         ),
         _separate_steps,
     )
@@ -286,116 +284,3 @@ def _adam_zero_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     if group.get("amsgrad"):
         state["max_exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
     return state
-
-
-# The probes: each runs megatron-core's own method on two parameters of 5 (bf16) and 3 (fp32) values.
-
-
-class _CudaTyped(nn.Parameter):
-    """Answers `type()` as a parameter on a GPU does: the optimizers dispatch on the string."""
-
-    def type(self, *args: Any, **kwargs: Any) -> Any:
-        name = {torch.float32: "FloatTensor", torch.bfloat16: "BFloat16Tensor"}[self.dtype]
-        return f"torch.cuda.{name}"
-
-
-def _build_groups() -> tuple[dict[Any, Any], dict[str, Any], list[list[Tensor]]]:
-    half, full = _CudaTyped(torch.zeros(5, dtype=torch.bfloat16)), _CudaTyped(torch.zeros(3))
-    dtype = (torch.bfloat16, torch.float32)
-    ranges = [{dtype: [{"param_map": {p: {"param": Range(0, p.numel())} for p in (half, full)}}]}]
-    group: dict[str, Any] = {"params": [half, full]}
-    index_map, group_ranges = DistributedOptimizer._build_optimizer_group_ranges([group], ranges)
-    built = DistributedOptimizer._build_model_and_main_param_groups(
-        ranges, {p: (0, dtype, 0) for p in (half, full)}, group_ranges, OptimizerConfig(optimizer="adam", lr=0.1)
-    )
-    return index_map, group, built[3]
-
-
-def _shards_are_leaves() -> bool:
-    _, _, fp32_shards = _build_groups()
-    return all(shard.is_leaf for shards in fp32_shards for shard in shards)
-
-
-def _index_map_follows_groups() -> bool:
-    # The repair is in __init__, which these probes do not run.
-    if vars(DistributedOptimizer)["__init__"].__code__.co_filename == __file__:
-        return True
-    index_map, group, _ = _build_groups()
-    return all(group["params"][order].numel() == param.numel() for param, (_, order) in index_map.items())
-
-
-def _float16_ids_count_fp32() -> bool:
-    half, full = nn.Parameter(torch.zeros(5, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(3))
-    main = torch.zeros(5)
-    probe = object.__new__(Float16OptimizerWithFloat16Params)
-    probe.__dict__.update(
-        optimizer=torch.optim.SGD([full, main], lr=0.1, momentum=0.9),
-        float16_groups=[[half]],
-        fp32_from_float16_groups=[[main]],
-        fp32_from_fp32_groups=[[full]],
-        grad_scaler=None,
-        is_stub_optimizer=False,
-    )
-    for param in (full, main):
-        probe.optimizer.state[param] = {"momentum_buffer": torch.zeros_like(param)}
-    model = {name: ShardedTensor.from_rank_offsets(name, p) for name, p in (("half", half), ("full", full))}
-    try:
-        state_dict = probe.sharded_state_dict(model)
-    except (AssertionError, KeyError, CheckpointingException):
-        return False
-    return bool(state_dict["optimizer"]["state"][0]["momentum_buffer"].key.endswith(".full"))
-
-
-def _probe_with_adam(steps: int) -> Any:
-    """A DistributedOptimizer with nothing in it but torch's Adam over two parameters after `steps` steps."""
-    params = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(5))]
-    adam = torch.optim.AdamW(params, lr=0.1)
-    for key in param_group_identifier_keys:
-        adam.param_groups[0].setdefault(key, None)
-    for _ in range(steps):
-        for param in params:
-            param.grad = torch.ones_like(param)
-        adam.step()
-    probe = object.__new__(DistributedOptimizer)
-    probe.__dict__.update(
-        optimizer=adam,
-        grad_scaler=None,
-        ddp_config=SimpleNamespace(use_megatron_fsdp=False),
-        config=SimpleNamespace(fp16=False, use_precision_aware_optimizer_no_fp8_or_ds_fp8=False, optimizer="adam"),
-        model_param_group_index_map={param: (0, order) for order, param in enumerate(params)},
-        is_stub_optimizer=False,
-    )
-    return probe
-
-
-def _state_dict_works_before_first_step() -> bool:
-    if distrib_optimizer.HAVE_APEX_OR_TE:
-        return True
-    try:
-        _probe_with_adam(steps=0).state_dict()
-    except AssertionError:
-        return False
-    return True
-
-
-def _accepts_states_without_step() -> bool:
-    if distrib_optimizer.HAVE_APEX_OR_TE:
-        return True
-    probe = _probe_with_adam(steps=1)
-    param = probe.optimizer.param_groups[0]["params"][0]
-    states = {"param": torch.zeros(3), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
-    try:
-        with torch.no_grad():
-            probe._set_main_param_and_optimizer_states(param, states)
-    except KeyError:
-        return False
-    return True
-
-
-def _loaded_steps_are_separate() -> bool:
-    if distrib_optimizer.HAVE_APEX_OR_TE:
-        return True
-    probe = _probe_with_adam(steps=1)
-    probe.load_state_dict(probe.state_dict())
-    steps = [state["step"] for state in probe.optimizer.state.values()]
-    return len({step.data_ptr() for step in steps}) == len(steps)

@@ -1,0 +1,136 @@
+"""Whether the installed megatron-core has the faults that `native_fp32` repairs.
+
+Each probe runs megatron-core's own method on two parameters, of 5 (bf16) and 3 (fp32) values, and is true when all is
+well.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer, Range
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, param_group_identifier_keys
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from torch import Tensor, nn
+
+
+class _CudaTyped(nn.Parameter):
+    """Answers `type()` as a parameter on a GPU does: the optimizers dispatch on the string."""
+
+    def type(self, *args: Any, **kwargs: Any) -> Any:
+        name = {torch.float32: "FloatTensor", torch.bfloat16: "BFloat16Tensor"}[self.dtype]
+        return f"torch.cuda.{name}"
+
+
+def _build_groups() -> tuple[dict[Any, Any], dict[str, Any], list[list[Tensor]]]:
+    half, full = _CudaTyped(torch.zeros(5, dtype=torch.bfloat16)), _CudaTyped(torch.zeros(3))
+    dtype = (torch.bfloat16, torch.float32)
+    ranges = [{dtype: [{"param_map": {p: {"param": Range(0, p.numel())} for p in (half, full)}}]}]
+    group: dict[str, Any] = {"params": [half, full]}
+    index_map, group_ranges = DistributedOptimizer._build_optimizer_group_ranges([group], ranges)
+    built = DistributedOptimizer._build_model_and_main_param_groups(
+        ranges, {p: (0, dtype, 0) for p in (half, full)}, group_ranges, OptimizerConfig(optimizer="adam", lr=0.1)
+    )
+    return index_map, group, built[3]
+
+
+def shards_are_leaves() -> bool:
+    """The distributed optimizer's shards of fp32 parameters are leaves, not views of the model's parameters."""
+    _, _, fp32_shards = _build_groups()
+    return all(shard.is_leaf for shards in fp32_shards for shard in shards)
+
+
+def index_map_follows_groups() -> bool:
+    """The distributed optimizer's map from parameters to places follows the order of its groups."""
+    # The repair is in __init__, which this probe does not run.
+    if Path(vars(DistributedOptimizer)["__init__"].__code__.co_filename).parent == Path(__file__).parent:
+        return True
+    index_map, group, _ = _build_groups()
+    return all(group["params"][order].numel() == param.numel() for param, (_, order) in index_map.items())
+
+
+def float16_ids_count_fp32() -> bool:
+    """Float16Optimizer numbers fp32 parameters too when it names states for a checkpoint."""
+    half, full = nn.Parameter(torch.zeros(5, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(3))
+    main = torch.zeros(5)
+    probe = object.__new__(Float16OptimizerWithFloat16Params)
+    probe.__dict__.update(
+        optimizer=torch.optim.SGD([full, main], lr=0.1, momentum=0.9),
+        float16_groups=[[half]],
+        fp32_from_float16_groups=[[main]],
+        fp32_from_fp32_groups=[[full]],
+        grad_scaler=None,
+        is_stub_optimizer=False,
+    )
+    for param in (full, main):
+        probe.optimizer.state[param] = {"momentum_buffer": torch.zeros_like(param)}
+    model = {name: ShardedTensor.from_rank_offsets(name, p) for name, p in (("half", half), ("full", full))}
+    try:
+        state_dict = probe.sharded_state_dict(model)
+    except (AssertionError, KeyError, CheckpointingException):
+        return False
+    return bool(state_dict["optimizer"]["state"][0]["momentum_buffer"].key.endswith(".full"))
+
+
+def _probe_with_adam(steps: int) -> Any:
+    """A DistributedOptimizer with nothing in it but torch's Adam over two parameters after `steps` steps."""
+    params = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(5))]
+    adam = torch.optim.AdamW(params, lr=0.1)
+    for key in param_group_identifier_keys:
+        adam.param_groups[0].setdefault(key, None)
+    for _ in range(steps):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        adam.step()
+    probe = object.__new__(DistributedOptimizer)
+    probe.__dict__.update(
+        optimizer=adam,
+        grad_scaler=None,
+        ddp_config=SimpleNamespace(use_megatron_fsdp=False),
+        config=SimpleNamespace(fp16=False, use_precision_aware_optimizer_no_fp8_or_ds_fp8=False, optimizer="adam"),
+        model_param_group_index_map={param: (0, order) for order, param in enumerate(params)},
+        is_stub_optimizer=False,
+    )
+    return probe
+
+
+def state_dict_works_before_first_step() -> bool:
+    """The distributed optimizer's state_dict works before a first step of torch's Adam."""
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return True
+    try:
+        _probe_with_adam(steps=0).state_dict()
+    except AssertionError:
+        return False
+    return True
+
+
+def accepts_states_without_step() -> bool:
+    """The distributed optimizer loads the states of torch's Adam from a format that does not store `step` with them."""
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return True
+    probe = _probe_with_adam(steps=1)
+    param = probe.optimizer.param_groups[0]["params"][0]
+    states = {"param": torch.zeros(3), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
+    try:
+        with torch.no_grad():
+            probe._set_main_param_and_optimizer_states(param, states)
+    except KeyError:
+        return False
+    return True
+
+
+def loaded_steps_are_separate() -> bool:
+    """After a load, each parameter has a step of its own in torch's Adam."""
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return True
+    probe = _probe_with_adam(steps=1)
+    probe.load_state_dict(probe.state_dict())
+    steps = [state["step"] for state in probe.optimizer.state.values()]
+    return len({step.data_ptr() for step in steps}) == len(steps)
