@@ -200,7 +200,7 @@ class HuggingFaceWriter:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The values in row-major order, little-endian, as the machine holds them."""
     flat = tensor.detach().contiguous().cpu().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _shards(tensors: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
