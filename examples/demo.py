@@ -51,8 +51,7 @@ console = Console(highlight=False)
 @click.option("--report", "report_path", type=click.Path(path_type=Path), default=Path("demo-report.json"))
 def main(hf_dir: Path | None, out: Path, report_path: Path) -> None:
     """Take a Qwen3.5 text checkpoint through Megatron and back, and report what every station did to it."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    make_room(out, hf_dir)
     report: dict[str, Any] = {"stations": {}, "checks": {}}
     if hf_dir is None:
         with step("transformers writes a Qwen3.5 checkpoint"):
@@ -202,7 +201,8 @@ def station_checks(report: dict[str, Any]) -> None:
         for names in same:
             found = {stations[name][kind]["digest"] for name in names}
             check(report, f"{kind}: {' = '.join(names)}", len(found) == 1, f"{len(found)} different digests")
-        held = [n for n, s in stations.items() if s[kind]["dtype"] != "float32" and n not in same[0]]
+        in_files = {n for n in stations if "file" in n or n.startswith("export")}
+        held = [n for n, s in stations.items() if s[kind]["dtype"] != "float32" and n not in in_files]
         check(report, f"{kind} is float32 in the model", not held, f"not float32 at: {held or 'none'}")
         trained = stations["a step"][kind]
         moved = trained["digest"] != source["digest"] and trained["beyond_bf16"] > 0.5
@@ -245,6 +245,18 @@ def command(*arguments: object) -> None:
     """Run `megatron-fp32`, as a user does."""
     program = Path(sys.executable).parent / "megatron-fp32"
     subprocess.run([str(program), *map(str, arguments)], check=True)
+
+
+def make_room(out: Path, hf_dir: Path | None) -> None:
+    """An empty `out`. Only what an earlier demonstration made is removed."""
+    marker = out / "made-by-demo"
+    if hf_dir is not None and out.resolve() in (hf_dir.resolve(), *hf_dir.resolve().parents):
+        raise click.UsageError(f"{hf_dir} lies in {out}, which the demonstration clears; name another --out")
+    if out.exists() and not marker.exists():
+        raise click.UsageError(f"{out} exists and no demonstration made it; name another --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    marker.touch()
 
 
 def made(directory: Path) -> Path:

@@ -26,7 +26,7 @@ def main() -> None:
     Neither a GPU nor a process group is needed, and no model is built: one tensor at a time is in memory.
 
     Exit status: 0 when everything was converted and verified, 1 when it was refused or failed (nothing is left
-    behind), 2 for a mistake on the command line.
+    behind) or when `export --allow-rounded` exported rounded tensors, 2 for a mistake on the command line.
     """
 
 

@@ -103,7 +103,7 @@ MUTANTS = [
     Mutant(
         name="drop the sum of out_norm's gradient",
         file="ssm/gated_delta_net.py",
-        old="weight.register_hook(sum_over_tp)",
+        old="self._hook = weight.register_hook(sum_over_tp)",
         new="pass",
         test=f"{GDN_RANKS}::test_gradients_are_those_of_one_rank",
     ),

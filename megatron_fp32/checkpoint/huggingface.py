@@ -86,6 +86,9 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
 
     def _files(self) -> list[tuple[Path, set[str] | None]]:
         index = self.directory / INDEX
+        single = self.directory / "model.safetensors"
+        if index.is_file() and single.is_file():
+            raise CheckpointError(f"{self.directory} holds both model.safetensors and {INDEX}; which of them is meant?")
         if index.is_file():
             try:
                 weight_map = json.loads(index.read_text())["weight_map"]
@@ -96,7 +99,6 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
             if outside:
                 raise CheckpointError(f"{index} names files outside of its directory: {sorted(outside)}")
             return [(self.directory / file, names) for file, names in sorted(files.items())]
-        single = self.directory / "model.safetensors"
         if not single.is_file():
             raise CheckpointError(f"{self.directory} holds neither model.safetensors nor {INDEX}")
         return [(single, None)]

@@ -100,9 +100,14 @@ def write_sidecar(
     """Make `root/hf_source`."""
     directory = root / DIRECTORY
     (directory / "assets").mkdir(parents=True)
-    for path in sorted(hf_dir.iterdir()):
-        if path.is_file() and not path.name.endswith(_WEIGHTS):
-            shutil.copyfile(path, directory / "assets" / path.name)
+    for path in sorted(hf_dir.rglob("*")):
+        place = path.relative_to(hf_dir)
+        # Hidden folders are those of git and of download caches.
+        hidden = any(part.startswith(".") for part in place.parts[:-1])
+        if path.is_file() and not hidden and not path.name.endswith(_WEIGHTS):
+            target = directory / "assets" / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
     if originals:
         (directory / "originals").mkdir()
         infos = {n: TensorInfo(dtype=t.dtype, shape=tuple(t.shape)) for n, t in originals.items()}

@@ -137,7 +137,8 @@ def model_provider(hf_dir: str | Path, *, fp32: Fp32Config | None = None, **over
         overrides: fields of `TransformerConfig`; see `transformer_config`.
     """
     model = read_hf_config(hf_dir)
-    overrides = {"params_dtype": torch.bfloat16 if overrides.get("bf16") else torch.float32, **overrides}
+    dtype = torch.bfloat16 if overrides.get("bf16") else torch.float16 if overrides.get("fp16") else torch.float32
+    overrides = {"params_dtype": dtype, **overrides}
 
     def provider(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> GPTModel:
         return build_qwen3_5(

@@ -7,7 +7,6 @@ and (without sequence parallel) trains `out_norm` with a gradient that saw only 
 from __future__ import annotations
 
 import copy
-import weakref
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from megatron_fp32.config import DEFAULT_KEPT_PARAMETERS
 from megatron_fp32.transformer.keep_in_fp32 import Fp32ParameterGuard, keep_in_fp32
@@ -49,7 +49,7 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
         object.__setattr__(self, "_fp32_parameters", tuple(fp32_parameters))
         super().__init__(*args, **kwargs)
         self.fp32_calls = 0
-        self._hooked_weight: weakref.ref[Tensor] | None = None
+        self._hook: RemovableHandle | None = None
 
     def reset_parameters(self) -> None:
         """Initialize as megatron-core does, then draw `A_log` again in fp32 where it is kept."""
@@ -80,7 +80,7 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
         weight = self.out_norm.get_parameter("weight")
         if self.tp_size == 1 or not weight.requires_grad:
             return
-        if self._hooked_weight is not None and self._hooked_weight() is weight:
+        if self._hook is not None and self._hook.id in (weight._backward_hooks or {}):
             return
         if self.config.sequence_parallel and getattr(weight, "sequence_parallel", False):
             return
@@ -91,11 +91,10 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
             dist.all_reduce(total, group=group)
             return total.to(grad.dtype)
 
-        weight.register_hook(sum_over_tp)
-        self._hooked_weight = weakref.ref(weight)
+        self._hook = weight.register_hook(sum_over_tp)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hooked_weight": None}
+        return {**self.__dict__, "_hook": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fp32GatedDeltaNet:
         """The copy shares the process groups, which cannot be copied (stock layers cannot be either, for that)."""

@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 
 
@@ -64,6 +65,7 @@ def model_parallel(*, tensor: int = 1, pipeline: int = 1, seed: int = 1234) -> I
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    outside = set(distributed_c10d._world.pg_map)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
     try:
         torch.manual_seed(seed)
@@ -72,6 +74,10 @@ def model_parallel(*, tensor: int = 1, pipeline: int = 1, seed: int = 1234) -> I
     finally:
         parallel_state.destroy_model_parallel()
         _drop_global_buffer(parallel_state)
+        # It forgets its groups without ending them, and every gloo group has threads: a pool that enters here often
+        # would drown in thousands.
+        for group in [g for g in distributed_c10d._world.pg_map if g not in outside]:
+            dist.destroy_process_group(group)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ group, and runs one function after another on all of them.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import multiprocessing.connection
@@ -49,7 +50,7 @@ class RankPool:
         world_size: int,
         *,
         backend: str = "gloo",
-        timeout: float = 300.0,
+        timeout: float = 240.0,
         setup: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         if world_size < 1:
@@ -62,7 +63,10 @@ class RankPool:
         self._pipes: list[Connection] = []
         # multiprocessing joins its children at exit, and these wait for us; they cannot be daemons, because
         # megatron-core's checkpoint writer starts processes of its own.
+        # atexit runs last in, first out, so this comes before multiprocessing's.
         self._at_exit = weakref.finalize(self, _end, self._processes, self._pipes)
+        self._at_exit.atexit = False
+        atexit.register(self._at_exit)
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """`function(*args, **kwargs)` on every rank; what each returned, in the order of the ranks.
@@ -74,8 +78,15 @@ class RankPool:
         """
         if not self._processes:
             self._start()
+        try:
+            return self._run(pickle.dumps((function, args, kwargs)))
+        except BaseException:
+            # Whatever interrupted this, ranks may still be at it: their answers must not reach the next run.
+            self.close()
+            raise
+
+    def _run(self, request: bytes) -> list[Any]:
         # Plain pickle carries tensors by value; multiprocessing's would share memory that dies with its process.
-        request = pickle.dumps((function, args, kwargs))
         for pipe in self._pipes:
             with contextlib.suppress(OSError):  # a rank that died since the last run is found below
                 pipe.send_bytes(request)
@@ -100,7 +111,6 @@ class RankPool:
                     # The others may wait for this rank in a collective for ever.
                     deadline = min(deadline, time.monotonic() + 5.0)
         if failures:
-            self.close()
             raise RankError("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
         return results
 
@@ -139,8 +149,10 @@ def _end(processes: list[Any], pipes: list[Connection]) -> None:
         process.join(max(0.0, patience - time.monotonic()))
         if process.is_alive():
             # The rank leads a session, so this reaches the processes that it started too.
-            with contextlib.suppress(ProcessLookupError):
+            try:
                 os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it has not come that far yet
+                process.kill()
             process.join()
     processes.clear()
     pipes.clear()

@@ -98,7 +98,7 @@ class Trainer:
         total = 0.0
         for batch in micro_batches:
             loss = self.loss(batch).mean() / len(micro_batches)
-            loss.backward()
+            self.optimizer.scale_loss(loss).backward()
             total += float(loss.detach())
         finalize_model_grads([self.ddp])
         return total

@@ -38,7 +38,7 @@ def keep_in_fp32(module: nn.Module, *names: str) -> tuple[KeptParameter, ...]:
 
     Args:
         names: parameter names relative to `module`, such as `"A_log"` or `"out_norm.weight"`. A parameter that is
-            kept already stays as it is.
+            kept already stays as it is. Where modules under `module` share it, each of them is guarded.
 
     Returns:
         one entry a name: the dtype it had, and whether its values look rounded.
@@ -50,7 +50,7 @@ def keep_in_fp32(module: nn.Module, *names: str) -> tuple[KeptParameter, ...]:
     if not names:
         raise ValueError("keep_in_fp32 needs at least one parameter name")
     owners = [_resolve(module, name) for name in names]
-    return tuple(_keep_one(owner, leaf, name) for name, (owner, leaf) in zip(names, owners, strict=True))
+    return tuple(_keep_one(module, owner, leaf, name) for name, (owner, leaf) in zip(names, owners, strict=True))
 
 
 def kept_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -135,7 +135,7 @@ def _resolve(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return owner, leaf
 
 
-def _keep_one(owner: nn.Module, leaf: str, name: str) -> KeptParameter:
+def _keep_one(module: nn.Module, owner: nn.Module, leaf: str, name: str) -> KeptParameter:
     parameter = owner._parameters[leaf]
     assert parameter is not None
     found = KeptParameter(
@@ -146,12 +146,20 @@ def _keep_one(owner: nn.Module, leaf: str, name: str) -> KeptParameter:
     if parameter.dtype != torch.float32:
         parameter.data = parameter.data.float()
     parameter.keep_in_fp32 = True  # type: ignore[attr-defined]
+    # A tied parameter has several owners, and the cast of any of them would reach it.
+    for other in list(module.modules()):
+        for other_leaf, candidate in list(other._parameters.items()):
+            if candidate is parameter:
+                _guard(other, other_leaf)
+    return found
+
+
+def _guard(owner: nn.Module, leaf: str) -> None:
     names = vars(owner).get(_NAMES, ())
     if leaf not in names:
         setattr(owner, _NAMES, (*names, leaf))
     if not isinstance(owner, Fp32ParameterGuard):
         owner.__class__ = _guarded_class(type(owner))  # type: ignore[arg-type]
-    return found
 
 
 def _on_bf16_grid(tensor: Tensor) -> bool:

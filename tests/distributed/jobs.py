@@ -21,9 +21,11 @@ from tests.support import tiny_qwen3_5
 LENGTH = 16
 
 
-def trainer(config: TrainerConfig, *, tensor: int, fp32: Fp32Config | None = None, **overrides: Any) -> Trainer:
+def trainer(
+    config: TrainerConfig, *, tensor: int, fp32: Fp32Config | None = None, tied: bool = False, **overrides: Any
+) -> Trainer:
     """The tiny model in bf16, wrapped, with the same start for every call."""
-    model = tiny_qwen3_5()
+    model = tiny_qwen3_5(tie_word_embeddings=tied)
     torch.manual_seed(3)
     settings = {"bf16": True, "params_dtype": torch.bfloat16, **overrides}
     built = build_qwen3_5(
@@ -114,6 +116,28 @@ def gradients(tensor: int, sequence_parallel: bool, fp32: Fp32Config) -> dict[st
                 dist.all_gather(parts, parameter.main_grad.contiguous(), group=group)
                 whole[name] = torch.cat(parts) if name.endswith("A_log") else torch.stack(parts)
         return whole
+
+
+def tied_embedding_gradient(tensor: int, fp32: Fp32Config) -> torch.Tensor:
+    """The whole gradient of a tied embedding, which the input and the output layer both add to."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    with model_parallel(tensor=tensor):
+        trained = trainer(
+            TrainerConfig(distributed_optimizer=False),
+            tensor=tensor,
+            fp32=fp32,
+            tied=True,
+            bf16=False,
+            params_dtype=torch.float32,
+        )
+        fill_alike(trained, tensor)
+        trained.backward(batches(3))
+        grad = trained.model.embedding.word_embeddings.weight.main_grad.contiguous()
+        parts = [torch.empty_like(grad) for _ in range(tensor)]
+        dist.all_gather(parts, grad, group=parallel_state.get_tensor_model_parallel_group())
+        return torch.cat(parts)
 
 
 def fill_alike(trained: Trainer, tensor: int) -> None:

@@ -32,3 +32,10 @@ def test_stock_out_norm_sees_only_its_own_heads(ranks: Callable[[int], RankPool]
     for two in ranks(2).run(jobs.gradients, 2, False, stock):
         assert relative_error(two[name][0], truth) > 0.1
         assert relative_error(two[name].sum(0), truth) < 1e-4
+
+
+def test_a_tied_embedding_gets_both_gradients_once(ranks: Callable[[int], RankPool]) -> None:
+    stock = ranks(1).run(jobs.tied_embedding_gradient, 1, Fp32Config(logits=False))[0]
+    assert relative_error(ranks(1).run(jobs.tied_embedding_gradient, 1, Fp32Config())[0], stock) < 1e-5
+    for two in ranks(2).run(jobs.tied_embedding_gradient, 2, Fp32Config()):
+        assert relative_error(two, stock) < 1e-4

@@ -19,16 +19,24 @@ RESHARDABLE = TrainerConfig(sharding="fully_reshardable")
 FLOAT16 = TrainerConfig(distributed_optimizer=False)
 
 
-@pytest.mark.parametrize("config", [DISTRIBUTED, RESHARDABLE, FLOAT16], ids=["dp", "fully", "float16"])
-@pytest.mark.parametrize(
-    ("tensor", "overrides"),
-    [(2, {}), (2, {"sequence_parallel": True}), (1, {})],
-    ids=["TP2", "TP2-SP", "DP2"],
-)
+CASES = [
+    pytest.param(2, config, tensor, overrides, id=f"{where}-{how}")
+    for how, config in (("dp", DISTRIBUTED), ("fully", RESHARDABLE), ("float16", FLOAT16))
+    for where, tensor, overrides in (("TP2", 2, {}), ("TP2-SP", 2, {"sequence_parallel": True}), ("DP2", 1, {}))
+]
+CASES.append(pytest.param(4, DISTRIBUTED, 2, {"sequence_parallel": True}, id="TP2-SP-DP2-dp"))
+
+
+@pytest.mark.parametrize(("world", "config", "tensor", "overrides"), CASES)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    ranks: Callable[[int], RankPool], tmp_path: Path, config: TrainerConfig, tensor: int, overrides: dict[str, Any]
+    ranks: Callable[[int], RankPool],
+    tmp_path: Path,
+    world: int,
+    config: TrainerConfig,
+    tensor: int,
+    overrides: dict[str, Any],
 ) -> None:
-    pool = ranks(2)
+    pool = ranks(world)
     whole = pool.run(jobs.straight, config, tensor, 6, overrides)
     pool.run(jobs.train_and_save, config, tensor, 3, tmp_path, None, overrides)
     resumed = pool.run(jobs.resume, config, tensor, 3, tmp_path, None, overrides)
