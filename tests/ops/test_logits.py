@@ -252,6 +252,27 @@ class TestSurroundings:
             assert torch.is_autocast_enabled("cpu")
         assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
 
+    @pytest.mark.parametrize("precision", ["high", "medium"])
+    def test_matmul_precision_changes_no_bit(self, precision: str) -> None:
+        hidden = torch.randn(64, 512).to(torch.float16).requires_grad_()
+        weight = torch.randn(300, 512).to(torch.float16).requires_grad_()
+        cotangent = torch.randn(64, 300)
+
+        def run() -> list[Tensor]:
+            hidden.grad = weight.grad = None
+            logits = fp32_logits(hidden, weight)
+            logits.backward(cotangent)
+            return [logits.detach(), hidden.grad, weight.grad]
+
+        plain, before = run(), torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            around, inside = run(), torch.get_float32_matmul_precision()
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert inside == precision
+        assert all(torch.equal(a, b) for a, b in zip(plain, around, strict=True))
+
     @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
     def test_precision_settings_stay_as_they_were(self, precision: str) -> None:
         before = torch.get_float32_matmul_precision()

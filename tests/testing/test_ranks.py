@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import operator
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -158,3 +160,17 @@ def test_closing_leaves_no_process_behind() -> None:
 def test_an_empty_pool_is_refused() -> None:
     with pytest.raises(ValueError, match="world_size must be at least 1, got 0"):
         RankPool(0)
+
+
+def test_an_interrupted_run_does_not_answer_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with RankPool(1, timeout=60) as pool:
+        assert pool.run(operator.add, 1, 1) == [2]
+        with monkeypatch.context() as patch:
+            patch.setattr(pickle, "loads", _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                pool.run(operator.add, 2, 2)
+        assert pool.run(operator.add, 3, 3) == [6]
+
+
+def _interrupt(*args: object) -> None:
+    raise KeyboardInterrupt

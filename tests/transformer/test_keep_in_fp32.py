@@ -307,6 +307,17 @@ class TestTakingOver:
         layer.bfloat16()
         assert torch.equal(layer.dt_bias, Layer().dt_bias)
 
+    def test_every_owner_of_a_shared_parameter_is_guarded(self) -> None:
+        embedding, head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+        head.weight = embedding.weight
+        model = nn.ModuleList([embedding, head])
+        before = embedding.weight.detach().clone()
+        keep_in_fp32(model, "0.weight")
+        model.bfloat16()
+        assert embedding.weight is head.weight
+        assert embedding.weight.dtype == torch.float32
+        assert torch.equal(embedding.weight, before)
+
     def test_other_instances_of_the_class_are_not_guarded(self) -> None:
         kept_layer()
         assert Layer().bfloat16().A_log.dtype == torch.bfloat16

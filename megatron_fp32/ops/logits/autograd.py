@@ -97,6 +97,7 @@ class _Fp32Logits(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_2d = grad_logits.reshape(-1, weight.shape[0])
         grad_low = grad_2d.to(weight.dtype)
+        check_operands(grad_low, weight, names=("the gradient of the logits", "weight"))
 
         grad_hidden, pending = None, None
         if needs_hidden:

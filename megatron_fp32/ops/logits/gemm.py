@@ -7,6 +7,9 @@ not exist, the operands are widened first, which is the same sum in another orde
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -31,6 +34,25 @@ def check_operands(a: Tensor, b: Tensor, *, names: tuple[str, str]) -> None:
         )
 
 
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast inside the block, and on the CPU no reduced precision either; all is as before after it.
+
+    `torch.set_float32_matmul_precision("medium")` lets the CPU's fp32 product round its operands to bf16.
+    """
+    cpu = torch.backends.mkldnn.matmul
+    before = cpu.fp32_precision
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cpu" or before in ("none", "ieee"):
+            yield
+            return
+        cpu.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            cpu.fp32_precision = before
+
+
 def mm_fp32(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """`a @ b` with fp32 accumulation and fp32 result, whatever autocast and TF32 settings are around it.
 
@@ -43,7 +65,7 @@ def mm_fp32(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
         out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
     if a.numel() == 0 or b.numel() == 0:
         return out.zero_()
-    with torch.autocast(a.device.type, enabled=False):
+    with _full_precision(a.device):
         if a.is_cuda and a.dtype in _SIXTEEN_BIT:
             return torch.mm(a, b, out_dtype=torch.float32, out=out)
         return torch.mm(a.float(), b.float(), out=out)
@@ -53,7 +75,7 @@ def addmm_fp32_(accumulator: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`accumulator += a @ b` in fp32, in place. Shapes and dtypes as in `mm_fp32`; accumulator [m, n] float32."""
     if a.numel() == 0 or b.numel() == 0:
         return accumulator
-    with torch.autocast(a.device.type, enabled=False):
+    with _full_precision(a.device):
         if a.is_cuda and a.dtype in _SIXTEEN_BIT:
             return torch.addmm(accumulator, a, b, out_dtype=torch.float32, out=accumulator)
         return accumulator.addmm_(a.float(), b.float())
