@@ -131,7 +131,7 @@ MUTANTS = [
     Mutant(
         name="lose the attributes of a new Parameter",
         file="transformer/keep_in_fp32.py",
-        old="vars(new).update(vars(old))",
+        old="vars(self._parameters[leaf]).update(values)",
         new="pass",
         test=KEEP,
     ),
