@@ -13,12 +13,13 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import torch
 from torch import Tensor
 
+from megatron_fp32.config import GradPrecision
 from megatron_fp32.ops.logits import fp32_logits
 from megatron_fp32.ops.logits.reference import relative_error
 
@@ -41,7 +42,8 @@ def main(tokens: int, hidden_size: int, vocab: int, repeats: int, json_path: Pat
     width = max(len(row["what"]) for row in rows)
     for row in rows:
         error = "" if row["error"] is None else f"error {row['error']:.2e}"
-        print(f"{row['what']:{width}}  {row['ms']:8.2f} ms  {row['ratio']:6.3f}x  {error}")
+        peak = f"peak +{row['peak_gib']:.2f} GiB" if "peak_gib" in row else ""
+        print(f"{row['what']:{width}}  {row['ms']:8.2f} ms  {row['ratio']:6.3f}x  {error:14}  {peak}")
     if json_path is not None:
         machine = {
             "gpu": torch.cuda.get_device_name(),
@@ -76,40 +78,55 @@ def forward_rows(hidden: Tensor, weight: Tensor, repeats: int) -> list[dict[str,
 def backward_rows(hidden: Tensor, weight: Tensor, labels: Tensor, repeats: int) -> list[dict[str, Any]]:
     """dX and dW of a softmax gradient: the unit is the two bare bf16 products. dW goes into fp32 main_grad."""
     grad = softmax_gradient(hidden, weight, labels)
-    low = grad.bfloat16()
-    bare_ms, _ = timed(lambda: (low @ weight, low.t() @ hidden)[0], repeats)
-
+    sample = torch.arange(0, hidden.shape[0], 64, device="cuda")
+    columns = torch.arange(0, weight.shape[0], 1024, device="cuda")
+    hidden_truth = grad[sample].double() @ weight.double()
+    weight_truth = grad[:, columns].double().t() @ hidden.double()
+    bare_ms, bare = bare_products(hidden, weight, grad.bfloat16(), repeats)
+    rows = [
+        {
+            "what": "backward: two bare bf16 products, dX",
+            "ms": bare_ms,
+            "ratio": 1.0,
+            "error": relative_error(bare[sample], hidden_truth),
+        }
+    ]
     weight = weight.clone().requires_grad_()
-    leaf = hidden.clone().requires_grad_()
     weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
     weight.grad_added_to_main_grad = False
-    logits = fp32_logits(leaf, weight)
+    zero_ms, _ = timed(weight.main_grad.zero_, repeats)
+    for precision in get_args(GradPrecision):
+        # dX of an fp32 residual stream leaves in fp32, and shows what its rounding to bf16 hides.
+        for dtype, name in ((torch.bfloat16, "bf16 hidden"), (torch.float32, "fp32 hidden")):
+            ms, peak, hidden_grad = timed_backward(hidden.to(dtype), weight, grad, precision, repeats)
+            measured = {"ms": ms - zero_ms, "ratio": (ms - zero_ms) / bare_ms, "peak_gib": peak}
+            what = f"backward: {precision}, {name}"
+            rows.append({"what": f"{what}, dX", **measured, "error": relative_error(hidden_grad[sample], hidden_truth)})
+            error = relative_error(weight.main_grad[columns], weight_truth)
+            rows.append({"what": f"{what}, dW in main_grad (same pass)", **measured, "error": error})
+    return rows
+
+
+def bare_products(hidden: Tensor, weight: Tensor, low: Tensor, repeats: int) -> tuple[float, Tensor]:
+    """Median ms of dX and dW as two bare products of a bf16 dY, and dX."""
+    return timed(lambda: (low @ weight, low.t() @ hidden)[0], repeats)
+
+
+def timed_backward(
+    hidden: Tensor, weight: Tensor, grad: Tensor, precision: GradPrecision, repeats: int
+) -> tuple[float, float, Tensor]:
+    """Median ms of zeroing main_grad and one backward pass, its peak memory in GiB above what was there, and dX."""
+    leaf = hidden.clone().requires_grad_()
+    logits = fp32_logits(leaf, weight, grad_precision=precision)
 
     def backward() -> Tensor:
         weight.main_grad.zero_()
         return torch.autograd.grad(logits, (leaf, weight), grad, retain_graph=True)[0]
 
-    zero_ms, _ = timed(weight.main_grad.zero_, repeats)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     ms, hidden_grad = timed(backward, repeats)
-    sample = torch.arange(0, hidden.shape[0], 64, device="cuda")
-    hidden_truth = grad[sample].double() @ weight.detach().double()
-    columns = torch.arange(0, weight.shape[0], 1024, device="cuda")
-    weight_truth = grad[:, columns].double().t() @ hidden.double()
-    return [
-        {"what": "backward: two bare bf16 products", "ms": bare_ms, "ratio": 1.0, "error": None},
-        {
-            "what": "backward: fp32_logits, dX",
-            "ms": ms - zero_ms,
-            "ratio": (ms - zero_ms) / bare_ms,
-            "error": relative_error(hidden_grad[sample], hidden_truth),
-        },
-        {
-            "what": "backward: fp32_logits, dW in main_grad (same pass)",
-            "ms": ms - zero_ms,
-            "ratio": (ms - zero_ms) / bare_ms,
-            "error": relative_error(weight.main_grad[columns], weight_truth),
-        },
-    ]
+    return ms, (torch.cuda.max_memory_allocated() - before) / 2**30, hidden_grad
 
 
 def softmax_gradient(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

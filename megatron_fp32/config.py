@@ -5,10 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
-GradPrecision = Literal["bf16"]
+GradPrecision = Literal["bf16", "bf16x2", "bf16x3"]
 """How the gradient of the logits enters the backward matrix products."""
 
 DEFAULT_KEPT_PARAMETERS = ("A_log", "out_norm.weight")
+
+
+def check_grad_precision(value: object) -> None:
+    """Raise ValueError unless `value` is a `GradPrecision`."""
+    if value not in get_args(GradPrecision):
+        raise ValueError(f"grad_precision must be one of {get_args(GradPrecision)}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,14 +29,17 @@ class Fp32Config:
     """Compute the output layer's logits in fp32. `False` leaves megatron-core's layer untouched."""
 
     grad_precision: GradPrecision = "bf16"
-    """`"bf16"` rounds dY once to the dtype of the weight before the backward products, as Megatron does."""
+    """How many bits of dY, the gradient of the logits, the backward products see.
+
+    `"bf16"` rounds dY once to the dtype of the weight, as Megatron does. `"bf16x2"` and `"bf16x3"` split it into two
+    and three 16-bit tensors, which keep 16 and 24 bits, at two and three times the cost of the backward products.
+    """
 
     gated_delta_net: tuple[str, ...] = DEFAULT_KEPT_PARAMETERS
     """Parameters of every gated-delta-net layer that stay fp32, named relative to the layer. Empty keeps none."""
 
     def __post_init__(self) -> None:
-        if self.grad_precision not in get_args(GradPrecision):
-            raise ValueError(f"grad_precision must be one of {get_args(GradPrecision)}, got {self.grad_precision!r}")
+        check_grad_precision(self.grad_precision)
         if isinstance(self.gated_delta_net, str) or not all(
             isinstance(name, str) and name for name in self.gated_delta_net
         ):

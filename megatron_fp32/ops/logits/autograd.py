@@ -1,21 +1,58 @@
 """`fp32_logits`: the output layer's product with its gradients, tensor parallel or not.
 
-What is rounded, and where: nothing in the forward pass. In the backward pass dY is rounded once to the dtype of the
-weight; dX is summed over the tensor-parallel ranks in fp32 and rounded once when it leaves; dW stays fp32 when it can
-be added to `weight.main_grad`.
+What is rounded, and where: nothing in the forward pass. In the backward pass dY enters with as many bits as
+`grad_precision` says; dX is summed over the tensor-parallel ranks in fp32 and rounded once when it leaves; dW stays
+fp32 when it can be added to `weight.main_grad`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
-from megatron_fp32.config import GradPrecision
-from megatron_fp32.ops.logits.gemm import addmm_fp32_, check_operands, mm_fp32
+from megatron_fp32.config import GradPrecision, check_grad_precision
+from megatron_fp32.ops.logits import custom_op
+from megatron_fp32.ops.logits.gemm import check_operands
+from megatron_fp32.ops.logits.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
+from megatron_fp32.ops.logits.products import accumulate_gradients, bias_grad, logits_product
+
+PIECES: dict[GradPrecision, int] = {"bf16": 1, "bf16x2": 2, "bf16x3": 3}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeferredWeightGrad:
+    """Megatron's `defer_embedding_wgrad_compute`: dW is computed from `buffer` after the pipeline has drained.
+
+    Args:
+        buffer: receives dY, [..., vocab / tp] in the dtype of the weight.
+        limit: gradients that it takes, 0 for any number; dW of later ones is computed at once.
+    """
+
+    buffer: list[Tensor]
+    limit: int
+
+    def take(self, grad: Tensor) -> bool:
+        """Append the gradient, unless the buffer is full."""
+        if self.limit != 0 and len(self.buffer) >= self.limit:
+            return False
+        self.buffer.append(grad)
+        return True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Options:
+    tp_group: dist.ProcessGroup | None
+    """None for a single rank."""
+    sequence_parallel: bool
+    reduce_hidden_grad: bool
+    pieces: int
+    deferred: DeferredWeightGrad | None
 
 
 def fp32_logits(
@@ -27,30 +64,60 @@ def fp32_logits(
     sequence_parallel: bool = False,
     reduce_hidden_grad: bool = True,
     grad_precision: GradPrecision = "bf16",
+    deferred: DeferredWeightGrad | None = None,
 ) -> Tensor:
     """Vocab-parallel logits in fp32: `hidden @ weight.T + bias` with the accumulator kept.
 
+    Under `torch.compile` and `torch.export` this is the operator `megatron_fp32::logits`, if `weight` has no
+    `main_grad` and there is one rank; otherwise the graph breaks here and the eager code runs, with the same results.
+
     Args:
-        hidden: [..., hidden], 2-D to 4-D, bfloat16, float16 or float32; with `sequence_parallel` this rank's slice of
-            dimension 0.
-        weight: [vocab / tp, hidden], the dtype of `hidden`. When it has Megatron's `main_grad` and
+        hidden: [..., hidden], 2-D or more, in the dtype of the weight, or float32 (an fp32 residual stream), of which
+            nothing is rounded; with `sequence_parallel` this rank's slice of dimension 0.
+        weight: [vocab / tp, hidden], bfloat16, float16 or float32. When it has Megatron's `main_grad` and
             `grad_added_to_main_grad`, its gradient is added there in place and a dummy is returned to autograd.
         bias: [vocab / tp] or None; added in fp32.
         tp_group: ranks that hold the other rows of the weight; None for one process.
         sequence_parallel: gather `hidden` over `tp_group` before the product and scatter its gradient after.
         reduce_hidden_grad: sum the gradient of `hidden` over `tp_group`. Megatron calls it `allreduce_dgrad`; it does
             not apply with `sequence_parallel`, which always reduces.
-        grad_precision: see `Fp32Config.grad_precision`.
+        grad_precision: see `Fp32Config.grad_precision`. With a float32 `hidden` it says how many bits of `hidden` dW
+            sees, too. A float32 weight knows no rounding, whatever it says.
+        deferred: do not compute dW, but keep dY for it; `grad_precision="bf16"` only.
 
     Returns:
         [..., vocab / tp] float32, never a view: callers may divide it in place.
 
     Raises:
-        TypeError: for operand dtypes that differ or are not floating point of 16 or 32 bits.
-        ValueError: for shapes that do not match, an unknown `grad_precision`, or fp32 operands under TF32.
+        TypeError: for operand dtypes other than these, and for DTensors.
+        ValueError: for shapes that do not match, an unknown `grad_precision`, fp32 operands under TF32, or `deferred`
+            with a split gradient or without `main_grad`.
     """
-    if grad_precision != "bf16":
-        raise ValueError(f"grad_precision must be 'bf16', got {grad_precision!r}")
+    _check(hidden, weight, bias, grad_precision, deferred)
+    parallel = tp_group is not None and dist.get_world_size(tp_group) > 1
+    if torch.compiler.is_compiling() and not parallel and not follows_main_grad(weight) and deferred is None:
+        return custom_op.logits(hidden, weight, bias, PIECES[grad_precision])
+    options = _Options(
+        tp_group=tp_group if parallel else None,
+        sequence_parallel=sequence_parallel and parallel,
+        reduce_hidden_grad=reduce_hidden_grad and parallel and not sequence_parallel,
+        pieces=PIECES[grad_precision],
+        deferred=deferred,
+    )
+    return _eager(hidden, weight, bias, options)
+
+
+@torch.compiler.disable
+def _eager(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: _Options) -> Tensor:
+    return _Fp32Logits.apply(hidden, weight, bias, options)
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, grad_precision: str, deferred: DeferredWeightGrad | None
+) -> None:
+    check_grad_precision(grad_precision)
+    if isinstance(weight, DTensor) or isinstance(hidden, DTensor):
+        raise TypeError("fp32_logits expects plain tensors and an explicit tp_group, got a DTensor")
     if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             "expected hidden [..., hidden] of 2 or more dimensions and weight [vocab, hidden], "
@@ -59,97 +126,99 @@ def fp32_logits(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"expected bias [{weight.shape[0]}], got {tuple(bias.shape)}")
     check_operands(hidden, weight, names=("hidden", "weight"))
-    return _Fp32Logits.apply(hidden, weight, bias, tp_group, sequence_parallel, reduce_hidden_grad)
+    if deferred is None:
+        return
+    if grad_precision != "bf16":
+        raise ValueError(
+            f"a deferred weight gradient takes dY in the dtype of the weight, so grad_precision must be 'bf16', "
+            f"got {grad_precision!r}"
+        )
+    if not weight.requires_grad or not follows_main_grad(weight):
+        raise ValueError(
+            "a deferred weight gradient needs a trainable weight with main_grad: DistributedDataParallel makes it, and "
+            "a detached or frozen weight (mtp_detach_heads) has none"
+        )
 
 
 class _Fp32Logits(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        tp_group: dist.ProcessGroup | None,
-        sequence_parallel: bool,
-        reduce_hidden_grad: bool,
-    ) -> Tensor:
-        parallel = tp_group is not None and dist.get_world_size(tp_group) > 1
-        ctx.tp_group = tp_group if parallel else None
-        ctx.sequence_parallel = sequence_parallel and parallel
-        ctx.reduce_hidden_grad = reduce_hidden_grad and parallel and not sequence_parallel
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: _Options) -> Tensor:
+        ctx.options = options
         ctx.bias_dtype = None if bias is None else bias.dtype
         # main_grad lives on the Parameter object, which saved-tensor hooks may replace by a copy.
         ctx.weight_owner = weight
-        ctx.save_for_backward(hidden, weight)
-
-        if ctx.sequence_parallel:
-            hidden = _gather_first_dim(hidden, tp_group)
-        # Allocated in its final shape: a reshape of the product would leave here as a view made inside a custom
-        # Function, and autograd refuses the in-place division by a temperature on those.
-        logits = hidden.new_empty(*hidden.shape[:-1], weight.shape[0], dtype=torch.float32)
-        mm_fp32(hidden.reshape(-1, hidden.shape[-1]), weight.t(), out=logits.view(-1, weight.shape[0]))
-        return logits if bias is None else logits.add_(bias)
+        ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
+        for_weight_grad = ctx.needs_input_grad[1] and (options.deferred is None or options.deferred.limit != 0)
+        ctx.save_for_backward(hidden if for_weight_grad else None, weight)
+        if options.sequence_parallel:
+            hidden = _gather_first_dim(hidden, options.tp_group)
+        return logits_product(hidden, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
+        options: _Options = ctx.options
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_2d = grad_logits.reshape(-1, weight.shape[0])
-        grad_low = grad_2d.to(weight.dtype)
-        check_operands(grad_low, weight, names=("the gradient of the logits", "weight"))
+        grad = grad_logits.reshape(-1, weight.shape[0])
+        # TF32 may have been switched on since the forward pass.
+        check_operands(grad, weight, names=("the gradient of the logits", "weight"))
+        grad_bias = bias_grad(grad, ctx.bias_dtype) if needs_bias else None
 
-        grad_hidden, pending = None, None
-        if needs_hidden:
-            partial = mm_fp32(grad_low, weight)
-            grad_hidden, pending = _start_hidden_reduction(ctx, partial)
-
-        grad_weight = None
+        target = None
+        if options.deferred is not None:
+            grad = grad.to(weight.dtype)
+            if options.deferred.take(grad.view(grad_logits.shape)):
+                needs_weight = False
         if needs_weight:
-            full = _gather_first_dim(hidden, ctx.tp_group) if ctx.sequence_parallel else hidden
-            grad_weight = _weight_grad(ctx.weight_owner, grad_low, full.reshape(-1, full.shape[-1]))
+            target = weight_grad_target(ctx.weight_owner)
 
-        grad_bias = grad_2d.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
+        reduction = _HiddenGrad(ctx, grad.new_empty(grad.shape[0], weight.shape[1], dtype=torch.float32))
+        accumulate_gradients(
+            grad,
+            weight=weight,
+            pieces=options.pieces,
+            hidden_grad=reduction.partial if needs_hidden else None,
+            hidden=lambda: _whole_hidden(hidden, options),
+            weight_grad=target,
+            hidden_grad_done=reduction.start,
+        )
+        grad_weight = weight_grad_for_autograd(ctx.weight_owner, target) if ctx.needs_input_grad[1] else None
+        return (reduction.finish() if needs_hidden else None), grad_weight, grad_bias, None
 
-        if pending is not None:
-            pending.wait()
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden.view(hidden.shape).to(hidden.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+class _HiddenGrad:
+    """dX on its way: this rank's part in fp32, the sum over the ranks, the one rounding."""
+
+    def __init__(self, ctx: Any, partial: Tensor) -> None:
+        self.partial = partial
+        self._options: _Options = ctx.options
+        self._shape, self._dtype = ctx.hidden_shape, ctx.hidden_dtype
+        self._work: dist.Work | None = None
+
+    def start(self) -> None:
+        """Begin the sum; it overlaps with what is still computed."""
+        group = self._options.tp_group
+        if self._options.sequence_parallel:
+            part, rows = self.partial, self.partial.shape[0] // dist.get_world_size(group)
+            self.partial = part.new_empty(rows, part.shape[1])
+            self._work = dist.reduce_scatter_tensor(self.partial, part, group=group, async_op=True)
+        elif self._options.reduce_hidden_grad:
+            self._work = dist.all_reduce(self.partial, group=group, async_op=True)
+
+    def finish(self) -> Tensor:
+        """dX in the shape and dtype of the hidden states."""
+        if self._work is not None:
+            self._work.wait()
+        return self.partial.view(self._shape).to(self._dtype)
 
 
-def _start_hidden_reduction(ctx: Any, partial: Tensor) -> tuple[Tensor, dist.Work | None]:
-    """Begin the sum of this rank's fp32 dX over the ranks; it overlaps with the weight's gradient."""
-    if ctx.sequence_parallel:
-        world = dist.get_world_size(ctx.tp_group)
-        scattered = partial.new_empty(partial.shape[0] // world, partial.shape[1])
-        return scattered, dist.reduce_scatter_tensor(scattered, partial, group=ctx.tp_group, async_op=True)
-    if ctx.reduce_hidden_grad:
-        return partial, dist.all_reduce(partial, group=ctx.tp_group, async_op=True)
-    return partial, None
+def _whole_hidden(hidden: Tensor, options: _Options) -> Tensor:
+    whole = _gather_first_dim(hidden, options.tp_group) if options.sequence_parallel else hidden
+    return whole.reshape(-1, whole.shape[-1])
 
 
 def _gather_first_dim(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     gathered = tensor.new_empty(tensor.shape[0] * dist.get_world_size(group), *tensor.shape[1:])
     dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
     return gathered
-
-
-def _weight_grad(weight: Tensor, grad_2d: Tensor, hidden_2d: Tensor) -> Tensor:
-    """dW, added to `main_grad` where Megatron keeps one, else returned.
-
-    The protocol is that of megatron-core's `LinearWithGradAccumulationAndAsyncCommunication.backward`
-    (tensor_parallel/layers.py) and of DistributedDataParallel's backward hook, which skips a gradient whose parameter
-    says `grad_added_to_main_grad`, unless it also says `zero_out_wgrad`: then the dummy must be zeros, because the
-    embedding's gradient is added to it.
-    """
-    main_grad = getattr(weight, "main_grad", None)
-    if main_grad is None or not hasattr(weight, "grad_added_to_main_grad") or hasattr(weight, "__fsdp_param__"):
-        return mm_fp32(grad_2d.t(), hidden_2d).to(weight.dtype)
-    if main_grad.dtype == torch.float32:
-        addmm_fp32_(main_grad, grad_2d.t(), hidden_2d)
-    else:
-        main_grad.add_(mm_fp32(grad_2d.t(), hidden_2d))
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    dummy = torch.zeros if getattr(weight, "zero_out_wgrad", False) else torch.empty
-    return dummy(main_grad.shape, dtype=weight.dtype, device=weight.device)

@@ -16,18 +16,19 @@ from torch import Tensor
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
-def check_operands(a: Tensor, b: Tensor, *, names: tuple[str, str]) -> None:
+def check_operands(hidden: Tensor, weight: Tensor, *, names: tuple[str, str]) -> None:
     """Refuse operands that a matrix product here would have to round.
 
     Raises:
-        TypeError: unless both are bfloat16, both float16 or both float32.
-        ValueError: for float32 operands on CUDA while TF32 is allowed.
+        TypeError: unless the second is bfloat16, float16 or float32 and the first has its dtype or is float32.
+        ValueError: for two float32 operands on CUDA while TF32 is allowed.
     """
-    if a.dtype != b.dtype or a.dtype not in (*_SIXTEEN_BIT, torch.float32):
+    if weight.dtype not in (*_SIXTEEN_BIT, torch.float32) or hidden.dtype not in (weight.dtype, torch.float32):
         raise TypeError(
-            f"{names[0]} and {names[1]} must both be bfloat16, float16 or float32, got {a.dtype} and {b.dtype}"
+            f"{names[0]} and {names[1]} must both be bfloat16, float16 or float32, or {names[0]} float32, "
+            f"got {hidden.dtype} and {weight.dtype}"
         )
-    if a.is_cuda and a.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if weight.is_cuda and weight.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         raise ValueError(
             f"{names[0]} and {names[1]} are float32 and TF32 is allowed: the product would keep 10 of their 23 bits. "
             "Set torch.backends.cuda.matmul.fp32_precision = 'ieee', or pass 16-bit operands, which TF32 does not touch"

@@ -1,0 +1,156 @@
+"""The three products of the output layer on one rank: logits, dX and dW. The last two go by chunks of the vocabulary.
+
+Chunks serve three ends. dX contracts over the vocabulary, and a tensor core truncates as it accumulates: over 150
+thousand terms that costs more bits than a second piece of dY would bring, unless partial sums are added in fp32. The
+16-bit pieces of dY exist for one chunk at a time. And dW of a chunk is complete as soon as it is computed, so that it
+needs no fp32 buffer of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_fp32.ops.logits.gemm import addmm_fp32_, mm_fp32
+from megatron_fp32.ops.logits.split import Pieces, split, split_scale
+
+CHUNK = 8192
+"""Terms that one product accumulates when dY is split: vocabulary rows for dX, tokens for dW."""
+
+UNSPLIT_CHUNK = 4 * CHUNK
+"""Vocabulary rows at a time when dY is rounded once: that error hides the accumulator's, and larger products are
+faster."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightGrad:
+    """Where dW goes.
+
+    Args:
+        target: [vocab / tp, hidden], any floating dtype.
+        accumulate: add to what is there, instead of overwriting it.
+    """
+
+    target: Tensor
+    accumulate: bool
+
+    def add_rows(self, rows: slice, products: Iterable[tuple[Tensor, Tensor]], inverse_scale: Tensor | None) -> None:
+        """Add the sum of `a @ b` over the products, accumulated in fp32, to these rows of the target."""
+        target = self.target[rows]
+        if target.dtype == torch.float32 and inverse_scale is None:
+            sum_of_products_(target, products, accumulate=self.accumulate)
+            return
+        part = torch.empty_like(target, dtype=torch.float32, memory_format=torch.contiguous_format)
+        sum_of_products_(part, products, accumulate=False)
+        if inverse_scale is not None:
+            part.mul_(inverse_scale)
+        if self.accumulate:
+            target.add_(part)
+        else:
+            target.copy_(part)
+
+
+def logits_product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits [..., vocab] float32 of `hidden` [..., hidden].
+
+    A float32 `hidden` beside a weight of 16 bits is multiplied in three pieces, which together hold all of it.
+    """
+    # Allocated in its final shape: a reshape of the product would leave an autograd Function as a view made inside of
+    # it, and autograd refuses the in-place division by a temperature on those.
+    logits = torch.empty(*hidden.shape[:-1], weight.shape[0], dtype=torch.float32, device=hidden.device)
+    out, x = logits.view(-1, weight.shape[0]), hidden.reshape(-1, hidden.shape[-1])
+    pieces = split(x, 3, weight.dtype, scale=split_scale(x, 3, weight.dtype))
+    sum_of_products_(out, ((part, weight.t()) for part in reversed(pieces.parts)), accumulate=False)
+    if pieces.inverse_scale is not None:
+        logits.mul_(pieces.inverse_scale)
+    return logits if bias is None else logits.add_(bias)
+
+
+def bias_grad(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """dbias [vocab] of dY [tokens, vocab]: summed in fp32, rounded once."""
+    return grad.sum(0, dtype=torch.float32).to(dtype)
+
+
+def accumulate_gradients(
+    grad: Tensor,
+    *,
+    weight: Tensor,
+    pieces: int,
+    hidden_grad: Tensor | None,
+    hidden: Callable[[], Tensor] | None,
+    weight_grad: WeightGrad | None,
+    hidden_grad_done: Callable[[], None],
+) -> None:
+    """Compute dX and dW.
+
+    Args:
+        grad: dY [tokens, vocab / tp], float32, or already the dtype of the weight.
+        weight: [vocab / tp, hidden].
+        pieces: how many 16-bit tensors stand for dY.
+        hidden_grad: [tokens, hidden] float32 to write dX into; None when it is not needed.
+        hidden: gives the [tokens, hidden] that were multiplied; called once, when dW needs them.
+        weight_grad: where dW goes; None when it is not needed.
+        hidden_grad_done: called when dX is complete, while products for dW are still to come: its reduction over the
+            ranks overlaps with those.
+    """
+    scale = split_scale(grad, pieces, weight.dtype)
+    hidden_pieces: Pieces | None = None
+    chunks = list(_chunks(weight.shape[0], CHUNK if pieces > 1 else UNSPLIT_CHUNK))
+    for rows in chunks:
+        dy = split(grad[:, rows], pieces, weight.dtype, scale=scale)
+        if hidden_grad is not None:
+            products = ((part, weight[rows]) for part in reversed(dy.parts))
+            sum_of_products_(hidden_grad, products, accumulate=rows.start > 0)
+        if rows is chunks[-1] and hidden_grad is not None:
+            if dy.inverse_scale is not None:
+                hidden_grad.mul_(dy.inverse_scale)
+            hidden_grad_done()
+        if weight_grad is not None:
+            assert hidden is not None
+            if hidden_pieces is None:
+                x = hidden()
+                hidden_pieces = split(x, pieces, weight.dtype, scale=split_scale(x, pieces, weight.dtype))
+            weight_grad.add_rows(
+                rows, _weight_products(dy.parts, hidden_pieces.parts), _product(dy.inverse_scale, hidden_pieces)
+            )
+
+
+def sum_of_products_(out: Tensor, products: Iterable[tuple[Tensor, Tensor]], *, accumulate: bool) -> Tensor:
+    """`out = sum of a @ b`, or `+=` with `accumulate`, in fp32; out [m, n] float32, a [m, k] and b [k, n]."""
+    for a, b in products:
+        if accumulate:
+            addmm_fp32_(out, a, b)
+        else:
+            mm_fp32(a, b, out=out)
+        accumulate = True
+    return out
+
+
+def _weight_products(grads: tuple[Tensor, ...], hiddens: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The products whose sum is dW, small ones first; those beyond the precision of dY are left out."""
+    order = max(len(grads), len(hiddens))
+    chunk = CHUNK if order > 1 else max(1, grads[0].shape[0])
+    pairs = [(i, j) for i in range(len(grads)) for j in range(len(hiddens)) if i + j < order]
+    for i, j in sorted(pairs, key=sum, reverse=True):
+        for tokens in _chunks(grads[i].shape[0], chunk):
+            yield grads[i][tokens].t(), hiddens[j][tokens]
+
+
+def _product(inverse_scale: Tensor | None, pieces: Pieces) -> Tensor | None:
+    if inverse_scale is None or pieces.inverse_scale is None:
+        return pieces.inverse_scale if inverse_scale is None else inverse_scale
+    return inverse_scale * pieces.inverse_scale
+
+
+def _chunks(length: int, size: int) -> Iterator[slice]:
+    """Slices of nearly equal length, multiples of 128 but the last, at most `size` long; one for a length of 0.
+
+    Lengths that are no multiple of 8 would take cuBLAS off its fast path.
+    """
+    count = max(1, -(-length // size))
+    step = max(1, -(-length // count // 128) * 128 if count > 1 else length)
+    for start in range(0, max(length, 1), step):
+        yield slice(start, min(start + step, length))
