@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
 
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.ops.logits import fp32_logits
+from megatron_fp32.ops.logits.autograd import DeferredWeightGrad
+
+try:
+    from megatron.core.inference.utils import InferenceMode
+except ImportError:  # megatron-core < 0.18
+    InferenceMode = None
+
+# Arguments that newer releases pass to _forward_impl, and the values under which they ask for nothing else.
+_NEUTRAL_ARGUMENTS = {"gtp_remat_size": (1,), "output_dtype": (None, torch.float32)}
 
 
 class Fp32OutputLayer(ColumnParallelLinear):
@@ -29,9 +42,9 @@ class Fp32OutputLayer(ColumnParallelLinear):
 
     def __init__(self, *args: Any, fp32_config: Fp32Config | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _check_convertible(self)
-        self.fp32_config = fp32_config or Fp32Config()
-        self.fp32_calls = 0
+        config = fp32_config or Fp32Config()
+        _check_convertible(self, config)
+        _take_over(self, config)
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
@@ -43,11 +56,12 @@ class Fp32OutputLayer(ColumnParallelLinear):
             weight: tied weight, [vocab / tp, hidden]; required when the layer has none of its own.
             runtime_gather_output: overrides `gather_output`.
         """
+        _refuse_rounding_inference(self)
         if self.output_size_per_partition == self.output_size:
             # megatron-core's gather over one rank returns its input from within an autograd Function. That is a view
             # which must not be changed in place, and megatron-core's own cross entropy does that to fp32 logits.
             runtime_gather_output = False
-        return super().forward(input_, weight, runtime_gather_output)
+        return super().forward(input_, weight=weight, runtime_gather_output=runtime_gather_output)
 
     def _forward_impl(
         self,
@@ -64,13 +78,13 @@ class Fp32OutputLayer(ColumnParallelLinear):
         **newer: Any,
     ) -> Tensor:
         # gradient_accumulation_fusion chooses Apex's kernel; here dW goes to main_grad wherever there is one.
-        unknown = {k: v for k, v in newer.items() if (k, v) != ("gtp_remat_size", 1)}
+        unknown = {k: v for k, v in newer.items() if k not in _NEUTRAL_ARGUMENTS or v not in _NEUTRAL_ARGUMENTS[k]}
         if unknown:
             raise ValueError(f"Fp32OutputLayer does not know these arguments of this megatron-core: {unknown}")
+        deferred = None
         if grad_output_buffer is not None:
-            raise ValueError("Fp32OutputLayer does not support defer_embedding_wgrad_compute")
-        self.fp32_calls += 1
-        return fp32_logits(
+            deferred = DeferredWeightGrad(buffer=grad_output_buffer, limit=wgrad_deferral_limit or 0)
+        logits = fp32_logits(
             input,
             weight,
             bias,
@@ -78,40 +92,165 @@ class Fp32OutputLayer(ColumnParallelLinear):
             sequence_parallel=sequence_parallel,
             reduce_hidden_grad=allreduce_dgrad,
             grad_precision=self.fp32_config.grad_precision,
+            deferred=deferred,
         )
+        self.fp32_calls += 1
+        return logits
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fp32OutputLayer:
+        """The copy shares the process group, which cannot be copied."""
+        memo[id(self.tp_group)] = self.tp_group
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle without the process group, which is looked up again where the layer is unpickled.
+
+        Raises:
+            ValueError: when the layer's group is not megatron-core's tensor-parallel group.
+        """
+        if self.tp_group is not get_tensor_model_parallel_group_if_none(None):
+            raise ValueError("an output layer with a tensor-parallel group of its own cannot be pickled")
+        hooks = type(self._load_state_dict_pre_hooks)(
+            # megatron-core's lambda cannot be pickled; unpickling registers it again.
+            (key, hook)
+            for key, hook in self._load_state_dict_pre_hooks.items()
+            if getattr(hook.hook, "__module__", None) != ColumnParallelLinear.__module__
+        )
+        state = {**self.__dict__, "tp_group": None, "_load_state_dict_pre_hooks": hooks}
+        return _rebuild, (getattr(type(self), "_stock_class", ColumnParallelLinear),), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.tp_group = get_tensor_model_parallel_group_if_none(None)
+        if self.tp_group is not None and dist.get_world_size(self.tp_group) != self._tensor_parallel_size():
+            raise ValueError(
+                f"the layer was pickled at tensor-parallel size {self._tensor_parallel_size()}, "
+                f"here it is {dist.get_world_size(self.tp_group)}"
+            )
+        self._register_load_state_dict_pre_hook(_declare_extra_state)
+
+    def _tensor_parallel_size(self) -> int:
+        return int(self.output_size // self.output_size_per_partition)
+
+
+def to_fp32_output_layer(layer: ColumnParallelLinear, config: Fp32Config | None = None) -> Fp32OutputLayer:
+    """Turn a built output layer into an `Fp32OutputLayer`, in place, and return it.
+
+    The Parameter, its attributes, hooks and the state-dict keys stay the same objects. A subclass of
+    `ColumnParallelLinear` that changes what goes in or comes out, such as Gemma's soft cap, still does: it receives
+    fp32 logits. Calling this again only replaces the configuration.
+
+    Raises:
+        TypeError: for a layer that is no `ColumnParallelLinear`, or computes its product in its own way.
+        ValueError: for a layer whose configuration the fp32 product does not support.
+    """
+    config = config or Fp32Config()
+    if not isinstance(layer, ColumnParallelLinear):
+        raise TypeError(
+            f"expected a {ColumnParallelLinear.__module__}.ColumnParallelLinear, got {type(layer).__module__}."
+            f"{type(layer).__qualname__}"
+        )
+    _check_convertible(layer, config)
+    if isinstance(layer, Fp32OutputLayer):
+        layer.fp32_config = config
+        return layer
+    if type(layer)._forward_impl is not ColumnParallelLinear._forward_impl or "_forward_impl" in vars(layer):
+        raise TypeError(
+            f"{type(layer).__module__}.{type(layer).__qualname__} has a product of its own (_forward_impl): fp32 "
+            "logits would replace it without a word"
+        )
+    if hasattr(layer, "weight_quantizer"):
+        raise TypeError("a layer that ModelOpt quantizes computes its product from quantized operands")
+    layer.__class__ = _fp32_class(type(layer))  # type: ignore[arg-type]
+    _take_over(layer, config)
+    return layer
 
 
 # Megatron-Bridge chooses a mapping by type(module).__name__; pickle finds the class by its __qualname__.
 Fp32OutputLayer.__name__ = ColumnParallelLinear.__name__
 
 
-def to_fp32_output_layer(layer: ColumnParallelLinear, config: Fp32Config | None = None) -> Fp32OutputLayer:
-    """Turn a built output layer into an `Fp32OutputLayer`, in place, and return it.
-
-    The Parameter, its attributes, hooks and the state-dict keys stay the same objects. Calling it again only replaces
-    the configuration.
-
-    Raises:
-        TypeError: when the layer is anything but megatron-core's own `ColumnParallelLinear`.
-        ValueError: for a layer whose configuration the fp32 product does not support.
-    """
-    if type(layer) not in (ColumnParallelLinear, Fp32OutputLayer):
-        raise TypeError(
-            f"expected a {ColumnParallelLinear.__module__}.ColumnParallelLinear, got {type(layer).__module__}."
-            f"{type(layer).__qualname__}: a subclass may compute its logits in its own way"
-        )
-    _check_convertible(layer)
-    if not isinstance(layer, Fp32OutputLayer):
-        layer.__class__ = Fp32OutputLayer
-        layer.fp32_calls = 0
-    layer.fp32_config = config or Fp32Config()
-    return layer
+def _take_over(layer: Any, config: Fp32Config) -> None:
+    layer.fp32_config = config
+    layer.fp32_calls = 0
+    # The gather over symmetric memory has buffers and conditions that depend on the dtype, and was never run with fp32.
+    layer.use_inference_optimized_all_gather = False
 
 
-def _check_convertible(layer: ColumnParallelLinear) -> None:
-    if layer.config.defer_embedding_wgrad_compute:
-        raise ValueError("fp32 logits do not support defer_embedding_wgrad_compute=True; turn it off")
+@functools.cache
+def _fp32_class(stock: type[ColumnParallelLinear]) -> type[Fp32OutputLayer]:
+    if stock is ColumnParallelLinear:
+        return Fp32OutputLayer
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "_stock_class": stock}
+    # In front of the subclass: its forward runs between ours and the parent's, and sees fp32 logits.
+    return type(stock.__name__, (Fp32OutputLayer, stock), names)
+
+
+def _rebuild(stock: type[ColumnParallelLinear]) -> Fp32OutputLayer:
+    fp32 = _fp32_class(stock)  # type: ignore[arg-type]
+    return fp32.__new__(fp32)
+
+
+def _declare_extra_state(state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    state_dict.setdefault(f"{prefix}_extra_state")
+
+
+def _check_convertible(layer: ColumnParallelLinear, fp32: Fp32Config) -> None:
+    config = layer.config
     if layer.is_expert:
         raise ValueError("an expert layer is no output layer")
     if getattr(layer, "gtp_remat_size", 1) != 1:
         raise ValueError(f"fp32 logits do not support a GTP-sharded weight (gtp_remat_size={layer.gtp_remat_size})")
+    if getattr(config, "batch_invariant_mode", False):
+        raise ValueError(
+            "fp32 logits do not support batch_invariant_mode: cuBLAS may choose another order of summation for another "
+            "number of tokens"
+        )
+    if getattr(config, "cross_entropy_loss_fusion", False):
+        fusion = config.cross_entropy_fusion_impl
+        if fusion not in ("native", "te"):
+            raise ValueError(
+                f"cross_entropy_fusion_impl={fusion!r} computes the loss without the output layer's logits: fp32 "
+                "logits would have no effect"
+            )
+        if fusion == "native" and fp32.grad_precision != "bf16":
+            raise ValueError(
+                "cross_entropy_fusion_impl='native' rounds dY to bf16 before the output layer sees it, so "
+                f"grad_precision={fp32.grad_precision!r} would keep nothing; turn cross_entropy_loss_fusion off"
+            )
+    if config.defer_embedding_wgrad_compute:
+        _check_deferrable(layer, fp32)
+
+
+def _check_deferrable(layer: ColumnParallelLinear, fp32: Fp32Config) -> None:
+    if fp32.grad_precision != "bf16":
+        raise ValueError(
+            "defer_embedding_wgrad_compute keeps dY in bf16 for Apex' kernel: it needs grad_precision='bf16', "
+            f"got {fp32.grad_precision!r}"
+        )
+    if layer.embedding_activation_buffer is None or layer.grad_output_buffer is None:
+        raise ValueError(
+            "defer_embedding_wgrad_compute is on, but the model gave its output layer no buffers (HybridModel does not)"
+        )
+    if getattr(layer.config, "mtp_num_layers", None):
+        raise ValueError(
+            "defer_embedding_wgrad_compute pairs hidden states in forward order with gradients in backward order, "
+            "which differ with multi-token prediction: the weight gradient would be wrong. Turn it off"
+        )
+
+
+def _refuse_rounding_inference(layer: ColumnParallelLinear) -> None:
+    """Raise where megatron-core's inference engine is about to copy fp32 logits into a buffer of 16 bits."""
+    config = layer.config
+    if InferenceMode is None or not InferenceMode.is_active() or config.params_dtype == torch.float32:
+        return
+    graphs = getattr(config, "cuda_graph_impl", "none") == "local"
+    if graphs or config.pipeline_model_parallel_size > 1:
+        what = "CUDA graphs (cuda_graph_impl='local')" if graphs else "pipeline parallelism"
+        raise ValueError(
+            f"megatron-core's inference engine rounds logits to {config.params_dtype} under {what}; turn that off for "
+            "inference, or use Fp32Config(logits=False)"
+        )

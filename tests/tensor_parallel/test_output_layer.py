@@ -91,25 +91,31 @@ class TestConversion:
 
 
 class TestRefusals:
-    def test_a_subclass_may_compute_its_logits_in_its_own_way(self) -> None:
-        class Capped(ColumnParallelLinear):
-            pass
+    def test_a_subclass_with_a_product_of_its_own(self) -> None:
+        class Quantized(ColumnParallelLinear):
+            def _forward_impl(self, *args: Any, **kwargs: Any) -> Tensor:
+                raise NotImplementedError
 
-        layer = stock_layer(Capped)
-        with pytest.raises(TypeError, match=r"expected a megatron.*ColumnParallelLinear, got .*Capped: a subclass"):
+        layer = stock_layer(Quantized)
+        with pytest.raises(TypeError, match=r"Quantized has a product of its own \(_forward_impl\)"):
             to_fp32_output_layer(layer)
-        assert type(layer) is Capped
+        assert type(layer) is Quantized
+
+    def test_an_instance_whose_product_was_replaced(self) -> None:
+        layer = stock_layer()
+        layer._forward_impl = lambda **_: None
+        with pytest.raises(TypeError, match="has a product of its own"):
+            to_fp32_output_layer(layer)
+
+    def test_a_layer_that_modelopt_quantizes(self) -> None:
+        layer = stock_layer()
+        layer.weight_quantizer = torch.nn.Identity()
+        with pytest.raises(TypeError, match="ModelOpt quantizes"):
+            to_fp32_output_layer(layer)
 
     def test_another_module(self) -> None:
         with pytest.raises(TypeError, match=r"got torch\.nn\.modules\.linear\.Linear"):
             to_fp32_output_layer(torch.nn.Linear(2, 3))  # type: ignore[arg-type]
-
-    def test_deferred_weight_gradients(self) -> None:
-        layer = stock_layer()
-        layer.config.defer_embedding_wgrad_compute = True
-        with pytest.raises(ValueError, match="do not support defer_embedding_wgrad_compute=True"):
-            to_fp32_output_layer(layer)
-        assert type(layer) is ColumnParallelLinear
 
     def test_experts(self) -> None:
         layer = stock_layer()
@@ -127,12 +133,10 @@ class TestRefusals:
         layer = to_fp32_output_layer(stock_layer())
         call = {"input": integers(2, 1, HIDDEN), "weight": layer.weight}
         flags = {"allreduce_dgrad": False, "sequence_parallel": False}
-        layer._forward_impl(**call, **flags, gtp_remat_size=1)
-        for newer in ({"gtp_remat_size": 2}, {"logit_scale": 1.0}):
+        layer._forward_impl(**call, **flags, gtp_remat_size=1, output_dtype=torch.float32)
+        for newer in ({"gtp_remat_size": 2}, {"output_dtype": torch.bfloat16}, {"logit_scale": 1.0}):
             with pytest.raises(ValueError, match=f"does not know these arguments .*{next(iter(newer))}"):
                 layer._forward_impl(**call, **flags, **newer)
-        with pytest.raises(ValueError, match="does not support defer_embedding_wgrad_compute"):
-            layer._forward_impl(**call, **flags, grad_output_buffer=[])
         assert layer.fp32_calls == 1
 
 

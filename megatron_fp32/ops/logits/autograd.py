@@ -133,7 +133,7 @@ def _check(
             f"a deferred weight gradient takes dY in the dtype of the weight, so grad_precision must be 'bf16', "
             f"got {grad_precision!r}"
         )
-    if not weight.requires_grad or not follows_main_grad(weight):
+    if torch.is_grad_enabled() and not (weight.requires_grad and follows_main_grad(weight)):
         raise ValueError(
             "a deferred weight gradient needs a trainable weight with main_grad: DistributedDataParallel makes it, and "
             "a detached or frozen weight (mtp_detach_heads) has none"

@@ -1,0 +1,472 @@
+"""The sharp edges of an output layer with fp32 logits, on one rank: one test each, named for what it guards.
+
+Those that need several ranks are in test_ranks.py, those of the plain operator in tests/ops.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy as stock_cross_entropy
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_fp32.config import Fp32Config
+from megatron_fp32.ops.logits.reference import gradients_reference, logits_reference, relative_error
+from megatron_fp32.tensor_parallel import output_layer
+from megatron_fp32.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer, to_fp32_output_layer
+from tests.tensor_parallel.test_output_layer import HIDDEN, VOCAB, integers, stock_layer
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+def head(fp32: Fp32Config | None = None, **fields: Any) -> Any:
+    """An fp32 layer whose weight holds integers, as DistributedDataParallel leaves it."""
+    layer = to_fp32_output_layer(stock_layer(**fields), fp32)
+    if layer.weight is not None:
+        with torch.no_grad():
+            layer.weight.copy_(integers(VOCAB, HIDDEN))
+        own_main_grad(layer.weight)
+    return layer
+
+
+def own_main_grad(weight: Any) -> None:
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(weight.shape), False
+
+
+def micro_batch(shape: tuple[int, ...] = (6, 2)) -> tuple[Tensor, Tensor]:
+    return integers(*shape, HIDDEN).requires_grad_(), torch.randint(-8, 9, (*shape, VOCAB)).float()
+
+
+class TestLogits:
+    """What comes out, and what others do to it."""
+
+    def test_01_logits_of_batch_one_may_be_divided_in_place(self) -> None:
+        layer = head()
+        hidden, grad = micro_batch((6, 1))
+        logits, _ = layer(hidden)
+        logits.transpose(0, 1).contiguous().div_(0.5).backward(grad.transpose(0, 1))
+        truth = gradients_reference(hidden.detach(), layer.weight.detach(), grad * 2)
+        assert torch.equal(hidden.grad, truth.hidden_grad.bfloat16())
+
+    def test_02_a_caller_who_needs_the_logits_after_the_loss_has_them(self) -> None:
+        layer = head()
+        hidden, _ = micro_batch()
+        target = torch.randint(VOCAB, (6, 2))
+        logits, _ = layer(hidden)
+        before = logits.detach().clone()
+        loss = vocab_parallel_cross_entropy(logits, target)
+        assert torch.equal(logits, before)
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+        (loss.sum() + entropy.sum()).backward()
+        assert hidden.grad.isfinite().all()
+        expected = torch.nn.functional.cross_entropy(before.flatten(0, 1).double(), target.flatten(), reduction="none")
+        assert torch.allclose(loss.flatten().double(), expected, rtol=1e-6, atol=1e-5)
+
+    def test_02_the_stock_loss_destroys_the_logits_but_not_the_gradients(self) -> None:
+        layer = head()
+        hidden, _ = micro_batch()
+        target = torch.randint(VOCAB, (6, 2))
+        logits, _ = layer(hidden)
+        before = logits.detach().clone()
+        stock_cross_entropy(logits, target).sum().backward()
+        assert not torch.equal(logits, before)
+        grad = before.softmax(-1) - torch.nn.functional.one_hot(target, VOCAB)
+        truth = gradients_reference(hidden.detach(), layer.weight.detach(), grad)
+        stock = gradients_reference(hidden.detach(), layer.weight.detach(), grad.bfloat16())
+        error = relative_error(stock.weight_grad, truth.weight_grad)
+        assert relative_error(layer.weight.main_grad, truth.weight_grad) <= 1.1 * error
+
+    def test_03_a_gradient_may_share_the_memory_of_the_logits(self) -> None:
+        layer = head()
+        hidden, grad = micro_batch()
+        logits, _ = layer(hidden)
+        logits.detach().copy_(grad)
+        logits.backward(logits.detach())
+        truth = gradients_reference(hidden.detach(), layer.weight.detach(), grad)
+        assert torch.equal(hidden.grad, truth.hidden_grad.bfloat16())
+        assert torch.equal(logits, grad)
+
+    def test_17_fp16_logits_beyond_fp16_are_finite_and_an_overflowing_gradient_shows(self) -> None:
+        layer = head()
+        layer.half()
+        hidden, grad = micro_batch()
+        big = (hidden.detach().half() * 2000).requires_grad_()
+        logits, _ = layer(big)
+        assert logits.isfinite().all()
+        assert logits.abs().max() > 65504
+        # Under a loss scale that is too large the step must be skipped, so infinity has to arrive.
+        logits.backward(grad * 1e6)
+        assert not big.grad.isfinite().all()
+        assert not layer.weight.main_grad.isfinite().all()
+
+    @pytest.mark.parametrize("precision", ["bf16", "bf16x2", "bf16x3"])
+    def test_18_an_fp32_residual_stream_is_not_rounded(self, precision: Any) -> None:
+        layer = head(Fp32Config(grad_precision=precision))
+        hidden, grad = torch.randn(6, 2, HIDDEN, requires_grad=True), torch.randn(6, 2, VOCAB)
+        logits, _ = layer(hidden)
+        truth = gradients_reference(hidden.detach(), layer.weight.detach(), grad)
+        wide = (hidden.detach() @ layer.weight.detach().float().t(), grad @ layer.weight.detach().float())
+        assert relative_error(logits, truth.logits) <= 3 * relative_error(wide[0], truth.logits)
+        logits.backward(grad)
+        assert hidden.grad.dtype == torch.float32
+        bits = {"bf16": 8, "bf16x2": 16, "bf16x3": 21}[precision]
+        assert relative_error(hidden.grad, truth.hidden_grad) <= 2.0**-bits
+        assert relative_error(layer.weight.main_grad, truth.weight_grad) <= 2 * 2.0**-bits
+
+    def test_23_no_token_one_token_and_slices(self) -> None:
+        layer = head()
+        whole, _ = micro_batch((6, 2))
+        for hidden in (whole[:0], whole[-1:], whole[:1, :1], whole.transpose(0, 1), whole[::2]):
+            logits, _ = layer(hidden)
+            assert torch.equal(logits.double(), logits_reference(hidden, layer.weight))
+            logits.sum().backward()
+
+    def test_24_padded_columns_can_be_masked(self) -> None:
+        layer = head()
+        hidden, _ = micro_batch()
+        logits, _ = layer(hidden)
+        logits[..., VOCAB - 6 :] = -math.inf
+        logprobs = logits.log_softmax(-1)
+        logprobs[..., 0].sum().backward()
+        assert hidden.grad.isfinite().all()
+        assert layer.weight.main_grad.isfinite().all()
+        assert not layer.weight.main_grad[VOCAB - 6 :].any()
+
+    def test_25_bias_is_added_in_fp32_and_its_gradient_summed_in_fp32(self) -> None:
+        layer = head(bias=True)
+        with torch.no_grad():
+            layer.bias.copy_(integers(VOCAB) / 512)
+        hidden, grad = micro_batch()
+        logits, bias = layer(hidden)
+        assert bias is None
+        logits.backward(grad)
+        truth = gradients_reference(hidden.detach(), layer.weight.detach(), grad, layer.bias.detach())
+        assert torch.equal(logits.double(), truth.logits)
+        assert torch.equal(layer.bias.grad, truth.bias_grad.bfloat16())
+
+    def test_26_a_soft_cap_sees_fp32_logits(self) -> None:
+        class Capped(ColumnParallelLinear):
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                output, bias = super().forward(*args, **kwargs)
+                return 30 * torch.tanh(output / 30), bias
+
+        layer = to_fp32_output_layer(stock_layer(Capped))
+        assert type(layer).__name__ == "Capped"
+        assert isinstance(layer, Capped)
+        hidden = torch.randn(6, 2, HIDDEN).bfloat16()
+        capped, _ = layer(hidden)
+        plain = logits_reference(hidden, layer.weight)
+        assert relative_error(capped, 30 * torch.tanh(plain / 30)) < 1e-6
+        assert layer.fp32_calls == 1
+        again = pickle.loads(pickle.dumps(to_fp32_output_layer(stock_layer())))
+        assert isinstance(again, Fp32OutputLayer)
+
+
+class TestWeightGradient:
+    """Where dW goes."""
+
+    def test_04_it_is_fp32_only_through_main_grad_and_autograd_gets_a_dummy(self) -> None:
+        layer = head()
+        hidden, grad = micro_batch()
+        layer(hidden)[0].backward(grad / 3)
+        truth = gradients_reference(hidden.detach(), layer.weight.detach(), (grad / 3).bfloat16()).weight_grad
+        assert relative_error(layer.weight.main_grad, truth) < 1e-6
+        assert not torch.equal(layer.weight.main_grad, layer.weight.main_grad.bfloat16().float())
+        assert layer.weight.grad_added_to_main_grad
+        assert layer.weight.grad.shape == layer.weight.shape
+
+    def test_04_main_grad_in_bf16_works_too(self) -> None:
+        layer = head()
+        layer.weight.main_grad = torch.zeros(VOCAB, HIDDEN, dtype=torch.bfloat16)
+        hidden, grad = micro_batch()
+        layer(hidden)[0].backward(grad)
+        truth = gradients_reference(hidden.detach(), layer.weight.detach(), grad).weight_grad
+        assert torch.equal(layer.weight.main_grad, truth.bfloat16())
+
+    @pytest.mark.parametrize("main_grad", ["absent", "none", "megatron-fsdp", "functional_call"])
+    def test_05_without_main_grad_a_real_gradient_is_returned(self, main_grad: str) -> None:
+        layer = head()
+        weight, buffer = layer.weight, layer.weight.main_grad
+        hidden, grad = micro_batch()
+        if main_grad == "functional_call":
+            weight = layer.weight.detach().clone().requires_grad_()
+            logits, _ = torch.func.functional_call(layer, {"weight": weight}, (hidden,))
+        else:
+            if main_grad == "absent":
+                del layer.weight.main_grad
+            elif main_grad == "none":
+                layer.weight.main_grad = None
+            else:
+                # Its hooks know whether to overwrite the buffer or to add; we do not.
+                layer.weight.__fsdp_param__ = True
+                layer.weight.get_main_grad = lambda: pytest.fail("the buffer was fetched")
+            logits, _ = layer(hidden)
+        logits.backward(grad)
+        truth = gradients_reference(hidden.detach(), weight.detach(), grad).weight_grad
+        assert torch.equal(weight.grad, truth.bfloat16())
+        assert not buffer.any()
+        assert not layer.weight.grad_added_to_main_grad
+
+    def test_05_main_grad_may_be_pointed_elsewhere_between_forward_and_backward(self) -> None:
+        layer = head()
+        old = layer.weight.main_grad
+        hidden, grad = micro_batch()
+        logits, _ = layer(hidden)
+        layer.weight.main_grad = torch.zeros(VOCAB, HIDDEN)
+        logits.backward(grad)
+        truth = gradients_reference(hidden.detach(), layer.weight.detach(), grad).weight_grad
+        assert torch.equal(layer.weight.main_grad.double(), truth)
+        assert not old.any()
+
+    @pytest.mark.parametrize("fusion", [False, True])
+    def test_06_gradient_accumulation_fusion_needs_no_apex(self, fusion: bool, monkeypatch: Any) -> None:
+        from megatron.core.tensor_parallel import layers
+
+        # The constructor asks for Apex' kernel; ours never calls it.
+        monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
+        stock = stock_layer()
+        stock.gradient_accumulation_fusion = stock.config.gradient_accumulation_fusion = fusion
+        layer: Any = to_fp32_output_layer(stock)
+        own_main_grad(layer.weight)
+        truth = torch.zeros(VOCAB, HIDDEN, dtype=torch.float64)
+        for _ in range(3):
+            hidden, grad = micro_batch()
+            layer(hidden)[0].backward(grad)
+            truth += gradients_reference(hidden.detach(), layer.weight.detach(), grad).weight_grad
+        assert torch.equal(layer.weight.main_grad.double(), truth)
+
+    def test_11_a_tied_weight_comes_with_the_call_and_need_not_be_the_same_twice(self) -> None:
+        layer = head(skip_weight_param_allocation=True)
+        for _ in range(2):
+            tied = torch.nn.Parameter(integers(VOCAB, HIDDEN))
+            own_main_grad(tied)
+            tied.zero_out_wgrad = True  # the embedding's gradient comes through autograd
+            hidden, grad = micro_batch()
+            layer(hidden, weight=tied)[0].backward(grad)
+            truth = gradients_reference(hidden.detach(), tied.detach(), grad).weight_grad
+            assert torch.equal(tied.main_grad.double(), truth)
+            assert not tied.grad.any()
+
+    def test_11_a_frozen_weight_keeps_no_hidden_states(self) -> None:
+        layer = head()
+        layer.weight.requires_grad_(False)
+        saved: list[Tensor] = []
+        hidden, grad = micro_batch()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            logits, _ = layer(hidden)
+        assert [t.shape for t in saved] == [layer.weight.shape]
+        logits.backward(grad)
+        truth = gradients_reference(hidden.detach(), layer.weight, grad)
+        assert torch.equal(hidden.grad, truth.hidden_grad.bfloat16())
+        assert not layer.weight.main_grad.any()
+
+    def test_11_a_detached_weight_of_an_mtp_head_leaves_main_grad_alone(self) -> None:
+        layer = head()
+        hidden, grad = micro_batch()
+        layer(hidden, weight=layer.weight.detach())[0].backward(grad)
+        assert not layer.weight.main_grad.any()
+        truth = gradients_reference(hidden.detach(), layer.weight.detach(), grad)
+        assert torch.equal(hidden.grad, truth.hidden_grad.bfloat16())
+
+    def test_12_mtp_calls_the_layer_again_before_any_backward_pass(self) -> None:
+        layer = head()
+        batches = [micro_batch() for _ in range(3)]
+        outputs = [layer(hidden)[0] for hidden, _ in batches]
+        torch.autograd.backward(outputs, [grad for _, grad in batches])
+        truth = sum(gradients_reference(h.detach(), layer.weight.detach(), g).weight_grad for h, g in batches)
+        assert torch.equal(layer.weight.main_grad.double(), truth)
+        assert layer.fp32_calls == 3
+
+    def test_29_a_refit_writes_weights_in_place_and_the_next_call_sees_them(self) -> None:
+        layer = head()
+        hidden, _ = micro_batch()
+        layer(hidden)
+        layer.weight.data.copy_(integers(VOCAB, HIDDEN))
+        logits, _ = layer(hidden)
+        assert torch.equal(logits.double(), logits_reference(hidden, layer.weight))
+        assert {name for name, _ in layer.named_buffers()} == set()
+
+
+class TestSurroundings:
+    def test_10_autocast_around_forward_or_backward_changes_no_bit(self) -> None:
+        results = []
+        for inside in (False, True):
+            torch.manual_seed(1)
+            layer = head()
+            hidden, grad = micro_batch()
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                logits, _ = layer(hidden)
+                logits.backward(grad / 3)
+            results.append((logits, hidden.grad, layer.weight.main_grad))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    def test_13_sequence_parallel_may_be_switched_off_for_a_call(self) -> None:
+        layer = head()
+        hidden, _ = micro_batch()
+        for flag in (False, True, False):  # inference with dynamic batches does this
+            layer.sequence_parallel = flag
+            logits, _ = layer(hidden)
+            assert torch.equal(logits.double(), logits_reference(hidden, layer.weight))
+
+    def test_20_deterministic_algorithms_are_no_obstacle(self) -> None:
+        layer = head()
+        hidden, grad = micro_batch()
+        before = torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            layer(hidden)[0].backward(grad)
+        finally:
+            torch.use_deterministic_algorithms(True, warn_only=before)
+        assert layer.weight.main_grad.any()
+
+    def test_22_recomputed_activations_and_offloaded_tensors(self) -> None:
+        layer = head()
+        hidden, grad = micro_batch()
+        truth = gradients_reference(hidden.detach(), layer.weight.detach(), grad)
+        logits = checkpoint(lambda x: layer(x * 1)[0], hidden, use_reentrant=False)
+        logits.backward(grad)
+        assert torch.equal(layer.weight.main_grad.double(), truth.weight_grad)
+        assert torch.equal(hidden.grad, truth.hidden_grad.bfloat16())
+        assert layer.fp32_calls == 2
+        # Offloading gives back a copy, which has no main_grad: dW must still find its way.
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t.numpy(force=False) if False else t.clone(), copy.copy
+        ):
+            logits, _ = layer(hidden)
+        logits.backward(grad)
+        assert torch.equal(layer.weight.main_grad.double(), 2 * truth.weight_grad)
+
+    def test_30_conversion_is_idempotent(self) -> None:
+        layer = head()
+        assert to_fp32_output_layer(layer) is layer
+        assert type(layer) is Fp32OutputLayer
+
+    def test_31_a_layer_can_be_copied_and_pickled(self) -> None:
+        layer = head()
+        for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert type(again) is Fp32OutputLayer
+            assert again.tp_group is layer.tp_group
+            assert torch.equal(again.weight, layer.weight)
+            assert again.weight is not layer.weight
+            hidden, _ = micro_batch()
+            assert torch.equal(again(hidden)[0], layer(hidden)[0])
+            again.load_state_dict({"weight": layer.weight})  # _extra_state may be absent
+
+
+class TestRefusals:
+    def test_12_a_deferred_weight_gradient_with_split_gradients(self) -> None:
+        with pytest.raises(ValueError, match="needs grad_precision='bf16', got 'bf16x2'"):
+            to_fp32_output_layer(deferring(), Fp32Config(grad_precision="bf16x2"))
+
+    def test_12_deferring_without_buffers(self) -> None:
+        layer = deferring()
+        layer.embedding_activation_buffer = None
+        with pytest.raises(ValueError, match="gave its output layer no buffers"):
+            to_fp32_output_layer(layer)
+
+    def test_12_deferring_with_mtp_would_pair_the_wrong_tensors(self) -> None:
+        layer = deferring()
+        layer.config.mtp_num_layers = 1
+        with pytest.raises(ValueError, match="differ with multi-token prediction"):
+            to_fp32_output_layer(layer)
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_12_deferring_needs_a_trainable_weight_with_main_grad(self, frozen: bool) -> None:
+        layer = to_fp32_output_layer(deferring())
+        layer.weight.requires_grad_(not frozen)
+        with pytest.raises(ValueError, match="needs a trainable weight with main_grad"):
+            layer(integers(2, 1, HIDDEN))
+        assert layer.fp32_calls == 0
+
+    def test_16_a_weight_that_gtp_shards(self) -> None:
+        layer = stock_layer()
+        layer.gtp_remat_size = 2
+        with pytest.raises(ValueError, match=r"GTP-sharded weight \(gtp_remat_size=2\)"):
+            to_fp32_output_layer(layer)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [({"cuda_graph_impl": "local"}, "CUDA graphs"), ({"pipeline_model_parallel_size": 2}, "pipeline parallelism")],
+    )
+    def test_19_an_inference_engine_that_would_round_the_logits(
+        self, fields: dict[str, Any], message: str, monkeypatch: Any
+    ) -> None:
+        layer = head()
+        vars(layer.config).update(fields)
+        layer(integers(2, 1, HIDDEN))
+        monkeypatch.setattr(output_layer, "InferenceMode", SimpleNamespace(is_active=lambda: True))
+        with pytest.raises(ValueError, match=f"rounds logits to torch.bfloat16 under {message}"):
+            layer(integers(2, 1, HIDDEN))
+
+    def test_20_batch_invariant_mode(self) -> None:
+        layer = stock_layer()
+        layer.config.batch_invariant_mode = True
+        with pytest.raises(ValueError, match="do not support batch_invariant_mode"):
+            to_fp32_output_layer(layer)
+
+    def test_28_a_fused_linear_cross_entropy_would_bypass_the_layer(self) -> None:
+        layer = stock_layer()
+        layer.config.cross_entropy_loss_fusion = True
+        layer.config.cross_entropy_fusion_impl = "linear"
+        with pytest.raises(ValueError, match="'linear' computes the loss without the output layer's logits"):
+            to_fp32_output_layer(layer)
+
+    def test_28_a_fused_cross_entropy_that_rounds_the_gradient(self) -> None:
+        layer = stock_layer()
+        layer.config.cross_entropy_loss_fusion = True
+        to_fp32_output_layer(layer)
+        with pytest.raises(ValueError, match="'native' rounds dY to bf16 before .*'bf16x3' would keep nothing"):
+            to_fp32_output_layer(layer, Fp32Config(grad_precision="bf16x3"))
+
+
+def deferring(limit: int = 0) -> Any:
+    """A stock layer in the state that GPTModel builds with `defer_embedding_wgrad_compute`."""
+    layer = stock_layer(embedding_activation_buffer=[], grad_output_buffer=[])
+    layer.config.defer_embedding_wgrad_compute = True
+    layer.config.wgrad_deferral_limit = limit
+    return layer
+
+
+class TestDeferredWeightGradient:
+    """`drain_embedding_wgrad_compute` with a stand-in for Apex' kernel."""
+
+    @pytest.fixture
+    def apex(self, monkeypatch: Any) -> None:
+        def accumulate(hidden: Tensor, grad: Tensor, main_grad: Tensor) -> None:
+            assert hidden.dtype == grad.dtype == torch.bfloat16
+            main_grad += grad.float().t() @ hidden.float()
+
+        stub = SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
+        monkeypatch.setitem(__import__("sys").modules, "fused_weight_gradient_mlp_cuda", stub)
+
+    @pytest.mark.parametrize("limit", [0, 2])
+    @pytest.mark.usefixtures("apex")
+    def test_12_it_is_the_gradient_of_an_immediate_pass(self, limit: int) -> None:
+        from megatron.core.utils import drain_embedding_wgrad_compute
+
+        layer: Any = to_fp32_output_layer(deferring(limit))
+        layer.config.gradient_accumulation_fusion = True
+        own_main_grad(layer.weight)
+        truth = torch.zeros(VOCAB, HIDDEN, dtype=torch.float64)
+        for count in range(1, 5):
+            hidden, grad = micro_batch()
+            layer(hidden)[0].backward(grad)
+            part = gradients_reference(hidden.detach(), layer.weight.detach(), grad)
+            truth += part.weight_grad
+            assert torch.equal(hidden.grad, part.hidden_grad.bfloat16())
+            assert len(layer.grad_output_buffer) == (min(count, limit) if limit else count)
+            assert layer.weight.grad_added_to_main_grad
+        assert layer.weight.main_grad.any() == bool(limit)
+        drain_embedding_wgrad_compute(
+            layer.config, layer.embedding_activation_buffer, layer.grad_output_buffer, layer.weight, layer.tp_group
+        )
+        assert torch.equal(layer.weight.main_grad.double(), truth)
