@@ -6,10 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_fp32.apply import apply_fp32
+    from megatron_fp32.check import check_fp32
     from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
     from megatron_fp32.config import Fp32Config
     from megatron_fp32.models.provider import model_provider
-    from megatron_fp32.models.specs import gated_delta_net_block_spec
     from megatron_fp32.ops.logits import fp32_logits
     from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
     from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
@@ -20,9 +21,10 @@ __all__ = [
     "Fp32Config",
     "Fp32GatedDeltaNet",
     "Fp32OutputLayer",
+    "apply_fp32",
+    "check_fp32",
     "export_checkpoint",
     "fp32_logits",
-    "gated_delta_net_block_spec",
     "import_checkpoint",
     "install_optimizer_repairs",
     "keep_in_fp32",
@@ -35,9 +37,10 @@ _HOMES = {
     "Fp32Config": "config",
     "Fp32GatedDeltaNet": "ssm.gated_delta_net",
     "Fp32OutputLayer": "tensor_parallel.output_layer",
+    "apply_fp32": "apply",
+    "check_fp32": "check",
     "export_checkpoint": "checkpoint.convert",
     "fp32_logits": "ops.logits",
-    "gated_delta_net_block_spec": "models.specs",
     "import_checkpoint": "checkpoint.convert",
     "install_optimizer_repairs": "optimizer.native_fp32",
     "keep_in_fp32": "transformer.keep_in_fp32",

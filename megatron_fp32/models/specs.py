@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from megatron_fp32.apply import pre_wrap_hook
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
 from megatron_fp32.transformer.norm import PreLinearRMSNorm, RMSNorm
@@ -76,6 +77,35 @@ def with_fp32_gated_delta_net(
             attention.module = Fp32GatedDeltaNet
             attention.params = {**(attention.params or {}), "fp32_parameters": names}
     return spec
+
+
+def pretrain_spec(model_config: Any, vp_stage: int | None = None) -> Any:
+    """For `--spec megatron_fp32.models.specs pretrain_spec` of an unmodified `pretrain_gpt.py` (megatron-core >= 0.18).
+
+    There a spec may be a function of the model configuration, which is called as each chunk is built. This one returns
+    the spec that would have been taken without `--spec`, with gated-delta-net layers whose parameters stay fp32, and
+    adds `apply_fp32` to the configuration's `pre_wrap_hooks`, for the output layer: everything in `Fp32Config()`.
+
+    Args:
+        model_config: `megatron.training.models.GPTModelConfig`.
+        vp_stage: the virtual pipeline stage.
+
+    Raises:
+        TypeError: when this is no such configuration: earlier releases take no function for a spec.
+    """
+    if not isinstance(getattr(model_config, "pre_wrap_hooks", None), list):
+        raise TypeError(
+            f"expected a model configuration with pre_wrap_hooks (megatron-core >= 0.18), got "
+            f"{type(model_config).__name__}; elsewhere call apply_fp32 in the model provider"
+        )
+    # Called for each chunk; the hook is for all of them. It is found again by its mark, not kept in a global.
+    if not any(getattr(hook, "is_megatron_fp32", False) for hook in model_config.pre_wrap_hooks):
+        model_config.pre_wrap_hooks.insert(0, pre_wrap_hook())
+    if model_config.transformer.experimental_attention_variant == "gated_delta_net":
+        return gated_delta_net_block_spec(model_config.transformer, vp_stage=vp_stage)
+    from megatron.training.models.gpt import default_layer_spec
+
+    return default_layer_spec(model_config, vp_stage)
 
 
 def _local_block_spec(

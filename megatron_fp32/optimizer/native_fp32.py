@@ -80,6 +80,17 @@ def install_optimizer_repairs() -> OptimizerRepairs:
     return OptimizerRepairs(tuple(report), undo)
 
 
+def pending_repairs(optimizer: Any) -> tuple[Repair, ...]:
+    """The repairs that this megatron-core optimizer needs for native-fp32 parameters and that are not installed."""
+    if isinstance(optimizer, DistributedOptimizer):
+        families: tuple[str, ...] = ("distributed-", "torch-adam-")
+    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        families = ("float16-",)
+    else:
+        return ()
+    return tuple(repair for repair, _ in _repairs() if repair.needed and repair.name.startswith(families))
+
+
 def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContextManager[None]]]]:
     yield (
         Repair(

@@ -7,6 +7,7 @@ and (without sequence parallel) trains `out_norm` with a gradient that saw only 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_fp32.config import DEFAULT_KEPT_PARAMETERS
-from megatron_fp32.transformer.keep_in_fp32 import Fp32ParameterGuard, keep_in_fp32
+from megatron_fp32.transformer.keep_in_fp32 import Fp32ParameterGuard, KeptParameter, keep_in_fp32
 
 
 class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
@@ -59,8 +60,11 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
             return
         keep_in_fp32(self, *self._fp32_parameters)
         if "A_log" in self._fp32_parameters and self.config.perform_initialization:
-            with get_cuda_rng_tracker().fork(), torch.no_grad():
-                self.get_parameter("A_log").uniform_(*self.A_init_range).log_()
+            self._draw_a_log()
+
+    def _draw_a_log(self) -> None:
+        with get_cuda_rng_tracker().fork(), torch.no_grad():
+            self.get_parameter("A_log").uniform_(*self.A_init_range).log_()
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the parent; counts the pass when every kept parameter is fp32."""
@@ -103,6 +107,47 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+
+def check_gated_delta_net(layer: GatedDeltaNet) -> None:
+    """Raise TypeError unless `to_fp32_gated_delta_net` can change this layer."""
+    if type(layer) not in (GatedDeltaNet, Fp32GatedDeltaNet):
+        raise TypeError(
+            f"expected a {GatedDeltaNet.__module__}.GatedDeltaNet, got {type(layer).__module__}."
+            f"{type(layer).__qualname__}: a subclass may use its parameters in its own way"
+        )
+
+
+def to_fp32_gated_delta_net(
+    layer: GatedDeltaNet, names: tuple[str, ...] = DEFAULT_KEPT_PARAMETERS, *, draw: bool
+) -> tuple[KeptParameter, ...]:
+    """Turn a built `GatedDeltaNet` into an `Fp32GatedDeltaNet`, in place. Doing it again changes nothing.
+
+    Args:
+        layer: before Float16Module, DDP and the first forward pass.
+        names: what to keep, relative to the layer.
+        draw: draw `A_log` again in fp32 where megatron-core has drawn it in 16 bits (`config.perform_initialization`).
+            False where weights are loaded already.
+
+    Returns:
+        what was found of each parameter, and whether it was drawn again.
+
+    Raises:
+        TypeError: for a subclass, which may use its parameters in its own way.
+        ValueError: when a name is no parameter of the layer.
+    """
+    check_gated_delta_net(layer)
+    found = {kept.name: kept for kept in keep_in_fp32(layer, *names)}
+    if not isinstance(layer, Fp32GatedDeltaNet) or not hasattr(layer, "fp32_calls"):
+        layer.__class__ = Fp32GatedDeltaNet
+        layer.fp32_calls, layer._hook = 0, None
+    layer._fp32_parameters = tuple(names)
+    a_log = found.get("A_log")
+    drawn_in_16_bits = a_log is not None and a_log.previous_dtype != torch.float32 and not layer.A_log.is_meta
+    if draw and drawn_in_16_bits and layer.config.perform_initialization:
+        layer._draw_a_log()
+        found["A_log"] = dataclasses.replace(found["A_log"], redrawn=True)
+    return tuple(found.values())
 
 
 # Megatron-Bridge chooses a mapping by type(module).__name__; pickle finds the class by its __qualname__.

@@ -148,25 +148,26 @@ def to_fp32_output_layer(layer: ColumnParallelLinear, config: Fp32Config | None 
         ValueError: for a layer whose configuration the fp32 product does not support.
     """
     config = config or Fp32Config()
-    if not isinstance(layer, ColumnParallelLinear):
-        raise TypeError(
-            f"expected a {ColumnParallelLinear.__module__}.ColumnParallelLinear, got {type(layer).__module__}."
-            f"{type(layer).__qualname__}"
-        )
-    _check_convertible(layer, config)
+    check_output_layer(layer, config)
     if isinstance(layer, Fp32OutputLayer):
         layer.fp32_config = config
         return layer
-    if type(layer)._forward_impl is not ColumnParallelLinear._forward_impl or "_forward_impl" in vars(layer):
-        raise TypeError(
-            f"{type(layer).__module__}.{type(layer).__qualname__} has a product of its own (_forward_impl): fp32 "
-            "logits would replace it without a word"
-        )
-    if hasattr(layer, "weight_quantizer"):
-        raise TypeError("a layer that ModelOpt quantizes computes its product from quantized operands")
     layer.__class__ = _fp32_class(type(layer))  # type: ignore[arg-type]
     _take_over(layer, config)
     return layer
+
+
+def check_output_layer(layer: ColumnParallelLinear, config: Fp32Config) -> None:
+    """Raise what `to_fp32_output_layer` would raise for this layer."""
+    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    if not isinstance(layer, ColumnParallelLinear):
+        raise TypeError(f"expected a {ColumnParallelLinear.__module__}.ColumnParallelLinear, got {kind}")
+    if hasattr(layer, "weight_quantizer"):
+        raise TypeError(f"{kind} is quantized by ModelOpt: its product has quantized operands")
+    own_product = type(layer)._forward_impl not in (ColumnParallelLinear._forward_impl, Fp32OutputLayer._forward_impl)
+    if own_product or "_forward_impl" in vars(layer):
+        raise TypeError(f"{kind} has a product of its own (_forward_impl): fp32 logits would replace it without a word")
+    _check_convertible(layer, config)
 
 
 # Megatron-Bridge chooses a mapping by type(module).__name__; pickle finds the class by its __qualname__.

@@ -27,6 +27,8 @@ class KeptParameter:
     previous_dtype: torch.dtype
     on_bf16_grid: bool | None
     """All values are representable in bfloat16, so they may have been rounded before. None on the meta device."""
+    redrawn: bool = False
+    """It was initialized again, in fp32, after that."""
 
 
 def keep_in_fp32(module: nn.Module, *names: str) -> tuple[KeptParameter, ...]:

@@ -336,11 +336,8 @@ class TestSurroundings:
         logits.backward(grad)
         assert torch.equal(layer.weight.main_grad.double(), truth.weight_grad)
         assert torch.equal(hidden.grad, truth.hidden_grad.bfloat16())
-        assert layer.fp32_calls == 2
         # Offloading gives back a copy, which has no main_grad: dW must still find its way.
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: t.numpy(force=False) if False else t.clone(), copy.copy
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
             logits, _ = layer(hidden)
         logits.backward(grad)
         assert torch.equal(layer.weight.main_grad.double(), 2 * truth.weight_grad)
@@ -424,7 +421,7 @@ class TestRefusals:
         layer = stock_layer()
         layer.config.cross_entropy_loss_fusion = True
         to_fp32_output_layer(layer)
-        with pytest.raises(ValueError, match="'native' rounds dY to bf16 before .*'bf16x3' would keep nothing"):
+        with pytest.raises(ValueError, match=r"'native' rounds dY to bf16 before .*'bf16x3' would keep nothing"):
             to_fp32_output_layer(layer, Fp32Config(grad_precision="bf16x3"))
 
 

@@ -110,7 +110,7 @@ class TestRefusals:
     def test_a_layer_that_modelopt_quantizes(self) -> None:
         layer = stock_layer()
         layer.weight_quantizer = torch.nn.Identity()
-        with pytest.raises(TypeError, match="ModelOpt quantizes"):
+        with pytest.raises(TypeError, match="is quantized by ModelOpt"):
             to_fp32_output_layer(layer)
 
     def test_another_module(self) -> None:

@@ -1,0 +1,232 @@
+"""Turn the layers of a model that others built into fp32 ones, and prove afterwards that they stayed so.
+
+`apply_fp32` belongs between the construction of the model and everything that remembers a dtype: loading weights,
+Float16Module, DistributedDataParallel, the optimizer. `check_fp32` belongs after them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import get_linear_attention_pattern
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import nn
+
+from megatron_fp32.config import Fp32Config
+from megatron_fp32.ssm.gated_delta_net import check_gated_delta_net, to_fp32_gated_delta_net
+from megatron_fp32.tensor_parallel.output_layer import check_output_layer, to_fp32_output_layer
+from megatron_fp32.transformer.keep_in_fp32 import KeptParameter
+
+logger = logging.getLogger(__name__)
+
+Model = nn.Module | Sequence[nn.Module]
+"""A model, or the chunks of a (virtual) pipeline stage."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fp32Report:
+    """What `apply_fp32` did to the chunks of this rank."""
+
+    output_layers: tuple[str, ...]
+    """Names of the output layers whose logits are fp32 now."""
+    parameters: tuple[KeptParameter, ...]
+    """The parameters that are kept in fp32 now, by their full names."""
+    left: tuple[tuple[str, str], ...]
+    """(name, reason) of what looked like something to change and was not changed."""
+
+    @property
+    def rounded(self) -> tuple[str, ...]:
+        """Kept parameters whose values lie on the bfloat16 grid: they were rounded before they came here."""
+        return tuple(p.name for p in self.parameters if p.on_bf16_grid and not p.redrawn)
+
+    def __str__(self) -> str:
+        lines = [f"fp32 logits: {', '.join(self.output_layers) or 'none'}"]
+        drawn = sum(p.redrawn for p in self.parameters)
+        lines.append(f"fp32 parameters: {len(self.parameters)}, {drawn} of them drawn again")
+        if self.rounded:
+            lines.append(f"values already on the bfloat16 grid: {', '.join(self.rounded)}")
+        lines += [f"left: {name}: {reason}" for name, reason in self.left]
+        return "\n".join(lines)
+
+
+def apply_fp32(model: Model, config: Fp32Config | None = None, *, draw: bool = True) -> Fp32Report:
+    """Make output layers compute fp32 logits and gated-delta-net layers keep their parameters in fp32, in place.
+
+    Output layers are the modules called `output_layer`, wherever they are: in chunks of a virtual pipeline, inside the
+    language model of a vision-language model, in GPTModel, HybridModel, T5 and BERT. Of a LoRA wrapper, the layer
+    within is changed. Heads that are no projection onto the vocabulary are left, and reported. All layers are looked at
+    before the first one is changed.
+
+    Args:
+        model: as built, on any device: before Float16Module, DistributedDataParallel and the first forward pass.
+        config: what to keep; the default is logits, `A_log` and `out_norm`.
+        draw: draw `A_log` again in fp32 where megatron-core has drawn it in 16 bits, which is where its
+            `perform_initialization` is on. Say False when weights have been loaded already.
+
+    Raises:
+        ValueError: when the model is wrapped already, when nothing was found where there must be something, or a layer
+            is configured for what fp32 logits do not support.
+        TypeError: when a layer is of a kind that cannot be changed.
+    """
+    config = config or Fp32Config()
+    chunks = _chunks(model)
+    for name, chunk in chunks:
+        _refuse_wrapped(name, chunk)
+    heads, left = _find_heads(chunks) if config.logits else ([], [])
+    if config.logits and not heads and not left:
+        _expect_heads(chunks)
+    for _, head in heads:
+        check_output_layer(head, config)
+    layers = _find_gated_delta_nets(chunks) if config.gated_delta_net else []
+    if config.gated_delta_net:
+        left += _unknown_a_logs(chunks)
+    for _, head in heads:
+        to_fp32_output_layer(head, config)
+    parameters = [
+        dataclasses.replace(kept, name=f"{name}.{kept.name}")
+        for name, layer in layers
+        for kept in to_fp32_gated_delta_net(layer, config.gated_delta_net, draw=draw)
+    ]
+    return Fp32Report(output_layers=tuple(name for name, _ in heads), parameters=tuple(parameters), left=tuple(left))
+
+
+def pre_wrap_hook(config: Fp32Config | None = None, *, draw: bool = True) -> Callable[[list[Any]], list[Any]]:
+    """`apply_fp32` as a hook that takes the list of chunks and returns it.
+
+    For `pre_wrap_hooks` of megatron-core's model configurations (>= 0.18), and for Megatron-Bridge's
+    `register_pre_wrap_hook(hook, prepend=True)`. What was done is logged.
+    """
+
+    def hook(chunks: list[Any]) -> list[Any]:
+        report = apply_fp32(chunks, config, draw=draw)
+        logger.info("megatron_fp32:\n%s", report)
+        return chunks
+
+    hook.is_megatron_fp32 = True  # type: ignore[attr-defined]
+    return hook
+
+
+# Finding
+
+
+def _chunks(model: Model) -> list[tuple[str, nn.Module]]:
+    if isinstance(model, nn.Module):
+        return [("", model)]
+    chunks = list(model)
+    if not chunks or not all(isinstance(chunk, nn.Module) for chunk in chunks):
+        raise TypeError(f"expected a module or a non-empty list of modules, got {model!r}")
+    return [(f"chunk {i}: " if len(chunks) > 1 else "", chunk) for i, chunk in enumerate(chunks)]
+
+
+def _refuse_wrapped(name: str, chunk: nn.Module) -> None:
+    for module in chunk.modules():
+        if isinstance(module, (Float16Module, DistributedDataParallel)):
+            raise ValueError(
+                f"{name}the model is wrapped in {type(module).__name__} already: apply_fp32 must come before, because "
+                "the wrapper has rounded, or remembers the dtype of, what is to stay fp32"
+            )
+
+
+def find_output_layers(chunk: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(name, the module that has it, the layer) of every `output_layer`, looked up inside of LoRA wrappers."""
+    for name, layer in chunk.named_modules():
+        parent, _, leaf = name.rpartition(".")
+        if leaf != "output_layer":
+            continue
+        owner = chunk.get_submodule(parent)
+        while isinstance(inner := getattr(layer, "to_wrap", None), nn.Module):
+            layer, name = inner, f"{name}.to_wrap"
+        yield name, owner, layer
+
+
+def why_no_vocabulary_head(layer: nn.Module, owner: nn.Module) -> str | None:
+    """The reason why a layer is no projection onto the vocabulary; None when it is one."""
+    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    if isinstance(layer, nn.Linear):
+        return f"a value head ({kind})"
+    rows, vocab = (
+        getattr(layer, "output_size", getattr(layer, "out_features", None)),
+        getattr(owner, "vocab_size", None),
+    )
+    if not isinstance(layer, ColumnParallelLinear) and rows is not None and vocab is not None and rows < vocab:
+        tensor_parallel = getattr(getattr(layer, "config", None), "tensor_model_parallel_size", 1)
+        if rows * tensor_parallel < vocab:
+            return f"a head of {rows} outputs for a vocabulary of {vocab} ({kind})"
+    return None
+
+
+def _find_heads(
+    chunks: list[tuple[str, nn.Module]],
+) -> tuple[list[tuple[str, ColumnParallelLinear]], list[tuple[str, str]]]:
+    heads, left = [], []
+    for prefix, chunk in chunks:
+        for name, owner, layer in find_output_layers(chunk):
+            reason = why_no_vocabulary_head(layer, owner)
+            if reason is not None:
+                left.append((prefix + name, reason))
+                continue
+            if not isinstance(layer, ColumnParallelLinear):
+                kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+                why = " computes its product in MXFP8" if "TELMHead" in type(layer).__name__ else ""
+                raise TypeError(
+                    f"{prefix}{name} is a {kind}, which{why or ' is no ColumnParallelLinear'}: its logits cannot be "
+                    "fp32. Build the model without it, or use Fp32Config(logits=False)"
+                )
+            heads.append((prefix + name, layer))
+    return heads, left
+
+
+def _expect_heads(chunks: list[tuple[str, nn.Module]]) -> None:
+    """Raise unless every last stage has an output layer, and every other one says that it is none."""
+    stages: list[tuple[str, Any]] = [
+        (prefix + (name or type(module).__name__), module)
+        for prefix, chunk in chunks
+        for name, module in chunk.named_modules()
+        if isinstance(module, LanguageModule)
+    ]
+    if not stages:
+        raise ValueError("no module called output_layer, and no language model that says whether it should have one")
+    # A T5 encoder's last stage has none.
+    missing = [name for name, module in stages if module.post_process and getattr(module, "add_decoder", True)]
+    if missing:
+        raise ValueError(f"no module called output_layer in {', '.join(missing)}, a last pipeline stage")
+
+
+def _find_gated_delta_nets(chunks: list[tuple[str, nn.Module]]) -> list[tuple[str, GatedDeltaNet]]:
+    layers = []
+    for prefix, chunk in chunks:
+        for name, module in chunk.named_modules():
+            if isinstance(module, GatedDeltaNet):
+                check_gated_delta_net(module)
+                layers.append((prefix + name, module))
+            elif isinstance(module, TransformerLayer) and _should_be_gated_delta_net(name, module):
+                raise ValueError(
+                    f"{prefix}{name} should hold a megatron-core GatedDeltaNet, by linear_attention_freq, but its "
+                    f"self_attention is a {type(module.self_attention).__name__}"
+                )
+    return layers
+
+
+def _should_be_gated_delta_net(name: str, layer: Any) -> bool:
+    config = layer.config
+    if getattr(config, "experimental_attention_variant", None) != "gated_delta_net" or ".mtp." in f".{name}.":
+        return False
+    pattern = get_linear_attention_pattern(config)
+    return bool(pattern[layer.layer_number - 1]) and not isinstance(layer.self_attention, GatedDeltaNet)
+
+
+def _unknown_a_logs(chunks: list[tuple[str, nn.Module]]) -> list[tuple[str, str]]:
+    return [
+        (f"{prefix}{name}.A_log", f"{type(module).__name__} is not megatron-core's GatedDeltaNet; see keep_in_fp32")
+        for prefix, chunk in chunks
+        for name, module in chunk.named_modules()
+        if "A_log" in module._parameters and not isinstance(module, GatedDeltaNet)
+    ]

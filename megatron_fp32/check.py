@@ -1,0 +1,119 @@
+"""Prove, on the model that trains, that what was to be fp32 is fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+from torch import nn
+
+from megatron_fp32.apply import Model, find_output_layers, why_no_vocabulary_head
+from megatron_fp32.config import Fp32Config
+from megatron_fp32.optimizer.native_fp32 import pending_repairs
+from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
+from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
+
+
+def check_fp32(
+    model: Model, config: Fp32Config | None = None, *, optimizer: Any = None, after_forward: bool = False
+) -> None:
+    """Raise unless the chunks of this rank hold what `config` says.
+
+    Looks at the class of every output layer and gated-delta-net layer and at methods that someone replaced on them; at
+    the dtype, the marks and `main_grad` of every kept parameter; at the optimizer's groups; and with `after_forward` at
+    the layers' own counters of fp32 passes. Nothing is changed and nothing communicated: call it on every rank.
+
+    Args:
+        model: the wrapped chunks (or bare ones).
+        config: what was given to `apply_fp32` or to the model provider.
+        optimizer: megatron-core's optimizer, a chained one included.
+        after_forward: at least one forward pass has run, in which every layer took part.
+
+    Raises:
+        RuntimeError: naming everything that is not as it should be.
+    """
+    config = config or Fp32Config()
+    chunks = [model] if isinstance(model, nn.Module) else list(model)
+    kept: dict[str, nn.Parameter] = {}
+    problems: list[str] = []
+    for chunk in chunks:
+        if config.logits:
+            problems += _output_layer_problems(chunk, config, after_forward)
+        if config.gated_delta_net:
+            problems += _gated_delta_net_problems(chunk, config, after_forward, kept)
+    if optimizer is not None:
+        problems += _optimizer_problems(kept, optimizer)
+    if problems:
+        raise RuntimeError("not in fp32 as configured:\n" + "\n".join(f"- {problem}" for problem in problems))
+
+
+def _output_layer_problems(chunk: nn.Module, config: Fp32Config, after_forward: bool) -> Iterator[str]:
+    for name, owner, layer in find_output_layers(chunk):
+        if why_no_vocabulary_head(layer, owner) is not None:
+            continue
+        if not isinstance(layer, Fp32OutputLayer):
+            yield f"{name} is a {type(layer).__qualname__}, no Fp32OutputLayer"
+            continue
+        if layer.fp32_config != config:
+            yield f"{name} was made with {layer.fp32_config}, expected {config}"
+        for method in ("forward", "_forward_impl"):
+            if method in vars(layer):
+                yield f"{name}.{method} was replaced on the instance"
+        if after_forward and layer.fp32_calls == 0:
+            yield f"{name} never computed fp32 logits: something else computes the loss, or reads the weight alone"
+
+
+def _gated_delta_net_problems(
+    chunk: nn.Module, config: Fp32Config, after_forward: bool, kept: dict[str, nn.Parameter]
+) -> Iterator[str]:
+    for name, layer in chunk.named_modules():
+        if not isinstance(layer, GatedDeltaNet):
+            continue
+        if not isinstance(layer, Fp32GatedDeltaNet):
+            yield f"{name} is a {type(layer).__qualname__}, no Fp32GatedDeltaNet"
+            continue
+        for leaf in config.gated_delta_net:
+            parameter = layer.get_parameter(leaf)
+            kept[f"{name}.{leaf}"] = parameter
+            if parameter.dtype != torch.float32:
+                yield f"{name}.{leaf} is {parameter.dtype}"
+            if not getattr(parameter, "keep_in_fp32", False):
+                yield f"{name}.{leaf} has lost its mark keep_in_fp32: someone replaced the Parameter"
+            main_grad = getattr(parameter, "main_grad", None)
+            if main_grad is not None and main_grad.dtype != torch.float32:
+                yield f"{name}.{leaf}.main_grad is {main_grad.dtype}"
+        if after_forward and layer.fp32_calls == 0:
+            yield f"{name} never ran with its kept parameters in fp32"
+
+
+def _optimizer_problems(kept: dict[str, nn.Parameter], optimizer: Any) -> Iterator[str]:
+    trained = {name: p for name, p in kept.items() if p.requires_grad}
+    if not trained:
+        return
+    for inner in getattr(optimizer, "chained_optimizers", None) or [optimizer]:
+        for repair in pending_repairs(inner):
+            yield f"optimizer repair {repair.name} is not installed ({repair.symptom}); see install_optimizer_repairs"
+        rounded = {id(p) for group in _groups(inner, "model_float16_groups", "float16_groups") for p in group}
+        for name, parameter in trained.items():
+            if id(parameter) in rounded:
+                yield f"the optimizer was built before {name} was fp32: it has it among its 16-bit parameters"
+        yield from _index_map_problems(trained, inner)
+
+
+def _index_map_problems(trained: dict[str, nn.Parameter], optimizer: Any) -> Iterator[str]:
+    """A distributed optimizer that was built before its repair would save states under each other's names."""
+    places = getattr(optimizer, "model_param_group_index_map", None)
+    fp32, float16 = (_groups(optimizer, name) for name in ("model_fp32_groups", "model_float16_groups"))
+    if not places or not fp32:
+        return
+    names = {id(p): name for name, p in trained.items()}
+    for index, groups in enumerate(zip(fp32, float16, strict=True)):
+        for order, parameter in enumerate([*groups[0], *groups[1]]):
+            if id(parameter) in names and places[parameter] != (index, order):
+                yield f"the optimizer was built before install_optimizer_repairs: it confuses {names[id(parameter)]}"
+
+
+def _groups(optimizer: Any, *names: str) -> list[list[nn.Parameter]]:
+    return [group for name in names for group in getattr(optimizer, name, None) or []]

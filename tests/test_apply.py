@@ -1,0 +1,453 @@
+"""`apply_fp32` on models that others built, and `check_fp32` on what became of them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.module import Float16Module
+from torch import nn
+
+from megatron_fp32.apply import apply_fp32, pre_wrap_hook
+from megatron_fp32.arguments import add_fp32_arguments, fp32_config_from_args
+from megatron_fp32.check import check_fp32
+from megatron_fp32.config import Fp32Config
+from megatron_fp32.models import specs
+from megatron_fp32.models.provider import build_qwen3_5, cpu_overrides, transformer_config
+from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
+from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
+from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
+from megatron_fp32.testing.training import Batch, Trainer, TrainerConfig
+from tests.support import tiny_qwen3_5
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+STOCK = Fp32Config(logits=False, gated_delta_net=())
+A_LOG = "decoder.layers.0.self_attention.A_log"
+OUT_NORM = "decoder.layers.0.self_attention.out_norm.weight"
+
+
+def stock_model(*, model: dict[str, Any] | None = None, stage: dict[str, Any] | None = None, **overrides: Any) -> Any:
+    """megatron-core's own GPTModel with its own layers, in bf16."""
+    shapes = tiny_qwen3_5(**(model or {}))
+    config = transformer_config(
+        shapes, **{"bf16": True, "params_dtype": torch.bfloat16, **cpu_overrides(), **overrides}
+    )
+    return build_qwen3_5(shapes, config, STOCK, vocab_divisible_by=8, **(stage or {}))
+
+
+class TestModels:
+    """Where layers are found."""
+
+    def test_a_gpt_model(self) -> None:
+        model = stock_model()
+        keys, parameters = list(model.state_dict()), dict(model.named_parameters())
+        report = apply_fp32(model)
+        assert type(model.output_layer) is Fp32OutputLayer
+        assert type(model.decoder.layers[0].self_attention) is Fp32GatedDeltaNet
+        assert list(model.state_dict()) == keys
+        assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+        assert report.output_layers == ("output_layer",)
+        assert [(p.name, p.previous_dtype) for p in report.parameters] == [
+            (A_LOG, torch.bfloat16),
+            (OUT_NORM, torch.bfloat16),
+        ]
+        assert report.left == ()
+        assert {name for name, p in model.named_parameters() if p.dtype == torch.float32} == {A_LOG, OUT_NORM}
+
+    def test_it_survives_wrapping_and_trains(self) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        with install_optimizer_repairs():
+            trainer = Trainer(model)
+            batch = Batch.random(120, batch=2, length=16)
+            first = trainer.step([batch])
+            assert trainer.step([batch]) < first
+            check_fp32(trainer.model, optimizer=trainer.optimizer, after_forward=True)
+        assert model.get_parameter(A_LOG).dtype == torch.float32
+
+    def test_doing_it_again_changes_nothing(self) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        values = {name: p.detach().clone() for name, p in model.named_parameters()}
+        report = apply_fp32(model, Fp32Config(grad_precision="bf16x2"))
+        assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
+        assert not any(p.redrawn for p in report.parameters)
+        assert {p.previous_dtype for p in report.parameters} == {torch.float32}
+        assert model.output_layer.fp32_config.grad_precision == "bf16x2"
+
+    def test_chunks_of_a_virtual_pipeline_have_one_head_among_them(self) -> None:
+        first = stock_model(stage={"post_process": False})
+        last = stock_model(stage={"pre_process": False})
+        report = apply_fp32([first, last])
+        assert report.output_layers == ("chunk 1: output_layer",)
+        assert {p.name for p in report.parameters} == {f"chunk {i}: {n}" for i in (0, 1) for n in (A_LOG, OUT_NORM)}
+        check_fp32([first, last])
+
+    def test_a_stage_without_a_head_needs_none(self) -> None:
+        report = apply_fp32([stock_model(stage={"post_process": False})])
+        assert report.output_layers == ()
+
+    def test_a_language_model_inside_a_vision_language_model(self) -> None:
+        class VisionLanguage(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.vision = nn.Linear(4, 4)
+                self.thinker = nn.Module()
+                self.thinker.language_model = stock_model()
+
+        model = VisionLanguage()
+        report = apply_fp32(model)
+        assert report.output_layers == ("thinker.language_model.output_layer",)
+        assert report.parameters[0].name == f"thinker.language_model.{A_LOG}"
+
+    def test_a_hybrid_model(self) -> None:
+        hybrid = pytest.importorskip("megatron.core.models.hybrid.hybrid_model", reason="megatron-core < 0.18")
+        from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+        from megatron.core.transformer.spec_utils import ModuleSpec
+
+        config = transformer_config(tiny_qwen3_5(), bf16=True, params_dtype=torch.bfloat16, **cpu_overrides())
+        layers = specs.gated_delta_net_block_spec(config, STOCK).layer_specs
+        stack = HybridStackSubmodules(gdn_layer=layers[0], attention_layer=layers[1])
+        model = hybrid.HybridModel(
+            config=config,
+            hybrid_stack_spec=ModuleSpec(module=HybridStack, params={"post_layer_norm": False}, submodules=stack),
+            vocab_size=120,
+            max_sequence_length=64,
+            hybrid_layer_pattern="G*",
+        )
+        report = apply_fp32(model)
+        assert report.output_layers == ("output_layer",)
+        assert len(report.parameters) == 2
+        assert type(model.output_layer) is Fp32OutputLayer
+
+    def test_an_mtp_stage_of_a_hybrid_model_has_a_head_too(self) -> None:
+        donor = stock_model()
+        stage = LanguageModule(config=donor.config)
+        stage.post_process, stage.mtp_process, stage.output_layer = False, True, donor.output_layer
+        assert apply_fp32(stage).output_layers == ("output_layer",)
+
+    def test_of_a_lora_wrapper_the_layer_within(self) -> None:
+        class LoRALinear(nn.Module):
+            def __init__(self, to_wrap: nn.Module) -> None:
+                super().__init__()
+                self.to_wrap = to_wrap
+
+            def forward(self, x: torch.Tensor, **kwargs: Any) -> Any:
+                output, bias = self.to_wrap(x, **kwargs)
+                return output + torch.ones((), dtype=torch.bfloat16), bias
+
+        model = stock_model()
+        model.output_layer = LoRALinear(model.output_layer)
+        report = apply_fp32(model)
+        assert report.output_layers == ("output_layer.to_wrap",)
+        logits, _ = model.output_layer(torch.randn(3, 1, 64).bfloat16())
+        assert logits.dtype == torch.float32
+        assert isinstance(model.output_layer, LoRALinear)
+
+
+class TestLeft:
+    """What is not changed, and why."""
+
+    def test_a_value_head(self) -> None:
+        class LinearForLastLayer(nn.Linear):
+            pass
+
+        model = stock_model()
+        model.output_layer = LinearForLastLayer(64, 1)
+        report = apply_fp32(model)
+        assert report.output_layers == ()
+        ((name, reason),) = report.left
+        assert name == "output_layer"
+        assert "a value head" in reason
+        assert "LinearForLastLayer" in str(report)
+        check_fp32(model)
+
+    def test_a_classifier_of_another_kind(self) -> None:
+        class TELinear(nn.Module):
+            out_features = 5
+
+        model = stock_model()
+        model.output_layer = TELinear()
+        assert "a head of 5 outputs for a vocabulary of 120" in apply_fp32(model).left[0][1]
+
+    def test_an_mxfp8_head_is_refused_and_nothing_is_changed(self) -> None:
+        class TELMHeadColumnParallelLinear(nn.Module):
+            out_features = 120
+
+        model = stock_model()
+        model.output_layer = TELMHeadColumnParallelLinear()
+        with pytest.raises(TypeError, match=r"output_layer is a .*TELMHead.* computes its product in MXFP8"):
+            apply_fp32(model)
+        assert type(model.decoder.layers[0].self_attention) is GatedDeltaNet
+
+    def test_a_head_that_is_refused_leaves_the_other_chunks_unchanged(self) -> None:
+        good, bad = stock_model(), stock_model()
+        bad.output_layer.gtp_remat_size = 4
+        with pytest.raises(ValueError, match="GTP-sharded"):
+            apply_fp32([good, bad])
+        assert type(good.output_layer) is ColumnParallelLinear
+
+    def test_a_log_of_other_layers_is_reported(self) -> None:
+        model = stock_model()
+        model.mixer = nn.Module()
+        model.mixer.A_log = nn.Parameter(torch.zeros(4))
+        assert apply_fp32(model).left == (
+            ("mixer.A_log", "Module is not megatron-core's GatedDeltaNet; see keep_in_fp32"),
+        )
+
+    def test_logits_or_parameters_alone(self) -> None:
+        model = stock_model()
+        assert apply_fp32(model, Fp32Config(logits=False)).output_layers == ()
+        assert type(model.output_layer) is ColumnParallelLinear
+        model = stock_model()
+        assert apply_fp32(model, Fp32Config(gated_delta_net=())).parameters == ()
+        assert type(model.decoder.layers[0].self_attention) is GatedDeltaNet
+
+
+class TestNothingMatched:
+    def test_a_last_stage_without_a_head(self) -> None:
+        model = stock_model()
+        model.head, model.output_layer = model.output_layer, None
+        with pytest.raises(ValueError, match="no module called output_layer in GPTModel, a last pipeline stage"):
+            apply_fp32(model)
+
+    def test_no_language_model_at_all(self) -> None:
+        with pytest.raises(ValueError, match="no language model that says"):
+            apply_fp32(nn.Sequential(nn.Linear(2, 2)))
+
+    def test_a_layer_that_should_be_a_gated_delta_net(self) -> None:
+        model = stock_model()
+        model.decoder.layers[0].self_attention = nn.Identity()
+        with pytest.raises(ValueError, match=r"decoder\.layers\.0 should hold .*GatedDeltaNet.* is a Identity"):
+            apply_fp32(model)
+
+    def test_a_subclass_of_the_layer(self) -> None:
+        class Other(GatedDeltaNet):
+            pass
+
+        model = stock_model()
+        model.decoder.layers[0].self_attention.__class__ = Other
+        with pytest.raises(TypeError, match=r"got .*Other: a subclass may use its parameters in its own way"):
+            apply_fp32(model)
+        assert type(model.output_layer) is ColumnParallelLinear
+
+    def test_a_wrapped_model(self) -> None:
+        model = stock_model()
+        with pytest.raises(ValueError, match="wrapped in Float16Module already: apply_fp32 must come before"):
+            apply_fp32([Float16Module(model.config, model)])
+
+    @pytest.mark.parametrize("model", [[], [3], "model"])
+    def test_no_model(self, model: Any) -> None:
+        with pytest.raises(TypeError, match="expected a module or a non-empty list of modules"):
+            apply_fp32(model)
+
+
+class TestInitialization:
+    def on_grid(self, model: Any) -> bool:
+        values = model.get_parameter(A_LOG)
+        return torch.equal(values.bfloat16().float(), values)
+
+    def test_a_log_is_drawn_again_where_megatron_drew_it_in_bf16(self) -> None:
+        model = stock_model()
+        report = apply_fp32(model)
+        assert not self.on_grid(model)
+        low, high = model.decoder.layers[0].self_attention.A_init_range
+        values = model.get_parameter(A_LOG).exp()
+        assert ((values >= low) & (values <= high)).all()
+        assert [p.redrawn for p in report.parameters] == [True, False]
+        assert report.rounded == (OUT_NORM,)
+        assert "1 of them drawn again" in str(report)
+        assert OUT_NORM in str(report)
+
+    @pytest.mark.parametrize("how", ["perform_initialization", "draw"])
+    def test_what_was_loaded_is_left_as_it_is_and_reported(self, how: str) -> None:
+        model = stock_model(perform_initialization=how != "perform_initialization")
+        loaded = torch.tensor([0.5, 1.25, 2.0, 0.75]).bfloat16()
+        with torch.no_grad():
+            model.get_parameter(A_LOG).copy_(loaded)
+        report = apply_fp32(model, draw=how != "draw")
+        assert torch.equal(model.get_parameter(A_LOG), loaded.float())
+        assert A_LOG in report.rounded
+
+    def test_ranks_draw_from_megatrons_tracker(self) -> None:
+        state = torch.get_rng_state()
+        apply_fp32(stock_model())
+        before = torch.get_rng_state()
+        torch.set_rng_state(state)
+        stock_model()
+        assert torch.equal(torch.get_rng_state(), before)  # the default generator was not touched by the second draw
+
+    def test_on_the_meta_device_nothing_is_drawn(self) -> None:
+        with torch.device("meta"):
+            model = stock_model()
+        model.to("meta")
+        report = apply_fp32(model)
+        assert [(p.on_bf16_grid, p.redrawn) for p in report.parameters] == [(None, False)] * 2
+
+
+class TestHooks:
+    def test_a_hook_returns_the_chunks_and_logs_what_it_did(self, caplog: pytest.LogCaptureFixture) -> None:
+        chunks = [stock_model()]
+        with caplog.at_level(logging.INFO, "megatron_fp32.apply"):
+            assert pre_wrap_hook(Fp32Config(grad_precision="bf16x2"))(chunks) is chunks
+        assert chunks[0].output_layer.fp32_config.grad_precision == "bf16x2"
+        assert "fp32 logits: output_layer" in caplog.text
+
+    def test_the_model_configuration_of_megatron_018(self) -> None:
+        gpt = pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.18")
+        chunks = self.build(gpt, pre_wrap_hooks=[pre_wrap_hook()])
+        check_fp32(chunks)
+        assert isinstance(chunks[0], Float16Module)
+
+    def test_an_unmodified_pretrain_gpt_with_a_spec(self) -> None:
+        gpt = pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.18")
+        from megatron.core.transformer.spec_utils import import_module
+
+        spec = import_module(("megatron_fp32.models.specs", "pretrain_spec"))
+        chunks = self.build(gpt, transformer_layer_spec=spec)
+        check_fp32(chunks)
+        assert isinstance(chunks[0].module.output_layer, Fp32OutputLayer)
+
+    def test_a_spec_without_gated_delta_net(self) -> None:
+        gpt = pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.18")
+        fields = {"experimental_attention_variant": None, "linear_attention_freq": None, "normalization": "LayerNorm"}
+        fields |= {"layernorm_zero_centered_gamma": False, "qk_layernorm": False, "attention_output_gate": False}
+        chunks = self.build(gpt, transformer_layer_spec=specs.pretrain_spec, **fields)
+        assert isinstance(chunks[0].module.output_layer, Fp32OutputLayer)
+
+    def test_the_spec_adds_its_hook_once(self) -> None:
+        pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.18")
+        config = argparse.Namespace(pre_wrap_hooks=["other"], transformer=stock_model().config)
+        for _ in range(2):
+            specs.pretrain_spec(config)
+        assert len(config.pre_wrap_hooks) == 2
+        assert config.pre_wrap_hooks[1] == "other"
+
+    def test_a_release_that_takes_no_function(self) -> None:
+        with pytest.raises(TypeError, match=r"with pre_wrap_hooks \(megatron-core >= 0.18\), got Namespace"):
+            specs.pretrain_spec(argparse.Namespace())
+
+    def build(self, gpt: Any, *, pre_wrap_hooks: Any = (), transformer_layer_spec: Any = None, **fields: Any) -> Any:
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        overrides = {"bf16": True, "params_dtype": torch.bfloat16, **cpu_overrides(), **fields}
+        config = gpt.GPTModelConfig(
+            transformer=transformer_config(tiny_qwen3_5(), **overrides),
+            transformer_layer_spec=transformer_layer_spec
+            or (lambda c, vp_stage: specs.gated_delta_net_block_spec(c.transformer, STOCK, vp_stage=vp_stage)),
+            vocab_size=120,
+            seq_length=64,
+            position_embedding_type="rope",
+            pre_wrap_hooks=list(pre_wrap_hooks),
+        )
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        return gpt.GPTModelBuilder(config).build_distributed_models(
+            groups, wrap_with_ddp=False, data_parallel_random_init=False
+        )
+
+
+class TestCheck:
+    """Each fault is named."""
+
+    def trainer(self, **config: Any) -> Trainer:
+        model = stock_model()
+        apply_fp32(model)
+        return Trainer(model, TrainerConfig(**config))
+
+    def complaint(self, model: Any, *args: Any, **kwargs: Any) -> str:
+        with pytest.raises(RuntimeError, match="not in fp32 as configured:") as error:
+            check_fp32(model, *args, **kwargs)
+        return str(error.value)
+
+    def test_a_stock_model(self) -> None:
+        text = self.complaint(stock_model())
+        assert "output_layer is a ColumnParallelLinear, no Fp32OutputLayer" in text
+        assert "layers.0.self_attention is a GatedDeltaNet, no Fp32GatedDeltaNet" in text
+
+    def test_a_parameter_that_was_rounded(self) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        model.get_parameter(A_LOG).data = model.get_parameter(A_LOG).data.bfloat16()
+        assert f"{A_LOG} is torch.bfloat16" in self.complaint([model])
+
+    def test_a_parameter_that_was_replaced(self) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        layer = model.decoder.layers[0].self_attention
+        layer._parameters["A_log"] = nn.Parameter(layer.A_log.detach())
+        assert "lost its mark keep_in_fp32" in self.complaint(model)
+
+    def test_main_grad_of_another_dtype(self) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        parameter: Any = model.get_parameter(OUT_NORM)
+        parameter.main_grad = torch.zeros(parameter.shape, dtype=torch.bfloat16)
+        assert f"{OUT_NORM}.main_grad is torch.bfloat16" in self.complaint(model)
+
+    @pytest.mark.parametrize("method", ["forward", "_forward_impl"])
+    def test_a_method_that_was_replaced(self, method: str) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        setattr(model.output_layer, method, lambda *_: None)
+        assert f"output_layer.{method} was replaced on the instance" in self.complaint(model)
+
+    def test_another_configuration(self) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        assert "expected Fp32Config" in self.complaint(model, Fp32Config(grad_precision="bf16x3"))
+
+    def test_layers_that_never_ran(self) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        text = self.complaint(model, after_forward=True)
+        assert "output_layer never computed fp32 logits" in text
+        assert "self_attention never ran with its kept parameters in fp32" in text
+
+    @pytest.mark.parametrize("distributed", [True, False])
+    def test_an_optimizer_without_its_repairs(self, distributed: bool) -> None:
+        trainer = self.trainer(distributed_optimizer=distributed)
+        text = self.complaint(trainer.model, optimizer=trainer.optimizer)
+        assert ("distributed-index-map" if distributed else "float16-id-map") in text
+        assert ("float16-id-map" if distributed else "distributed-index-map") not in text
+
+    def test_an_optimizer_that_was_built_before_its_repairs(self) -> None:
+        trainer = self.trainer()
+        with install_optimizer_repairs():
+            text = self.complaint(trainer.model, optimizer=trainer.optimizer)
+        assert "built before install_optimizer_repairs: it confuses" in text
+
+    def test_an_optimizer_that_was_built_too_early(self) -> None:
+        model = stock_model()
+        with install_optimizer_repairs():
+            trainer = Trainer(model)
+            for parameter in model.parameters():
+                del parameter.main_grad
+            apply_fp32(model)
+            assert "was built before" in self.complaint(trainer.model, optimizer=trainer.optimizer)
+
+
+class TestArguments:
+    def parse(self, *flags: str) -> Fp32Config:
+        parser = argparse.ArgumentParser()
+        assert add_fp32_arguments(parser) is parser
+        return fp32_config_from_args(parser.parse_args(flags))
+
+    def test_without_flags_the_defaults_of_the_configuration(self) -> None:
+        assert self.parse() == Fp32Config()
+
+    def test_every_flag(self) -> None:
+        assert self.parse("--no-fp32-logits") == Fp32Config(logits=False)
+        assert self.parse("--fp32-logits-grad-precision", "bf16x2") == Fp32Config(grad_precision="bf16x2")
+        assert self.parse("--fp32-gated-delta-net") == Fp32Config(gated_delta_net=())
+        assert self.parse("--fp32-gated-delta-net", "A_log") == Fp32Config(gated_delta_net=("A_log",))
+
+    def test_a_parser_without_the_flags(self) -> None:
+        with pytest.raises(ValueError, match="the arguments lack --fp32-logits"):
+            fp32_config_from_args(argparse.Namespace())
