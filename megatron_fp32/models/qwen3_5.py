@@ -65,6 +65,42 @@ class Qwen35Config:
         """megatron-core's `linear_attention_freq`: 1 for a gated-delta-net layer, 0 for attention."""
         return [int(kind == _LINEAR) for kind in self.layer_types]
 
+    def megatron_arguments(self) -> list[str]:
+        """The model as flags of Megatron's argument parser, for `pretrain_gpt.py` (`megatron.training` of 0.19.2).
+
+        They make the `TransformerConfig` of `models.provider.transformer_config`. Lengths, parallelism, precision and
+        everything else about the run are the caller's.
+        """
+        flags = {
+            "num-layers": self.num_layers,
+            "hidden-size": self.hidden_size,
+            "ffn-hidden-size": self.intermediate_size,
+            "num-attention-heads": self.num_attention_heads,
+            "num-query-groups": self.num_key_value_heads,
+            "kv-channels": self.head_dim,
+            "normalization": "RMSNorm",
+            "norm-epsilon": self.rms_norm_eps,
+            "hidden-dropout": 0.0,
+            "attention-dropout": 0.0,
+            "position-embedding-type": "rope",
+            "rotary-base": int(self.rope_theta),
+            "rotary-percent": self.partial_rotary_factor,
+            "experimental-attention-variant": "gated_delta_net",
+            "linear-attention-freq": str(self.linear_attention_pattern).replace(" ", ""),
+            "linear-conv-kernel-dim": self.linear_conv_kernel_dim,
+            "linear-key-head-dim": self.linear_key_head_dim,
+            "linear-value-head-dim": self.linear_value_head_dim,
+            "linear-num-key-heads": self.linear_num_key_heads,
+            "linear-num-value-heads": self.linear_num_value_heads,
+            "vocab-size": self.vocab_size,
+        }
+        switches = ["group-query-attention", "apply-layernorm-1p", "swiglu", "disable-bias-linear", "qk-layernorm"]
+        switches += ["attention-output-gate"] + (
+            [] if self.tie_word_embeddings else ["untie-embeddings-and-output-weights"]
+        )
+        pairs = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+        return [*pairs, *(f"--{name}" for name in switches)]
+
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Qwen35Config:
         """From a parsed `config.json`, of the text model or of the vision-language model around it.

@@ -1,0 +1,218 @@
+"""Real pretraining runs with Megatron's own loop: loss curves, resumption, export.
+
+    python benchmarks/pretrain_qwen3_5.py --curves 300 --resume 40 [--gpus 2] [--json FILE] [--picture FILE]
+
+Writes a Qwen3.5 with transformers, imports it, and runs `examples/pretrain_qwen3_5.py` from it under torchrun: once
+with everything in fp32 that this package keeps and once stock, for `--curves` iterations; then in deterministic mode
+for `--resume` iterations straight and again from the checkpoint in the middle, compared tensor by tensor, optimizer
+included. The end of that run is exported and loaded in transformers. With two GPUs: tensor parallel with sequence
+parallel.
+
+Needs CUDA, Transformer Engine, megatron-core with megatron.training and transformers; the curves need
+flash-linear-attention.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_fp32.checkpoint.torch_dist import TorchDistReader
+from megatron_fp32.testing.qwen3_5 import write_qwen3_5
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "pretrain_qwen3_5.py"
+STOCK = ["--no-fp32-logits", "--fp32-gated-delta-net"]
+MODEL = {
+    "vocab_size": 32768,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+TINY: dict[str, int] = {}
+
+
+@click.command()
+@click.option("--curves", default=300, show_default=True, help="Iterations of the loss curves; 0 for none.")
+@click.option("--resume", default=40, show_default=True, help="Iterations of the resumed run; 0 for none.")
+@click.option("--gpus", default=1, show_default=True, help="Tensor-parallel size.")
+@click.option("--seq-length", default=1024, show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), default=Path("pretrain-out"), show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path))
+@click.option("--picture", type=click.Path(path_type=Path))
+@click.option("--tiny", is_flag=True, help="A model of 128 dimensions, to try this out.")
+@click.option("--launch", help="Command that runs a script, instead of torchrun.")
+@click.option("--flags", default="", help="More flags for Megatron.")
+def main(
+    curves: int,
+    resume: int,
+    gpus: int,
+    seq_length: int,
+    work: Path,
+    json_path: Path | None,
+    picture: Path | None,
+    tiny: bool,
+    launch: str | None,
+    flags: str,
+) -> None:
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    hf = write_qwen3_5(work / "hf", **(TINY if tiny else MODEL))
+    import_checkpoint(hf, work / "imported")
+    launcher = shlex.split(launch or f"{sys.executable} -m torch.distributed.run --nproc-per-node {gpus}")
+    run = Run([*launcher, str(EXAMPLE), "--hf-dir", str(hf)], gpus=gpus, seq_length=seq_length, flags=flags)
+    result: dict[str, Any] = {"command": " ".join(sys.argv), **machine(), "model": TINY if tiny else MODEL}
+    if curves:
+        result["curves"] = {
+            name: run.train(work / name, curves, more=more, start=work / "imported")
+            for name, more in (("fp32", []), ("stock", STOCK))
+        }
+        for name, losses in result["curves"].items():
+            print(f"{name}: loss {losses[0]:.4f} -> {losses[-1]:.6f} in {len(losses)} iterations")
+        if picture is not None:
+            draw(result["curves"], picture)
+    if resume:
+        result["resume"] = resumed(run, work, resume)
+        result["export"] = exported(work)
+    if json_path is not None:
+        json_path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+class Run:
+    """Megatron runs that differ in little."""
+
+    def __init__(self, command: list[str], *, gpus: int, seq_length: int, flags: str) -> None:
+        self.command = command
+        self.flags = [
+            "--tensor-model-parallel-size", str(gpus), *(["--sequence-parallel"] if gpus > 1 else []),
+            "--bf16", "--use-distributed-optimizer", "--mock-data", "--num-workers", "0",
+            "--seq-length", str(seq_length), "--max-position-embeddings", str(seq_length),
+            "--micro-batch-size", "2", "--global-batch-size", "4",
+            "--lr", "3e-4", "--min-lr", "3e-5", "--lr-warmup-fraction", "0.1", "--lr-decay-style", "cosine",
+            "--clip-grad", "1.0", "--log-interval", "1", "--eval-iters", "0", "--eval-interval", "100000",
+            *shlex.split(flags),
+        ]  # fmt: skip
+
+    def train(
+        self, save: Path, iterations: int, *, start: Path, more: list[str], fresh: bool = True, save_every: int = 0
+    ) -> list[float]:
+        """Losses of the iterations, from the log; `fresh` starts at 0 from the weights alone."""
+        begin = time.monotonic()
+        command = [*self.command, *self.flags, *more, "--train-iters", str(iterations)]
+        command += ["--load", str(start), *(["--finetune"] if fresh else [])]
+        if save_every:
+            command += ["--save", str(save), "--save-interval", str(save_every)]
+        log = save.with_suffix(".log")
+        with log.open("w") as out:
+            # Megatron wants these two for sequence parallel and for deterministic mode.
+            env = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_ALGO": "Ring"}
+            env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+            ended = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=env, check=False)
+        text = log.read_text()
+        if ended.returncode != 0:
+            raise SystemExit(f"{' '.join(command)}\nended with {ended.returncode}:\n{text[-4000:]}")
+        print(f"{save.name}: {time.monotonic() - begin:.0f} s", flush=True)
+        losses = [float(value) for value in re.findall(r"lm loss: ([0-9.E+-]+)", text)]
+        # Megatron does not reset its sums after the first iteration of a run, and prints the mean of two at the second.
+        return [losses[0], round(2 * losses[1] - losses[0], 5), *losses[2:]]
+
+
+def resumed(run: Run, work: Path, iterations: int) -> dict[str, Any]:
+    """Straight and resumed in the middle, in deterministic mode: which tensors of the two last checkpoints differ."""
+    middle = iterations // 2
+    deterministic = ["--deterministic-mode"]
+    straight = run.train(work / "straight", iterations, start=work / "imported", more=deterministic, save_every=middle)
+    second = work / "second"
+    second.mkdir()
+    shutil.copytree(work / "straight" / f"iter_{middle:07d}", second / f"iter_{middle:07d}")
+    (second / "latest_checkpointed_iteration.txt").write_text(str(middle))
+    again = run.train(
+        work / "resumed", iterations, start=second, more=deterministic, fresh=False, save_every=iterations
+    )
+    a, b = TorchDistReader(work / "straight"), TorchDistReader(work / "resumed")
+    names = [name for name in a.tensors if not name.startswith(("rng_state", "rerun_state"))]
+    different = [name for name in names if not torch.equal(as_bytes(a.read(name)), as_bytes(b.read(name)))]
+    equal_losses = all(abs(x - y) < 2e-5 * x for x, y in zip(straight[middle:], again, strict=True))
+    optimizer = sum(name.startswith("optimizer.") for name in names)
+    print(
+        f"resumed after {middle} of {iterations} iterations: {len(names) - len(different)} of {len(names)} tensors "
+        f"({optimizer} of them the optimizer's) equal in every bit; losses equal as printed: {equal_losses}"
+    )
+    return {
+        "iterations": iterations,
+        "tensors": len(names),
+        "optimizer_tensors": optimizer,
+        "different": different,
+        "equal_losses": equal_losses,
+        "straight": straight,
+        "resumed": again,
+    }
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def exported(work: Path) -> dict[str, Any]:
+    """Export the end of the straight run and load it in transformers."""
+    from transformers.models import qwen3_5
+
+    report = export_checkpoint(work / "straight", work / "exported", source=work / "imported")
+    model, loading = qwen3_5.Qwen3_5ForCausalLM.from_pretrained(
+        work / "exported", dtype="auto", output_loading_info=True
+    )
+    problems = {name: sorted(map(str, value)) for name, value in loading.items() if value}
+    with torch.no_grad():
+        finite = bool(model(torch.arange(1, 65)[None]).logits.isfinite().all())
+    print(
+        f"exported {report.tensors} tensors, {report.unchanged} of them unchanged; "
+        f"transformers: {problems or 'no complaints'}, logits finite: {finite}"
+    )
+    return {"tensors": report.tensors, "unchanged": report.unchanged, "transformers": problems, "finite": finite}
+
+
+def draw(curves: dict[str, list[float]], path: Path) -> None:
+    """The loss curves and their difference, as a picture."""
+    import matplotlib.pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1))
+    for name, losses in curves.items():
+        above.plot(range(1, len(losses) + 1), losses, label=name)
+    above.set_yscale("log")
+    above.set_ylabel("loss")
+    above.legend()
+    difference = [s - f for s, f in zip(curves["stock"], curves["fp32"], strict=True)]
+    below.plot(range(1, len(difference) + 1), difference, color="black", linewidth=0.8)
+    below.axhline(0, color="grey", linewidth=0.5)
+    below.set_ylabel("stock - fp32")
+    below.set_xlabel("iteration")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def machine() -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"gpu": name, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
+
+
+if __name__ == "__main__":
+    main()
