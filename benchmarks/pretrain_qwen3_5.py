@@ -1,6 +1,6 @@
 """Real pretraining runs with Megatron's own loop: loss curves, resumption, export.
 
-    python benchmarks/pretrain_qwen3_5.py --curves 300 --resume 40 [--gpus 2] [--json FILE] [--picture FILE]
+    python benchmarks/pretrain_qwen3_5.py --curves 300 --resume 40 [--gpus 2] [--json FILE]
 
 Writes a Qwen3.5 with transformers, imports it, and runs `examples/pretrain_qwen3_5.py` from it under torchrun: once
 with everything in fp32 that this package keeps and once stock, for `--curves` iterations; then in deterministic mode
@@ -58,7 +58,6 @@ TINY: dict[str, int] = {}
 @click.option("--seq-length", default=1024, show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("pretrain-out"), show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
-@click.option("--picture", type=click.Path(path_type=Path))
 @click.option("--tiny", is_flag=True, help="A model of 128 dimensions, to try this out.")
 @click.option("--launch", help="Command that runs a script, instead of torchrun.")
 @click.option("--flags", default="", help="More flags for Megatron.")
@@ -69,7 +68,6 @@ def main(
     seq_length: int,
     work: Path,
     json_path: Path | None,
-    picture: Path | None,
     tiny: bool,
     launch: str | None,
     flags: str,
@@ -88,8 +86,6 @@ def main(
         }
         for name, losses in result["curves"].items():
             print(f"{name}: loss {losses[0]:.4f} -> {losses[-1]:.6f} in {len(losses)} iterations")
-        if picture is not None:
-            draw(result["curves"], picture)
     if resume:
         result["resume"] = resumed(run, work, resume)
         result["export"] = exported(work)
@@ -188,25 +184,6 @@ def exported(work: Path) -> dict[str, Any]:
         f"transformers: {problems or 'no complaints'}, logits finite: {finite}"
     )
     return {"tensors": report.tensors, "unchanged": report.unchanged, "transformers": problems, "finite": finite}
-
-
-def draw(curves: dict[str, list[float]], path: Path) -> None:
-    """The loss curves and their difference, as a picture."""
-    import matplotlib.pyplot as plt
-
-    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1))
-    for name, losses in curves.items():
-        above.plot(range(1, len(losses) + 1), losses, label=name)
-    above.set_yscale("log")
-    above.set_ylabel("loss")
-    above.legend()
-    difference = [s - f for s, f in zip(curves["stock"], curves["fp32"], strict=True)]
-    below.plot(range(1, len(difference) + 1), difference, color="black", linewidth=0.8)
-    below.axhline(0, color="grey", linewidth=0.5)
-    below.set_ylabel("stock - fp32")
-    below.set_xlabel("iteration")
-    figure.tight_layout()
-    figure.savefig(path)
 
 
 def machine() -> dict[str, Any]:

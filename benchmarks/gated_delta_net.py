@@ -1,0 +1,145 @@
+"""Time of a gated-delta-net layer with fp32 `A_log` and `out_norm`, beside the stock layer.
+
+    python benchmarks/gated_delta_net.py [--tokens 4096 --tokens 32768] [--json FILE]
+
+Needs a CUDA device, Transformer Engine and flash-linear-attention, which tunes its kernels for minutes before the first
+row. Forward and backward of one layer of Qwen3.5's shape (hidden 2048, 16 key and 32 value heads of 128); the stock and
+the fp32 layer have the same weights and take turns within one run. `error` is that of the timed output against the same
+layer with all of its parameters and activations in fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from megatron_fp32.config import Fp32Config
+from megatron_fp32.models.provider import transformer_config
+from megatron_fp32.models.qwen3_5 import Qwen35Config
+from megatron_fp32.models.specs import gated_delta_net_block_spec
+from megatron_fp32.ops.logits.reference import relative_error
+from megatron_fp32.testing.cpu import model_parallel, single_process
+
+MODEL = Qwen35Config(
+    vocab_size=1024,
+    hidden_size=2048,
+    intermediate_size=6144,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    head_dim=256,
+    linear_num_key_heads=16,
+    linear_num_value_heads=32,
+    linear_key_head_dim=128,
+    linear_value_head_dim=128,
+    linear_conv_kernel_dim=4,
+    layer_types=("linear_attention",),
+    rms_norm_eps=1e-6,
+    rope_theta=1e7,
+    partial_rotary_factor=0.25,
+    tie_word_embeddings=False,
+)
+
+
+@click.command()
+@click.option("--tokens", multiple=True, type=int, default=(4096, 32768), show_default=True)
+@click.option("--repeats", default=30, show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path))
+def main(tokens: tuple[int, ...], repeats: int, json_path: Path | None) -> None:
+    rows: list[dict[str, Any]] = []
+    with single_process("nccl"), model_parallel():
+        for spec in ("transformer_engine", "local"):
+            layers = same_weights(spec)
+            for count in tokens:
+                rows += measure(layers, count, repeats, spec)
+    for row in rows:
+        print(
+            f"{row['spec']:20} {row['tokens']:6} tokens  {row['layer']:5}  {row['ms']:8.3f} ms  {row['ratio']:.3f}x  "
+            f"error {row['error']:.2e}"
+        )
+    if json_path is not None:
+        machine = {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+        }
+        json_path.write_text(json.dumps({"command": " ".join(sys.argv), **machine, "rows": rows}, indent=1) + "\n")
+
+
+def same_weights(spec: str) -> dict[str, torch.nn.Module]:
+    """The stock layer, ours, and one with fp32 everywhere, with the same weights as far as each can hold them."""
+    truth = build(spec, Fp32Config(gated_delta_net=()), torch.float32)
+    layers = {"stock": build(spec, Fp32Config(gated_delta_net=())), "fp32": build(spec, Fp32Config())}
+    with torch.no_grad():
+        for name, parameter in truth.named_parameters():
+            # Only A_log and out_norm have bits that bf16 cannot hold, as in the released checkpoints.
+            if not name.endswith(("A_log", "out_norm.weight")):
+                parameter.copy_(parameter.bfloat16())
+            elif name.endswith("out_norm.weight"):
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+            for layer in layers.values():
+                layer.get_parameter(name).copy_(parameter)
+    return {**layers, "truth": truth}
+
+
+def build(spec: str, fp32: Fp32Config, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+    """One gated-delta-net layer, cast as Float16Module would."""
+    config = transformer_config(
+        MODEL,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        transformer_impl=spec,
+        persist_layer_norm=False,
+        # flash-linear-attention takes no fp32; in this mode megatron-core uses torch operators.
+        deterministic_mode=dtype == torch.float32,
+    )
+    attention = gated_delta_net_block_spec(config, fp32).layer_specs[0].submodules.self_attention
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return build_module(attention, config=config, layer_number=1, pg_collection=groups).cuda().to(dtype)
+
+
+def measure(layers: dict[str, torch.nn.Module], tokens: int, repeats: int, spec: str) -> list[dict[str, Any]]:
+    """Median ms of forward and backward of each layer, taking turns."""
+    hidden = torch.randn(tokens, 1, MODEL.hidden_size, device="cuda").bfloat16().requires_grad_()
+    cotangent = torch.randn_like(hidden)
+    names = ("stock", "fp32")
+    times: dict[str, list[float]] = {name: [] for name in names}
+    outputs: dict[str, Tensor] = {}
+    for turn in range(repeats + 5):
+        for name in names if turn % 2 else names[::-1]:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            outputs[name] = layers[name](hidden, None)[0]
+            outputs[name].backward(cotangent)
+            end.record()
+            end.synchronize()
+            if turn >= 5:
+                times[name].append(start.elapsed_time(end))
+    with torch.no_grad():
+        truth = layers["truth"](hidden.float(), None)[0]
+    stock = statistics.median(times["stock"])
+    return [
+        {
+            "spec": spec,
+            "tokens": tokens,
+            "layer": name,
+            "ms": statistics.median(times[name]),
+            "ratio": statistics.median(times[name]) / stock,
+            "error": relative_error(outputs[name].detach(), truth),
+        }
+        for name in names
+    ]
+
+
+if __name__ == "__main__":
+    main()
