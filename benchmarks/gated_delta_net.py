@@ -110,6 +110,8 @@ def build(spec: str, fp32: Fp32Config, dtype: torch.dtype = torch.bfloat16) -> t
 
 def measure(layers: dict[str, torch.nn.Module], tokens: int, repeats: int, spec: str) -> list[dict[str, Any]]:
     """Median ms of forward and backward of each layer, taking turns."""
+    # A training process sees one shape and one kind of layer: do not let compiled code of other rows crowd it out.
+    torch._dynamo.reset()
     hidden = torch.randn(tokens, 1, MODEL.hidden_size, device="cuda").bfloat16().requires_grad_()
     cotangent = torch.randn_like(hidden)
     names = ("stock", "fp32")

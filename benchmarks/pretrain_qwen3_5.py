@@ -1,15 +1,13 @@
 """Real pretraining runs with Megatron's own loop: loss curves, resumption, export.
 
-    python benchmarks/pretrain_qwen3_5.py --curves 300 --resume 40 [--gpus 2] [--json FILE]
+    python benchmarks/pretrain_qwen3_5.py [--iterations 300] [--gpus 2] [--json FILE]
 
-Writes a Qwen3.5 with transformers, imports it, and runs `examples/pretrain_qwen3_5.py` from it under torchrun: once
-with everything in fp32 that this package keeps and once stock, for `--curves` iterations; then in deterministic mode
-for `--resume` iterations straight and again from the checkpoint in the middle, compared tensor by tensor, optimizer
-included. The end of that run is exported and loaded in transformers. With two GPUs: tensor parallel with sequence
-parallel.
+Writes a Qwen3.5 with transformers, imports it, and runs `examples/pretrain_qwen3_5.py` from it under torchrun, three
+times in Megatron's deterministic mode: with everything in fp32 that this package keeps; again from the checkpoint in
+the middle of that run, whose end is compared tensor by tensor, optimizer included; and stock. The end of the first is
+exported and loaded in transformers. With two GPUs: tensor parallel with sequence parallel.
 
-Needs CUDA, Transformer Engine, megatron-core with megatron.training and transformers; the curves need
-flash-linear-attention.
+Needs CUDA, Transformer Engine, megatron-core with megatron.training, and transformers.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ import torch
 
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_fp32.checkpoint.torch_dist import TorchDistReader
-from megatron_fp32.testing.qwen3_5 import write_qwen3_5
+from megatron_fp32.testing.qwen3_5 import TINY_QWEN3_5, write_qwen3_5
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pretrain_qwen3_5.py"
 STOCK = ["--no-fp32-logits", "--fp32-gated-delta-net"]
@@ -48,22 +47,19 @@ MODEL = {
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
 }
-TINY: dict[str, int] = {}
 
 
 @click.command()
-@click.option("--curves", default=300, show_default=True, help="Iterations of the loss curves; 0 for none.")
-@click.option("--resume", default=40, show_default=True, help="Iterations of the resumed run; 0 for none.")
+@click.option("--iterations", default=300, show_default=True)
 @click.option("--gpus", default=1, show_default=True, help="Tensor-parallel size.")
-@click.option("--seq-length", default=1024, show_default=True)
+@click.option("--seq-length", default=512, show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("pretrain-out"), show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 @click.option("--tiny", is_flag=True, help="A model of 128 dimensions, to try this out.")
 @click.option("--launch", help="Command that runs a script, instead of torchrun.")
 @click.option("--flags", default="", help="More flags for Megatron.")
 def main(
-    curves: int,
-    resume: int,
+    iterations: int,
     gpus: int,
     seq_length: int,
     work: Path,
@@ -74,21 +70,25 @@ def main(
 ) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    hf = write_qwen3_5(work / "hf", **(TINY if tiny else MODEL))
+    model = TINY_QWEN3_5 if tiny else MODEL
+    hf = write_qwen3_5(work / "hf", **model)
     import_checkpoint(hf, work / "imported")
     launcher = shlex.split(launch or f"{sys.executable} -m torch.distributed.run --nproc-per-node {gpus}")
     run = Run([*launcher, str(EXAMPLE), "--hf-dir", str(hf)], gpus=gpus, seq_length=seq_length, flags=flags)
-    result: dict[str, Any] = {"command": " ".join(sys.argv), **machine(), "model": TINY if tiny else MODEL}
-    if curves:
-        result["curves"] = {
-            name: run.train(work / name, curves, more=more, start=work / "imported")
-            for name, more in (("fp32", []), ("stock", STOCK))
-        }
-        for name, losses in result["curves"].items():
-            print(f"{name}: loss {losses[0]:.4f} -> {losses[-1]:.6f} in {len(losses)} iterations")
-    if resume:
-        result["resume"] = resumed(run, work, resume)
-        result["export"] = exported(work)
+    half = iterations // 2
+    curves = {"fp32": run.train(work / "fp32", iterations, start=work / "imported", save_every=half)}
+    result = {
+        "command": " ".join(sys.argv),
+        **machine(),
+        "megatron_flags": run.flags,
+        "model": model,
+        "resume": resumed(run, work, iterations, curves["fp32"]),
+        "export": exported(work),
+        "curves": curves,
+    }
+    curves["stock"] = run.train(work / "stock", iterations, start=work / "imported", more=STOCK)
+    for name, losses in curves.items():
+        print(f"{name}: loss {losses[0]:.4f} -> {losses[-1]:.6f} in {len(losses)} iterations")
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -100,7 +100,7 @@ class Run:
         self.command = command
         self.flags = [
             "--tensor-model-parallel-size", str(gpus), *(["--sequence-parallel"] if gpus > 1 else []),
-            "--bf16", "--use-distributed-optimizer", "--mock-data", "--num-workers", "0",
+            "--deterministic-mode", "--bf16", "--use-distributed-optimizer", "--mock-data", "--num-workers", "0",
             "--seq-length", str(seq_length), "--max-position-embeddings", str(seq_length),
             "--micro-batch-size", "2", "--global-batch-size", "4",
             "--lr", "3e-4", "--min-lr", "3e-5", "--lr-warmup-fraction", "0.1", "--lr-decay-style", "cosine",
@@ -109,7 +109,14 @@ class Run:
         ]  # fmt: skip
 
     def train(
-        self, save: Path, iterations: int, *, start: Path, more: list[str], fresh: bool = True, save_every: int = 0
+        self,
+        save: Path,
+        iterations: int,
+        *,
+        start: Path,
+        more: Sequence[str] = (),
+        fresh: bool = True,
+        save_every: int = 0,
     ) -> list[float]:
         """Losses of the iterations, from the log; `fresh` starts at 0 from the weights alone."""
         begin = time.monotonic()
@@ -132,25 +139,21 @@ class Run:
         return [losses[0], round(2 * losses[1] - losses[0], 5), *losses[2:]]
 
 
-def resumed(run: Run, work: Path, iterations: int) -> dict[str, Any]:
-    """Straight and resumed in the middle, in deterministic mode: which tensors of the two last checkpoints differ."""
-    middle = iterations // 2
-    deterministic = ["--deterministic-mode"]
-    straight = run.train(work / "straight", iterations, start=work / "imported", more=deterministic, save_every=middle)
-    second = work / "second"
-    second.mkdir()
-    shutil.copytree(work / "straight" / f"iter_{middle:07d}", second / f"iter_{middle:07d}")
-    (second / "latest_checkpointed_iteration.txt").write_text(str(middle))
-    again = run.train(
-        work / "resumed", iterations, start=second, more=deterministic, fresh=False, save_every=iterations
-    )
-    a, b = TorchDistReader(work / "straight"), TorchDistReader(work / "resumed")
+def resumed(run: Run, work: Path, iterations: int, straight: list[float]) -> dict[str, Any]:
+    """The second half of the fp32 run again, from its checkpoint: which tensors of the two last checkpoints differ."""
+    half = iterations // 2
+    start = work / "half"
+    start.mkdir()
+    shutil.copytree(work / "fp32" / f"iter_{half:07d}", start / f"iter_{half:07d}")
+    (start / "latest_checkpointed_iteration.txt").write_text(str(half))
+    again = run.train(work / "resumed", iterations, start=start, fresh=False, save_every=iterations)
+    a, b = TorchDistReader(work / "fp32"), TorchDistReader(work / "resumed")
     names = [name for name in a.tensors if not name.startswith(("rng_state", "rerun_state"))]
     different = [name for name in names if not torch.equal(as_bytes(a.read(name)), as_bytes(b.read(name)))]
-    equal_losses = all(abs(x - y) < 2e-5 * x for x, y in zip(straight[middle:], again, strict=True))
+    equal_losses = all(abs(x - y) < 2e-5 * x for x, y in zip(straight[half:], again, strict=True))
     optimizer = sum(name.startswith("optimizer.") for name in names)
     print(
-        f"resumed after {middle} of {iterations} iterations: {len(names) - len(different)} of {len(names)} tensors "
+        f"resumed after {half} of {iterations} iterations: {len(names) - len(different)} of {len(names)} tensors "
         f"({optimizer} of them the optimizer's) equal in every bit; losses equal as printed: {equal_losses}"
     )
     return {
@@ -159,8 +162,7 @@ def resumed(run: Run, work: Path, iterations: int) -> dict[str, Any]:
         "optimizer_tensors": optimizer,
         "different": different,
         "equal_losses": equal_losses,
-        "straight": straight,
-        "resumed": again,
+        "losses": again,
     }
 
 
@@ -169,10 +171,10 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def exported(work: Path) -> dict[str, Any]:
-    """Export the end of the straight run and load it in transformers."""
+    """Export the end of the fp32 run and load it in transformers."""
     from transformers.models import qwen3_5
 
-    report = export_checkpoint(work / "straight", work / "exported", source=work / "imported")
+    report = export_checkpoint(work / "fp32", work / "exported", source=work / "imported")
     model, loading = qwen3_5.Qwen3_5ForCausalLM.from_pretrained(
         work / "exported", dtype="auto", output_loading_info=True
     )

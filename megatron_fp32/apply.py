@@ -85,7 +85,7 @@ def apply_fp32(model: Model, config: Fp32Config | None = None, *, draw: bool = T
         _expect_heads(chunks)
     for _, head in heads:
         check_output_layer(head, config)
-    layers = _find_gated_delta_nets(chunks) if config.gated_delta_net else []
+    layers = _find_gated_delta_nets(chunks, config.gated_delta_net) if config.gated_delta_net else []
     if config.gated_delta_net:
         left += _unknown_a_logs(chunks)
     for _, head in heads:
@@ -200,12 +200,14 @@ def _expect_heads(chunks: list[tuple[str, nn.Module]]) -> None:
         raise ValueError(f"no module called output_layer in {', '.join(missing)}, a last pipeline stage")
 
 
-def _find_gated_delta_nets(chunks: list[tuple[str, nn.Module]]) -> list[tuple[str, GatedDeltaNet]]:
+def _find_gated_delta_nets(
+    chunks: list[tuple[str, nn.Module]], names: tuple[str, ...]
+) -> list[tuple[str, GatedDeltaNet]]:
     layers = []
     for prefix, chunk in chunks:
         for name, module in chunk.named_modules():
             if isinstance(module, GatedDeltaNet):
-                check_gated_delta_net(module)
+                check_gated_delta_net(module, names)
                 layers.append((prefix + name, module))
             elif isinstance(module, TransformerLayer) and _should_be_gated_delta_net(name, module):
                 raise ValueError(

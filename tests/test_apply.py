@@ -238,6 +238,13 @@ class TestNothingMatched:
             apply_fp32(model)
         assert type(model.output_layer) is ColumnParallelLinear
 
+    def test_a_parameter_that_is_not_there(self) -> None:
+        model = stock_model()
+        with pytest.raises(ValueError, match=r"has no parameters \['D'\]; it has \['dt_bias', 'A_log', "):
+            apply_fp32(model, Fp32Config(gated_delta_net=("A_log", "D")))
+        assert type(model.output_layer) is ColumnParallelLinear
+        assert type(model.decoder.layers[0].self_attention) is GatedDeltaNet
+
     def test_a_wrapped_model(self) -> None:
         model = stock_model()
         with pytest.raises(ValueError, match="wrapped in Float16Module already: apply_fp32 must come before"):

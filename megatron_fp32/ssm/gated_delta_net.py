@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from megatron_fp32.config import DEFAULT_KEPT_PARAMETERS
 from megatron_fp32.transformer.keep_in_fp32 import Fp32ParameterGuard, KeptParameter, keep_in_fp32
+from megatron_fp32.transformer.norm import RMSNorm
 
 
 class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
@@ -43,6 +44,7 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
     out_norm: nn.Module
     pg_collection: ProcessGroupCollection
     A_init_range: tuple[float, float]
+    value_head_dim: int
     _fp32_parameters: tuple[str, ...]
 
     def __init__(self, *args: Any, fp32_parameters: tuple[str, ...] = DEFAULT_KEPT_PARAMETERS, **kwargs: Any) -> None:
@@ -58,9 +60,23 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
         super().reset_parameters()
         if not self._fp32_parameters:
             return
+        self._take_norm_from_transformer_engine()
         keep_in_fp32(self, *self._fp32_parameters)
         if "A_log" in self._fp32_parameters and self.config.perform_initialization:
             self._draw_a_log()
+
+    def _take_norm_from_transformer_engine(self) -> None:
+        """Norm and gate are one compiled function of megatron-core, which a Transformer Engine norm breaks in two.
+
+        With an fp32 weight that norm returns fp32, and writing it to memory for the gate costs 4 % of the layer at 32
+        thousand tokens. In torch operators it never leaves the compiled kernel. Parameter and state-dict keys stay.
+        """
+        norm = self.out_norm
+        if "out_norm.weight" in self._fp32_parameters and type(norm).__module__.startswith("transformer_engine."):
+            with torch.device("meta"):
+                own = RMSNorm(self.config, self.value_head_dim, self.config.layernorm_epsilon)
+            own.weight = norm.get_parameter("weight")
+            self.out_norm = own
 
     def _draw_a_log(self) -> None:
         with get_cuda_rng_tracker().fork(), torch.no_grad():
@@ -109,13 +125,17 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
         return copied
 
 
-def check_gated_delta_net(layer: GatedDeltaNet) -> None:
-    """Raise TypeError unless `to_fp32_gated_delta_net` can change this layer."""
+def check_gated_delta_net(layer: GatedDeltaNet, names: tuple[str, ...]) -> None:
+    """Raise what `to_fp32_gated_delta_net` would raise for this layer and these names."""
     if type(layer) not in (GatedDeltaNet, Fp32GatedDeltaNet):
         raise TypeError(
             f"expected a {GatedDeltaNet.__module__}.GatedDeltaNet, got {type(layer).__module__}."
             f"{type(layer).__qualname__}: a subclass may use its parameters in its own way"
         )
+    available = dict(layer.named_parameters())
+    missing = [name for name in names if name not in available]
+    if missing:
+        raise ValueError(f"GatedDeltaNet has no parameters {missing}; it has {list(available)}")
 
 
 def to_fp32_gated_delta_net(
@@ -136,12 +156,13 @@ def to_fp32_gated_delta_net(
         TypeError: for a subclass, which may use its parameters in its own way.
         ValueError: when a name is no parameter of the layer.
     """
-    check_gated_delta_net(layer)
-    found = {kept.name: kept for kept in keep_in_fp32(layer, *names)}
-    if not isinstance(layer, Fp32GatedDeltaNet) or not hasattr(layer, "fp32_calls"):
+    check_gated_delta_net(layer, names)
+    if not isinstance(layer, Fp32GatedDeltaNet):
         layer.__class__ = Fp32GatedDeltaNet
         layer.fp32_calls, layer._hook = 0, None
     layer._fp32_parameters = tuple(names)
+    layer._take_norm_from_transformer_engine()
+    found = {kept.name: kept for kept in keep_in_fp32(layer, *names)}
     a_log = found.get("A_log")
     drawn_in_16_bits = a_log is not None and a_log.previous_dtype != torch.float32 and not layer.A_log.is_meta
     if draw and drawn_in_16_bits and layer.config.perform_initialization:

@@ -18,14 +18,14 @@ MODEL = tiny_qwen3_5()
 
 
 def build(cls: type[GatedDeltaNet], *, params_dtype: torch.dtype = torch.bfloat16, **kwargs: Any) -> Any:
-    """A layer of `MODEL`; keyword arguments of `TransformerConfig` go under `config`, others to the layer."""
-    fields = kwargs.pop("config", {})
+    """A layer of `MODEL`; keyword arguments of `TransformerConfig` go under `config`, the norm under `out_norm`."""
+    fields, out_norm = kwargs.pop("config", {}), kwargs.pop("out_norm", RMSNorm)
     config = transformer_config(
         MODEL, **{**cpu_overrides(), "params_dtype": params_dtype, "bf16": params_dtype == torch.bfloat16, **fields}
     )
     return cls(
         config,
-        GatedDeltaNetSubmodules(in_proj=ColumnParallelLinear, out_norm=RMSNorm, out_proj=RowParallelLinear),
+        GatedDeltaNetSubmodules(in_proj=ColumnParallelLinear, out_norm=out_norm, out_proj=RowParallelLinear),
         layer_number=1,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         **kwargs,

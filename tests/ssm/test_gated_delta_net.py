@@ -14,8 +14,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
+from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet, to_fp32_gated_delta_net
 from megatron_fp32.transformer.keep_in_fp32 import kept_parameters
+from megatron_fp32.transformer.norm import RMSNorm
 from tests.ssm.layers import MODEL, build, load, random_weights
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -167,3 +168,43 @@ class TestForward:
         layer.A_log.data = layer.A_log.data.bfloat16()  # around the guard
         layer(x, None)
         assert layer.fp32_calls == 2
+
+
+class TestTransformerEngineNorm:
+    """Its norm would write fp32 to memory for the gate; ours is compiled together with the gate."""
+
+    @pytest.fixture
+    def norm_class(self) -> type[torch.nn.Module]:
+        class Norm(RMSNorm):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                raise AssertionError("the norm of Transformer Engine ran")
+
+        Norm.__module__ = "transformer_engine.pytorch.module.rmsnorm"
+        return Norm
+
+    def engine_layer(self, cls: Any, norm_class: Any, **kwargs: Any) -> Any:
+        return build(cls, out_norm=norm_class, **kwargs)
+
+    @pytest.mark.parametrize("converted", [False, True])
+    def test_it_is_replaced_with_parameter_keys_and_result_kept(self, norm_class: Any, converted: bool) -> None:
+        stock = self.engine_layer(GatedDeltaNet, norm_class)
+        keys, parameter = list(stock.state_dict()), stock.out_norm.weight
+        if converted:
+            to_fp32_gated_delta_net(stock, draw=False)
+            layer = stock
+            assert layer.out_norm.weight is parameter
+        else:
+            layer = self.engine_layer(Fp32GatedDeltaNet, norm_class)
+        assert list(layer.state_dict()) == keys
+        assert layer.out_norm.weight.dtype == torch.float32
+        reference = build(Fp32GatedDeltaNet)
+        weights = random_weights()
+        load(layer, weights)
+        load(reference, weights)
+        hidden = torch.randn(8, 2, MODEL.hidden_size).bfloat16()
+        assert torch.equal(layer(hidden, None)[0], reference(hidden, None)[0])
+        assert layer.bfloat16().out_norm.weight.dtype == torch.float32
+
+    def test_it_stays_where_its_weight_is_not_kept(self, norm_class: Any) -> None:
+        layer = self.engine_layer(Fp32GatedDeltaNet, norm_class, fp32_parameters=("A_log",))
+        assert isinstance(layer.out_norm, norm_class)
