@@ -103,6 +103,7 @@ class Run:
             "--deterministic-mode", "--bf16", "--use-distributed-optimizer", "--mock-data", "--num-workers", "0",
             "--seq-length", str(seq_length), "--max-position-embeddings", str(seq_length),
             "--micro-batch-size", "2", "--global-batch-size", "4",
+            "--no-gradient-accumulation-fusion",  # the stock head, which ours is made of, wants Apex for it
             "--lr", "3e-4", "--min-lr", "3e-5", "--lr-warmup-fraction", "0.1", "--lr-decay-style", "cosine",
             "--clip-grad", "1.0", "--log-interval", "1", "--eval-iters", "0", "--eval-interval", "100000",
             *shlex.split(flags),
@@ -132,7 +133,9 @@ class Run:
             ended = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=env, check=False)
         text = log.read_text()
         if ended.returncode != 0:
-            raise SystemExit(f"{' '.join(command)}\nended with {ended.returncode}:\n{text[-4000:]}")
+            # Under torchrun the ranks' own last words come before many others.
+            last = [line for line in text.splitlines() if line.startswith("[rank")] or text.splitlines()
+            raise SystemExit("\n".join([" ".join(command), f"ended with {ended.returncode}:", *last[-20:]]))
         print(f"{save.name}: {time.monotonic() - begin:.0f} s", flush=True)
         losses = [float(value) for value in re.findall(r"lm loss: ([0-9.E+-]+)", text)]
         # Megatron does not reset its sums after the first iteration of a run, and prints the mean of two at the second.

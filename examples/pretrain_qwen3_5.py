@@ -4,12 +4,12 @@
     torchrun --nproc-per-node 2 examples/pretrain_qwen3_5.py --hf-dir qwen3_5 --load imported --finetune --save run \\
         --tensor-model-parallel-size 2 --sequence-parallel --bf16 --use-distributed-optimizer --mock-data \\
         --seq-length 2048 --max-position-embeddings 2048 --micro-batch-size 1 --global-batch-size 8 \\
-        --train-iters 300 --save-interval 150 --lr 1e-4
+        --train-iters 300 --save-interval 150 --lr 1e-4 --no-gradient-accumulation-fusion
     megatron-fp32 export run exported --source imported
 
 `megatron.training` of megatron-core 0.19.2. The model's shapes come from the Hugging Face config, everything else from
-Megatron's flags; `--no-fp32-logits` and its like (see --help) choose what is fp32. Without `--load`, the model starts
-from random weights. What differs from `pretrain_gpt.py` is in `main`.
+Megatron's flags (with Apex, leave the last one out); `--no-fp32-logits` and its like (see --help) choose what is fp32.
+Without `--load`, the model starts from random weights. What differs from `pretrain_gpt.py` is in `main`.
 """
 
 from __future__ import annotations

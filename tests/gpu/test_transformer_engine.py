@@ -10,6 +10,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
+from megatron_fp32.apply import apply_fp32
+from megatron_fp32.check import check_fp32
 from megatron_fp32.checkpoint.convert import export_checkpoint
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
@@ -91,6 +93,23 @@ def test_training_saves_and_loads_every_bit(checkpoints: tuple[Path, Path], tmp_
     for (name, a), (other, b) in zip(states, resumed.optimizer_tensors(), strict=True):
         assert name == other
         assert torch.equal(a, b), name
+
+
+def test_a_stock_model_can_be_changed_after_it_was_built(checkpoints: tuple[Path, Path]) -> None:
+    hf, megatron = checkpoints
+    model = build(hf, Fp32Config(logits=False, gated_delta_net=()))
+    stock = keys(model)
+    report = apply_fp32(model)
+    assert report.output_layers == ("output_layer",)
+    assert keys(model) == stock
+    with install_optimizer_repairs():
+        trainer = Trainer(model)
+        load_model(model, megatron / "release", strict="raise_all")
+        reference = load_qwen3_5(hf).state_dict()
+        a_log = model.decoder.layers[0].self_attention.A_log
+        assert torch.equal(a_log.cpu(), reference["model.layers.0.linear_attn.A_log"])
+        trainer.step([Batch.random(VOCAB, length=128).to("cuda")])
+        check_fp32(trainer.model, optimizer=trainer.optimizer, after_forward=True)
 
 
 def test_saved_without_a_step_exports_byte_equal(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:

@@ -38,9 +38,9 @@ def split(x: Tensor, count: int, dtype: torch.dtype, *, scale: Tensor | None = N
         dtype: bfloat16, float16, or the dtype of `x`.
         scale: from `split_scale`, required for more than one float16 piece.
     """
-    if x.dtype == dtype or count == 1:
-        return Pieces((x.to(dtype),), None)
-    assert (scale is not None) == (dtype == torch.float16)
+    if x.dtype == dtype:
+        return Pieces((x,), None)
+    assert (scale is not None) == (dtype == torch.float16 and count > 1)
     if x.is_cuda:
         from megatron_fp32.ops.logits.split_triton import split_triton
 
@@ -55,8 +55,10 @@ def split_scale(x: Tensor, count: int, dtype: torch.dtype) -> Tensor | None:
 
     1 when all of `x` is zero, or some of it infinite or NaN.
     """
-    if dtype != torch.float16 or x.dtype == dtype or count == 1 or x.numel() == 0:
-        return None if dtype != torch.float16 or x.dtype == dtype or count == 1 else x.new_ones(())
+    if dtype != torch.float16 or x.dtype == dtype or count == 1:
+        return None
+    if x.numel() == 0:
+        return x.new_ones(())
     amax = torch.linalg.vector_norm(x, ord=torch.inf)
     usable = amax.isfinite() & (amax > 0)
     _, exponent = torch.frexp(torch.where(usable, amax, torch.ones_like(amax)))
