@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from megatron_fp32.config import Fp32Config
-from megatron_fp32.ssm.gated_delta_net import check_gated_delta_net, to_fp32_gated_delta_net
+from megatron_fp32.ssm.gated_delta_net import VARIANTS, check_gated_delta_net, to_fp32_gated_delta_net
 from megatron_fp32.tensor_parallel.output_layer import check_output_layer, to_fp32_output_layer
 from megatron_fp32.transformer.keep_in_fp32 import KeptParameter
 
@@ -219,7 +219,7 @@ def _find_gated_delta_nets(
 
 def _should_be_gated_delta_net(name: str, layer: Any) -> bool:
     config = layer.config
-    if getattr(config, "experimental_attention_variant", None) != "gated_delta_net" or ".mtp." in f".{name}.":
+    if getattr(config, "experimental_attention_variant", None) not in VARIANTS or ".mtp." in f".{name}.":
         return False
     pattern = get_linear_attention_pattern(config)
     return bool(pattern[layer.layer_number - 1]) and not isinstance(layer.self_attention, GatedDeltaNet)

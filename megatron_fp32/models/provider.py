@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from megatron_fp32.config import Fp32Config
@@ -95,6 +96,7 @@ def build_qwen3_5(
     max_sequence_length: int = 4096,
     parallel_output: bool = True,
     vocab_divisible_by: int = 128,
+    pg_collection: ProcessGroupCollection | None = None,
 ) -> GPTModel:
     """A `GPTModel`, not yet wrapped, with what `fp32` says in fp32.
 
@@ -105,6 +107,7 @@ def build_qwen3_5(
         pre_process, post_process, vp_stage: the pipeline stage, as in megatron-core.
         parallel_output: leave the logits vocab-parallel.
         vocab_divisible_by: see `padded_vocab_size`.
+        pg_collection: process groups; None takes megatron-core's global ones.
     """
     fp32 = fp32 or Fp32Config()
     gpt = GPTModel(
@@ -122,6 +125,7 @@ def build_qwen3_5(
         rotary_percent=model.partial_rotary_factor,
         rotary_base=model.rope_theta,
         vp_stage=vp_stage,
+        pg_collection=pg_collection,
     )
     if post_process and fp32.logits:
         to_fp32_output_layer(gpt.output_layer, fp32)
@@ -129,7 +133,9 @@ def build_qwen3_5(
 
 
 def model_provider(hf_dir: str | Path, *, fp32: Fp32Config | None = None, **overrides: Any) -> Any:
-    """A provider with megatron-core's signature: `provider(pre_process, post_process, vp_stage) -> GPTModel`.
+    """A provider with Megatron's signature: `provider(pre_process, post_process, vp_stage, config, pg_collection)`.
+
+    The last three are optional; `config`, which newer releases may give, wins over `overrides`.
 
     Args:
         hf_dir: directory with the model's `config.json`.
@@ -140,14 +146,21 @@ def model_provider(hf_dir: str | Path, *, fp32: Fp32Config | None = None, **over
     dtype = torch.bfloat16 if overrides.get("bf16") else torch.float16 if overrides.get("fp16") else torch.float32
     overrides = {"params_dtype": dtype, **overrides}
 
-    def provider(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> GPTModel:
+    def provider(
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        config: TransformerConfig | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> GPTModel:
         return build_qwen3_5(
             model,
-            transformer_config(model, **overrides),
+            config if config is not None else transformer_config(model, **overrides),
             fp32,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
+            pg_collection=pg_collection,
         )
 
     return provider

@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_fp32.apply import pre_wrap_hook
 from megatron_fp32.config import Fp32Config
-from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
+from megatron_fp32.ssm.gated_delta_net import VARIANTS, Fp32GatedDeltaNet
 from megatron_fp32.transformer.norm import PreLinearRMSNorm, RMSNorm
 
 
@@ -50,7 +50,7 @@ def gated_delta_net_block_spec(
     Raises:
         ValueError: for a configuration that has no gated-delta-net layers, or another backend.
     """
-    if config.experimental_attention_variant != "gated_delta_net":
+    if config.experimental_attention_variant not in VARIANTS:
         raise ValueError(
             f"expected experimental_attention_variant 'gated_delta_net', got {config.experimental_attention_variant!r}"
         )
@@ -101,7 +101,7 @@ def pretrain_spec(model_config: Any, vp_stage: int | None = None) -> Any:
     # Called for each chunk; the hook is for all of them. It is found again by its mark, not kept in a global.
     if not any(getattr(hook, "is_megatron_fp32", False) for hook in model_config.pre_wrap_hooks):
         model_config.pre_wrap_hooks.insert(0, pre_wrap_hook())
-    if model_config.transformer.experimental_attention_variant == "gated_delta_net":
+    if model_config.transformer.experimental_attention_variant in VARIANTS:
         return gated_delta_net_block_spec(model_config.transformer, vp_stage=vp_stage)
     from megatron.training.models.gpt import default_layer_spec
 

@@ -23,6 +23,9 @@ from megatron_fp32.config import DEFAULT_KEPT_PARAMETERS
 from megatron_fp32.transformer.keep_in_fp32 import Fp32ParameterGuard, KeptParameter, keep_in_fp32
 from megatron_fp32.transformer.norm import RMSNorm
 
+VARIANTS = ("gated_delta_net", "gdn")
+"""What `experimental_attention_variant` calls these layers: up to 0.19.2, and on main, which renames the former."""
+
 
 class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
     """`GatedDeltaNet` with kept fp32 parameters and the right gradient for `out_norm`.

@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megatron_fp32.config import Fp32Config
 from megatron_fp32.ops.logits.reference import gradients_reference, relative_error
 from megatron_fp32.tensor_parallel.output_layer import to_fp32_output_layer
 from megatron_fp32.testing.cpu import cpu_megatron, model_parallel, single_process
@@ -30,6 +31,8 @@ def train(
     batches: list[tuple[Tensor, Tensor]],
     fields: dict[str, Any],
     attributes: dict[str, Any],
+    fp32: Fp32Config,
+    frozen: bool,
 ) -> dict[str, Any]:
     """On one rank: forward and backward of every micro-batch with this rank's slices of everything."""
     with model_parallel(tensor=tensor):
@@ -46,21 +49,24 @@ def train(
         built = ColumnParallelLinear(
             HIDDEN, VOCAB, config=config, init_method=torch.nn.init.zeros_, bias=False, **fields
         )
-        layer: Any = to_fp32_output_layer(built)
+        layer: Any = to_fp32_output_layer(built, fp32)
         with torch.no_grad():
             layer.weight.copy_(weight.chunk(tensor)[rank])
         # As DistributedDataParallel leaves it.
         layer.weight.main_grad = torch.zeros(layer.weight.shape)
         layer.weight.grad_added_to_main_grad = False
+        layer.weight.requires_grad_(not frozen)
         logits, hidden_grads = [], []
         for hidden, grad in batches:
             mine = (hidden.chunk(tensor)[rank] if sequence_parallel else hidden).clone().requires_grad_()
             out, _ = layer(mine, **attributes)
             gathered = out.shape[-1] == VOCAB
-            out.backward(grad if gathered else grad.chunk(tensor, -1)[rank])
+            # A slice of the last dimension, which is not contiguous; a copy in another order of the others, either.
+            mine_grad = grad if gathered else grad.chunk(tensor, -1)[rank]
+            out.backward(mine_grad.transpose(0, 1).contiguous().transpose(0, 1) if frozen else mine_grad)
             logits.append(out.detach())
             hidden_grads.append(mine.grad)
-        assert layer.weight.grad_added_to_main_grad
+        assert layer.weight.grad_added_to_main_grad != frozen
         assert layer.fp32_calls == len(batches)
         return {"logits": logits, "dX": hidden_grads, "dW": layer.weight.main_grad}
 
@@ -73,8 +79,11 @@ def run(
     batches: list[tuple[Tensor, Tensor]],
     fields: dict[str, Any] | None = None,
     attributes: dict[str, Any] | None = None,
+    *,
+    fp32: Fp32Config | None = None,
+    frozen: bool = False,
 ) -> list[dict[str, Any]]:
-    args = (tensor, sequence_parallel, weight, batches, fields or {}, attributes or {})
+    args = (tensor, sequence_parallel, weight, batches, fields or {}, attributes or {}, fp32 or Fp32Config(), frozen)
     if tensor > 1:
         return ranks(tensor).run(train, *args)
     with cpu_megatron(), single_process():
@@ -174,3 +183,53 @@ def test_the_hidden_gradient_is_left_unsummed_where_megatron_leaves_it(ranks: Po
         for (hidden, grad), mine in zip(batches, answer["dX"], strict=True):
             part = gradients_reference(hidden, weight.chunk(RANKS)[rank], grad.chunk(RANKS, -1)[rank])
             assert torch.equal(mine, part.hidden_grad.bfloat16())
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_four_ranks_are_bit_exact_too(ranks: Pool, sequence_parallel: bool, integer_problem: Any) -> None:
+    weight, batches = integer_problem
+    truth = truth_of(weight, batches)
+    got = whole(run(ranks, 4, sequence_parallel, weight, batches), sequence_parallel)
+    assert torch.equal(got["logits"].double(), truth["logits"])
+    assert torch.equal(got["dX"], truth["dX"].bfloat16())
+    assert torch.equal(got["dW"].double(), truth["dW"])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("precision", ["bf16x2", "bf16x3"])
+def test_09_split_gradients_of_an_fp32_residual_stream(ranks: Pool, sequence_parallel: bool, precision: Any) -> None:
+    weight, batches = random_problem(torch.bfloat16)
+    batches = [(torch.randn_like(hidden, dtype=torch.float32), grad) for hidden, grad in batches]
+    fp32 = Fp32Config(grad_precision=precision)
+    truth = truth_of(weight, batches)
+    one = whole(run(ranks, 1, False, weight, batches, fp32=fp32))
+    two = whole(run(ranks, RANKS, sequence_parallel, weight, batches, fp32=fp32), sequence_parallel)
+    bits = {"bf16x2": 15, "bf16x3": 20}[precision]
+    for name, true in truth.items():
+        assert relative_error(one[name], true) <= 2.0**-bits, name
+        assert relative_error(two[name], true) <= 1.5 * relative_error(one[name], true), name
+    assert two["dX"].dtype == torch.float32
+
+
+@LAYOUTS
+def test_14_a_frozen_head_and_a_gradient_of_odd_strides(
+    ranks: Pool, sequence_parallel: bool, integer_problem: Any
+) -> None:
+    """megatron-core up to 0.18 returns what it was to reduce unreduced when it is not contiguous."""
+    weight, batches = integer_problem
+    truth = truth_of(weight, batches)
+    one = whole(run(ranks, 1, False, weight, batches, frozen=True))
+    got = whole(run(ranks, RANKS, sequence_parallel, weight, batches, frozen=True), sequence_parallel)
+    assert torch.equal(got["dX"], truth["dX"].bfloat16())
+    assert torch.equal(got["dX"], one["dX"])
+    assert not got["dW"].any()
+
+
+@LAYOUTS
+def test_13_no_tokens_at_all(ranks: Pool, sequence_parallel: bool) -> None:
+    weight, _ = random_problem(torch.bfloat16)
+    nothing = [(torch.empty(0, 2, HIDDEN).bfloat16(), torch.empty(0, 2, VOCAB))]
+    got = whole(run(ranks, RANKS, sequence_parallel, weight, nothing), sequence_parallel)
+    assert got["logits"].shape == (1, 0, 2, VOCAB)
+    assert got["dX"].shape == (1, 0, 2, HIDDEN)
+    assert not got["dW"].any()

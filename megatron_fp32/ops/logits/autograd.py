@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
@@ -68,8 +69,9 @@ def fp32_logits(
 ) -> Tensor:
     """Vocab-parallel logits in fp32: `hidden @ weight.T + bias` with the accumulator kept.
 
-    Under `torch.compile` and `torch.export` this is the operator `megatron_fp32::logits`, if `weight` has no
-    `main_grad` and there is one rank; otherwise the graph breaks here and the eager code runs, with the same results.
+    For FakeTensors, `torch.compile` and `torch.export` this is the operator `megatron_fp32::logits`, if `weight` has
+    no `main_grad` and there is one rank; otherwise the graph breaks here and the eager code runs, with the same
+    results.
 
     Args:
         hidden: [..., hidden], 2-D or more, in the dtype of the weight, or float32 (an fp32 residual stream), of which
@@ -95,7 +97,8 @@ def fp32_logits(
     """
     _check(hidden, weight, bias, grad_precision, deferred)
     parallel = tp_group is not None and dist.get_world_size(tp_group) > 1
-    if torch.compiler.is_compiling() and not parallel and not follows_main_grad(weight) and deferred is None:
+    traced = torch.compiler.is_compiling() or isinstance(weight, FakeTensor)
+    if traced and not parallel and not follows_main_grad(weight) and deferred is None:
         return custom_op.logits(hidden, weight, bias, PIECES[grad_precision])
     options = _Options(
         tp_group=tp_group if parallel else None,
