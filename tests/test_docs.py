@@ -8,12 +8,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_fp32.check import check_fp32
+from megatron_fp32.config import Fp32Config
 from megatron_fp32.models.provider import cpu_overrides
 from megatron_fp32.testing.qwen3_5 import write_qwen3_5
+from megatron_fp32.testing.training import Batch, Trainer
+from tests import recipe_stubs
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,7 +37,11 @@ def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         write_qwen3_5("qwen3_5")
     if page.name == "checkpoints.md":
         shell("megatron-fp32 import qwen3_5 checkpoint")
-    names = {"parallel_settings": {**cpu_overrides(), "params_dtype": torch.bfloat16}}
+    names: dict[str, Any] = {"parallel_settings": {**cpu_overrides(), "params_dtype": torch.bfloat16}}
+    if page.name == "recipes.md":
+        names |= recipe_stubs.names()
+        for name, module in recipe_stubs.modules().items():
+            monkeypatch.setitem(sys.modules, name, module)
     ran = 0
     for language, code in blocks(page):
         assert language in ("python", "bash", "console", "text"), language
@@ -42,6 +51,30 @@ def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             shell(code)
         ran += language in ("python", "bash")
     assert ran or page.name in ("numerics.md", "refused.md")
+    if page.name == "recipes.md":
+        recipes_did_what_they_say(names)
+    if "repairs" in names:
+        names["repairs"].undo()
+
+
+def recipes_did_what_they_say(names: dict[str, Any]) -> None:
+    """Every recipe's model is in fp32, and its weights arrived in fp32 parameters."""
+    fp32 = names["fp32"]
+    assert names["from_flags"] == Fp32Config(grad_precision="bf16x2")
+    for chunks in (names["model"], names["state"]):
+        check_fp32(chunks, fp32)
+    assert names["provider"].loaded_into == [torch.float32]
+    (hook,) = names["model_config"].pre_wrap_hooks
+    check_fp32(recipe_stubs.wrapped([hook]), fp32)
+    for provider in ("model_provider", "slime_model_provider"):
+        check_fp32(names[provider](True, True, vp_stage=None), fp32)
+    engine = recipe_stubs.EngineRegistry._engines["language_model"]["megatron"]["cuda"]()
+    engine._build_tf_config()
+    check_fp32(engine._build_megatron_module(), fp32)
+    assert engine.provider.loaded_into == [torch.float32]
+    trainer = Trainer(names["model_provider"]())
+    trainer.step([Batch.random(120, batch=2, length=16)])
+    names["after_the_first_step"]([trainer.model], trainer.optimizer)
 
 
 def test_make_targets_in_the_docs_exist() -> None:

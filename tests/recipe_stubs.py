@@ -1,0 +1,160 @@
+"""Stand-ins for the programs of docs/recipes.md, with the signatures of the sources that it names.
+
+Each keeps what a recipe must keep: hooks get a list of chunks and return it, weights arrive in a hook, and the model is
+wrapped after the last one.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import Float16Module
+
+from megatron_fp32.config import Fp32Config
+from megatron_fp32.models.provider import build_qwen3_5, cpu_overrides, transformer_config
+from tests.support import tiny_qwen3_5
+
+Hook = Callable[[list[Any]], list[Any]]
+
+
+def stock_model(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> Any:
+    model = tiny_qwen3_5()
+    config = transformer_config(model, bf16=True, params_dtype=torch.bfloat16, **cpu_overrides())
+    stock = Fp32Config(logits=False, gated_delta_net=())
+    return build_qwen3_5(model, config, stock, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+
+
+def wrapped(hooks: list[Hook]) -> list[Any]:
+    model = [stock_model()]
+    for hook in hooks:
+        model = hook(model)
+    return [Float16Module(chunk.config, chunk) for chunk in model]
+
+
+# Megatron-LM
+
+
+def gpt_builder(
+    args: Any,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: Any = None,
+    config: Any = None,
+    pg_collection: Any = None,
+) -> Any:
+    return stock_model(pre_process, post_process, vp_stage)
+
+
+def gpt_config_from_args(args: Any, config: Any = None, model_config_cls: type = object) -> Any:
+    return types.SimpleNamespace(pre_wrap_hooks=[], post_wrap_hooks=[])
+
+
+# Megatron-Bridge
+
+
+class Provider:
+    """`ModelProviderMixin` of Megatron-Bridge."""
+
+    def __init__(self) -> None:
+        self.loaded_into: list[torch.dtype] = []
+        self._pre_wrap_hooks: list[Hook] = [self.load_weights]
+
+    def load_weights(self, chunks: list[Any]) -> list[Any]:
+        self.loaded_into = [chunk.decoder.layers[0].self_attention.A_log.dtype for chunk in chunks]
+        return chunks
+
+    def register_pre_wrap_hook(self, hook: Hook, prepend: bool = False) -> None:
+        self._pre_wrap_hooks.insert(0 if prepend else len(self._pre_wrap_hooks), hook)
+
+    def provide_distributed_model(self, ddp_config: Any = None, wrap_with_ddp: bool = True) -> list[Any]:
+        return wrapped(self._pre_wrap_hooks)
+
+
+class Bridge:
+    """`AutoBridge` of Megatron-Bridge."""
+
+    def to_megatron_provider(self, load_weights: bool = True, hf_path: str | None = None) -> Provider:
+        return Provider()
+
+
+# NeMo-RL
+
+
+def setup_model_and_optimizer(
+    policy_cfg: Any,
+    megatron_cfg: Any,
+    load_optimizer: bool = True,
+    get_embedding_ranks: Any = None,
+    get_position_embedding_ranks: Any = None,
+    pre_load_checkpoint_hook: Callable[..., Any] | None = None,
+    additional_pre_wrap_hooks: list[Hook] | None = None,
+    load_weights: bool = True,
+) -> Any:
+    return wrapped(list(additional_pre_wrap_hooks or []))
+
+
+# slime
+
+
+def _get_model_provider_func(args: Any, role: str = "actor") -> Any:
+    assert args.custom_model_provider_path is None, "it would call itself"
+
+    def model_provider(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> Any:
+        return stock_model(pre_process, post_process, vp_stage)
+
+    return model_provider
+
+
+# verl
+
+
+class MegatronEngineWithLMHead:
+    """Of verl; `_build_megatron_module` runs after `_build_tf_config`."""
+
+    def _build_tf_config(self) -> None:
+        self.provider = Bridge().to_megatron_provider(load_weights=False)
+
+    def _build_megatron_module(self) -> list[Any]:
+        return self.provider.provide_distributed_model(wrap_with_ddp=False)
+
+
+class EngineRegistry:
+    """Of verl."""
+
+    _engines: dict[str, Any] = {"language_model": {"megatron": {"cuda": MegatronEngineWithLMHead}}}
+
+
+def modules() -> dict[str, types.ModuleType]:
+    """What the recipes import and is not installed, by name."""
+    contents: dict[str, dict[str, Any]] = {
+        "megatron.training": {"get_args": lambda: types.SimpleNamespace(custom_model_provider_path="this one")},
+        "slime.backends.megatron_utils.model_provider": {"_get_model_provider_func": _get_model_provider_func},
+        "verl.workers.engine.base": {"EngineRegistry": EngineRegistry},
+        "verl.workers.engine.megatron.transformer_impl": {"MegatronEngineWithLMHead": MegatronEngineWithLMHead},
+    }
+    made: dict[str, types.ModuleType] = {}
+    for name, names in contents.items():
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            package = ".".join(parts[:depth])
+            if package != "megatron":
+                made.setdefault(package, types.ModuleType(package))
+        vars(made[name]).update(names)
+    return made
+
+
+def names() -> dict[str, Any]:
+    """What the recipes use without importing it."""
+    return {
+        "args": types.SimpleNamespace(),
+        "bridge": Bridge(),
+        "ddp_config": None,
+        "gpt_builder": gpt_builder,
+        "gpt_config_from_args": gpt_config_from_args,
+        "megatron_cfg": None,
+        "policy_cfg": None,
+        "setup_model_and_optimizer": setup_model_and_optimizer,
+    }
