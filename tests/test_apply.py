@@ -72,6 +72,19 @@ class TestModels:
             check_fp32(trainer.model, optimizer=trainer.optimizer, after_forward=True)
         assert model.get_parameter(A_LOG).dtype == torch.float32
 
+    @pytest.mark.parametrize("precision", ["bf16", "bf16x2"])
+    def test_a_float16_model_trains_under_its_loss_scale(self, precision: Any) -> None:
+        model = stock_model(bf16=False, fp16=True, params_dtype=torch.float16)
+        apply_fp32(model, Fp32Config(grad_precision=precision))
+        with install_optimizer_repairs():
+            trainer = Trainer(model)
+            batch = Batch.random(120, batch=2, length=16)
+            losses = [trainer.step([batch]) for _ in range(30)]
+            check_fp32(trainer.model, Fp32Config(grad_precision=precision), optimizer=trainer.optimizer)
+        # The first steps overflow and are skipped, until the loss scale has come down.
+        assert losses[0] == losses[1]
+        assert losses[-1] < losses[0]
+
     def test_doing_it_again_changes_nothing(self) -> None:
         model = stock_model()
         apply_fp32(model)
@@ -82,7 +95,7 @@ class TestModels:
         assert {p.previous_dtype for p in report.parameters} == {torch.float32}
         assert model.output_layer.fp32_config.grad_precision == "bf16x2"
 
-    def test_chunks_of_a_virtual_pipeline_have_one_head_among_them(self) -> None:
+    def test_30_chunks_of_a_virtual_pipeline_have_one_head_among_them(self) -> None:
         first = stock_model(stage={"post_process": False})
         last = stock_model(stage={"pre_process": False})
         report = apply_fp32([first, last])
@@ -94,7 +107,7 @@ class TestModels:
         report = apply_fp32([stock_model(stage={"post_process": False})])
         assert report.output_layers == ()
 
-    def test_a_language_model_inside_a_vision_language_model(self) -> None:
+    def test_30_a_language_model_inside_a_vision_language_model(self) -> None:
         class VisionLanguage(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -133,7 +146,7 @@ class TestModels:
         stage.post_process, stage.mtp_process, stage.output_layer = False, True, donor.output_layer
         assert apply_fp32(stage).output_layers == ("output_layer",)
 
-    def test_of_a_lora_wrapper_the_layer_within(self) -> None:
+    def test_27_of_a_lora_wrapper_the_layer_within(self) -> None:
         class LoRALinear(nn.Module):
             def __init__(self, to_wrap: nn.Module) -> None:
                 super().__init__()

@@ -56,7 +56,7 @@ def test_main_grad_accumulates_in_fp32_over_micro_batches() -> None:
     assert relative_error(weight.main_grad, rounded) < 2e-5
 
 
-def test_integer_operands_are_exact() -> None:
+def test_31_integer_operands_are_exact() -> None:
     hidden = torch.randint(-8, 9, (64, 1, 256), device="cuda").bfloat16().requires_grad_()
     weight = torch.randint(-8, 9, (777, 256), device="cuda").bfloat16().requires_grad_()
     cotangent = torch.randint(-8, 9, (64, 1, 777), device="cuda").float()
@@ -144,7 +144,7 @@ def test_split_gradients_of_an_fp32_residual_stream(dtype: torch.dtype, precisio
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16x2"])
-def test_a_cuda_graph_replays_forward_and_backward(precision: GradPrecision) -> None:
+def test_21_a_cuda_graph_replays_forward_and_backward(precision: GradPrecision) -> None:
     hidden, weight, cotangent = operands(torch.bfloat16)
     weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight, dtype=torch.float32), False
 

@@ -153,3 +153,49 @@ def test_keeping_nothing_leaves_megatrons_class() -> None:
     layer = model.decoder.layers[0].self_attention
     assert type(layer) is GatedDeltaNet
     assert layer.A_log.dtype == torch.bfloat16
+
+
+def test_the_flags_for_megatrons_parser_make_the_same_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = pytest.importorskip("megatron.training.arguments", reason="megatron-core < 0.17 brings no training")
+    if not hasattr(arguments, "parse_and_validate_args"):
+        pytest.skip("read in megatron-core 0.19.2")
+    model = tiny_qwen3_5(rope_theta=1e7, layer_types=("linear_attention",) * 3 + ("full_attention",))
+    run = "--seq-length 8 --max-position-embeddings 8 --micro-batch-size 1 --train-iters 1 --lr 1 --bf16"
+    run += " --transformer-impl local --no-rope-fusion --no-persist-layer-norm --tokenizer-type NullTokenizer"
+    monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *model.megatron_arguments(), *run.split()])
+    args = arguments.parse_args()
+    arguments.validate_args(args, {})
+    theirs = arguments.core_transformer_config_from_args(args)
+    ours = _config_for(model)
+    for name in MODEL_FIELDS:
+        assert getattr(theirs, name) == getattr(ours, name), name
+    assert args.rotary_base == 10**7
+    assert (args.rotary_percent, args.vocab_size) == (model.partial_rotary_factor, model.vocab_size)
+    assert args.untie_embeddings_and_output_weights
+
+
+def _config_for(model: Any) -> Any:
+    return provider.transformer_config(model, params_dtype=torch.bfloat16, bf16=True, transformer_impl="local")
+
+
+# What transformer_config derives from a model.
+MODEL_FIELDS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "gated_linear_unit", "activation_func",
+    "add_bias_linear", "hidden_dropout", "attention_dropout", "qk_layernorm", "attention_output_gate",
+    "experimental_attention_variant", "linear_attention_freq", "linear_conv_kernel_dim", "linear_key_head_dim",
+    "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
+)  # fmt: skip
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_provider_takes_what_megatrons_get_model_gives(hf_dir: Path) -> None:
+    """`get_model` of megatron.training 0.18 and newer passes these two as keywords."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    provide = provider.model_provider(hf_dir, **provider.cpu_overrides(), bf16=True)
+    config, groups = _config(hidden_size=64), ProcessGroupCollection.use_mpu_process_groups()
+    model = provide(pre_process=True, post_process=True, config=None, pg_collection=groups)
+    assert model.pg_collection is groups
+    assert model.config is not config
+    assert provide(True, True, config=model.config, pg_collection=groups).config is model.config

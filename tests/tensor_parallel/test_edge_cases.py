@@ -1,6 +1,7 @@
 """The sharp edges of an output layer with fp32 logits, on one rank: one test each, named for what it guards.
 
-Those that need several ranks are in test_ranks.py, those of the plain operator in tests/ops.
+Numbers are those of one list for the whole package: 9, 13, 14 and 15 continue in test_ranks.py, 27 and 30 in
+tests/test_apply.py, 21 needs a GPU (tests/gpu), and tests/ops has the plain operator's.
 """
 
 from __future__ import annotations
@@ -297,6 +298,39 @@ class TestWeightGradient:
 
 
 class TestSurroundings:
+    def test_07_a_compiled_layer_computes_the_same_bits(self) -> None:
+        torch._dynamo.reset()
+        layer = head()
+        hidden, grad = micro_batch()
+        compiled = torch.compile(lambda x: layer(x * 2)[0] / 3, backend="aot_eager")
+        results = []
+        # Tests run under a stance that ignores torch.compile.
+        with torch.compiler.set_stance("default"):
+            for run in (compiled, lambda x: layer(x * 2)[0] / 3):
+                layer.weight.main_grad.zero_()
+                logits = run(hidden)
+                (hidden_grad,) = torch.autograd.grad(logits, hidden, grad)
+                results.append((logits, hidden_grad, layer.weight.main_grad.clone()))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_08_precision_settings_are_as_before_afterwards(self, fails: bool) -> None:
+        layer = head()
+        hidden, grad = micro_batch()
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            settings = torch.backends.mkldnn.matmul.fp32_precision
+            if fails:
+                with pytest.raises(TypeError, match="must both be"):
+                    layer(hidden.double())
+            else:
+                layer(hidden)[0].backward(grad)
+            assert torch.backends.mkldnn.matmul.fp32_precision == settings
+            assert torch.get_float32_matmul_precision() == "medium"
+        finally:
+            torch.set_float32_matmul_precision(before)
+
     def test_10_autocast_around_forward_or_backward_changes_no_bit(self) -> None:
         results = []
         for inside in (False, True):

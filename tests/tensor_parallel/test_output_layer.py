@@ -107,7 +107,7 @@ class TestRefusals:
         with pytest.raises(TypeError, match="has a product of its own"):
             to_fp32_output_layer(layer)
 
-    def test_a_layer_that_modelopt_quantizes(self) -> None:
+    def test_27_a_layer_that_modelopt_quantizes(self) -> None:
         layer = stock_layer()
         layer.weight_quantizer = torch.nn.Identity()
         with pytest.raises(TypeError, match="is quantized by ModelOpt"):

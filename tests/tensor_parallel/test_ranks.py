@@ -156,7 +156,7 @@ def test_integers_are_bit_exact(ranks: Pool, sequence_parallel: bool, integer_pr
     [({"gather_output": True}, {}), ({}, {"runtime_gather_output": True})],
     ids=["gather_output", "runtime_gather_output"],
 )
-def test_gathered_logits_are_whole_on_every_rank(
+def test_15_gathered_logits_are_whole_on_every_rank(
     ranks: Pool, sequence_parallel: bool, fields: dict[str, Any], attributes: dict[str, Any], integer_problem: Any
 ) -> None:
     weight, batches = integer_problem
@@ -170,13 +170,13 @@ def test_gathered_logits_are_whole_on_every_rank(
     assert torch.equal(got["dW"].double(), truth["dW"])
 
 
-def test_runtime_gather_output_wins_over_the_constructors(ranks: Pool, integer_problem: Any) -> None:
+def test_15_runtime_gather_output_wins_over_the_constructors(ranks: Pool, integer_problem: Any) -> None:
     weight, batches = integer_problem
     answers = run(ranks, RANKS, False, weight, batches, {"gather_output": True}, {"runtime_gather_output": False})
     assert torch.equal(whole(answers)["logits"].double(), truth_of(weight, batches)["logits"])
 
 
-def test_the_hidden_gradient_is_left_unsummed_where_megatron_leaves_it(ranks: Pool, integer_problem: Any) -> None:
+def test_13_the_hidden_gradient_is_left_unsummed_where_megatron_leaves_it(ranks: Pool, integer_problem: Any) -> None:
     weight, batches = integer_problem
     answers = run(ranks, RANKS, False, weight, batches, {"disable_grad_reduce": True})
     for rank, answer in enumerate(answers):
