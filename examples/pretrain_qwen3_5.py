@@ -29,7 +29,6 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import unwrap_model
 from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
@@ -52,6 +51,11 @@ def main() -> None:
     args = parse_and_validate_args(
         extra_args_provider=add_fp32_arguments, args_defaults={"tokenizer_type": "NullTokenizer"}
     )
+
+    if args.context_parallel_size > 1:
+        raise ValueError(
+            f"forward_step does not slice batches for context parallelism, got {args.context_parallel_size}"
+        )
 
     fp32 = fp32_config_from_args(args)
     model = gpt_config_from_args(args)
@@ -88,7 +92,8 @@ def checked(chunks: list[Any], *, fp32: Fp32Config) -> list[Any]:
 def forward_step(data: Iterator[dict[str, Tensor]], model: Any, *, fp32: Fp32Config) -> tuple[Tensor, Any]:
     batch = {name: tensor.cuda(non_blocking=True) for name, tensor in next(data).items()}
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
-    if getattr(getattr(unwrap_model(model), "output_layer", None), "fp32_calls", 0) == 1:
+    args = get_args()
+    if args.curr_iteration == args.iteration:  # the first of this run
         check_fp32(model, fp32, after_forward=True)
     return losses, functools.partial(loss, batch["loss_mask"])
 

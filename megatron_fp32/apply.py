@@ -11,13 +11,14 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.experimental_attention_variant_module_specs import get_linear_attention_pattern
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.utils import unwrap_model
 from torch import nn
 
 from megatron_fp32.config import Fp32Config
@@ -69,7 +70,7 @@ def apply_fp32(model: Model, config: Fp32Config | None = None, *, draw: bool = T
         model: as built, on any device: before Float16Module, DistributedDataParallel and the first forward pass.
         config: what to keep; the default is logits, `A_log` and `out_norm`.
         draw: draw `A_log` again in fp32 where megatron-core has drawn it in 16 bits, which is where its
-            `perform_initialization` is on. Say False when weights have been loaded already.
+            `perform_initialization` is on. Say False when weights have been loaded already: they would be lost.
 
     Raises:
         ValueError: when the model is wrapped already, when nothing was found where there must be something, or a layer
@@ -77,12 +78,12 @@ def apply_fp32(model: Model, config: Fp32Config | None = None, *, draw: bool = T
         TypeError: when a layer is of a kind that cannot be changed.
     """
     config = config or Fp32Config()
-    chunks = _chunks(model)
+    chunks = named_chunks(model)
     for name, chunk in chunks:
         _refuse_wrapped(name, chunk)
     heads, left = _find_heads(chunks) if config.logits else ([], [])
     if config.logits and not heads and not left:
-        _expect_heads(chunks)
+        left += expected_heads(chunks)
     for _, head in heads:
         check_output_layer(head, config)
     layers = _find_gated_delta_nets(chunks, config.gated_delta_net) if config.gated_delta_net else []
@@ -117,7 +118,8 @@ def pre_wrap_hook(config: Fp32Config | None = None, *, draw: bool = True) -> Cal
 # Finding
 
 
-def _chunks(model: Model) -> list[tuple[str, nn.Module]]:
+def named_chunks(model: Model) -> list[tuple[str, nn.Module]]:
+    """(what its names begin with, chunk) of every chunk."""
     if isinstance(model, nn.Module):
         return [("", model)]
     chunks = list(model)
@@ -128,7 +130,7 @@ def _chunks(model: Model) -> list[tuple[str, nn.Module]]:
 
 def _refuse_wrapped(name: str, chunk: nn.Module) -> None:
     for module in chunk.modules():
-        if isinstance(module, (Float16Module, DistributedDataParallel)):
+        if isinstance(module, (Float16Module, _BaseDataParallel)):
             raise ValueError(
                 f"{name}the model is wrapped in {type(module).__name__} already: apply_fp32 must come before, because "
                 "the wrapper has rounded, or remembers the dtype of, what is to stay fp32"
@@ -142,20 +144,29 @@ def find_output_layers(chunk: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Mo
         if leaf != "output_layer":
             continue
         owner = chunk.get_submodule(parent)
-        while isinstance(inner := getattr(layer, "to_wrap", None), nn.Module):
-            layer, name = inner, f"{name}.to_wrap"
+        while (wrapped := _inside(layer)) is not None:
+            attribute, layer = wrapped
+            name = f"{name}.{attribute}"
         yield name, owner, layer
+
+
+def _inside(layer: nn.Module) -> tuple[str, nn.Module] | None:
+    """What a LoRA layer wraps: `to_wrap` in Megatron-Bridge, `base_layer` in PEFT."""
+    for attribute in ("to_wrap", "base_layer"):
+        if isinstance(inner := getattr(layer, attribute, None), nn.Module):
+            return attribute, inner
+    return None
 
 
 def why_no_vocabulary_head(layer: nn.Module, owner: nn.Module) -> str | None:
     """The reason why a layer is no projection onto the vocabulary; None when it is one."""
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-    if isinstance(layer, nn.Linear):
-        return f"a value head ({kind})"
     rows, vocab = (
         getattr(layer, "output_size", getattr(layer, "out_features", None)),
         getattr(owner, "vocab_size", None),
     )
+    if isinstance(layer, nn.Linear) and (vocab is None or layer.out_features < vocab):
+        return f"a value head ({kind})"
     if not isinstance(layer, ColumnParallelLinear) and rows is not None and vocab is not None and rows < vocab:
         tensor_parallel = getattr(getattr(layer, "config", None), "tensor_model_parallel_size", 1)
         if rows * tensor_parallel < vocab:
@@ -184,8 +195,18 @@ def _find_heads(
     return heads, left
 
 
-def _expect_heads(chunks: list[tuple[str, nn.Module]]) -> None:
-    """Raise unless every last stage has an output layer, and every other one says that it is none."""
+def expected_heads(chunks: list[tuple[str, nn.Module]]) -> list[tuple[str, str]]:
+    """Why chunks without an output layer need none, as (name, reason).
+
+    Raises:
+        ValueError: unless every one of them says so.
+    """
+    bare = [(prefix, unwrap_model(chunk)) for prefix, chunk in chunks]
+    encoders = [pair for pair in bare if getattr(pair[1], "add_decoder", True) is False]
+    left = [(f"{prefix}{type(chunk).__name__}", "an encoder without a decoder") for prefix, chunk in encoders]
+    chunks = [pair for pair in bare if pair not in encoders]
+    if not chunks:
+        return left
     stages: list[tuple[str, Any]] = [
         (prefix + (name or type(module).__name__), module)
         for prefix, chunk in chunks
@@ -198,6 +219,7 @@ def _expect_heads(chunks: list[tuple[str, nn.Module]]) -> None:
     missing = [name for name, module in stages if module.post_process and getattr(module, "add_decoder", True)]
     if missing:
         raise ValueError(f"no module called output_layer in {', '.join(missing)}, a last pipeline stage")
+    return left
 
 
 def _find_gated_delta_nets(
@@ -209,20 +231,24 @@ def _find_gated_delta_nets(
             if isinstance(module, GatedDeltaNet):
                 check_gated_delta_net(module, names)
                 layers.append((prefix + name, module))
-            elif isinstance(module, TransformerLayer) and _should_be_gated_delta_net(name, module):
-                raise ValueError(
-                    f"{prefix}{name} should hold a megatron-core GatedDeltaNet, by linear_attention_freq, but its "
-                    f"self_attention is a {type(module.self_attention).__name__}"
-                )
+            # The layers of a HybridStack, which is none, follow another pattern.
+            elif isinstance(module, TransformerBlock):
+                _expect_gated_delta_nets(prefix + name, module)
     return layers
 
 
-def _should_be_gated_delta_net(name: str, layer: Any) -> bool:
-    config = layer.config
-    if getattr(config, "experimental_attention_variant", None) not in VARIANTS or ".mtp." in f".{name}.":
-        return False
-    pattern = get_linear_attention_pattern(config)
-    return bool(pattern[layer.layer_number - 1]) and not isinstance(layer.self_attention, GatedDeltaNet)
+def _expect_gated_delta_nets(name: str, block: TransformerBlock) -> None:
+    """Raise where `linear_attention_freq` puts a gated-delta-net layer and another one is."""
+    if getattr(block.config, "experimental_attention_variant", None) not in VARIANTS:
+        return
+    pattern = get_linear_attention_pattern(block.config)
+    for index, layer in enumerate(block.layers):
+        attention = getattr(layer, "self_attention", None)
+        if pattern[layer.layer_number - 1] and not isinstance(attention, GatedDeltaNet):
+            raise ValueError(
+                f"{name}.layers.{index} should hold a megatron-core GatedDeltaNet, by linear_attention_freq, but its "
+                f"self_attention is a {type(attention).__name__}"
+            )
 
 
 def _unknown_a_logs(chunks: list[tuple[str, nn.Module]]) -> list[tuple[str, str]]:

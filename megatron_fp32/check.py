@@ -9,11 +9,13 @@ import torch
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from torch import nn
 
-from megatron_fp32.apply import Model, find_output_layers, why_no_vocabulary_head
+from megatron_fp32.apply import Model, expected_heads, find_output_layers, named_chunks, why_no_vocabulary_head
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.optimizer.native_fp32 import pending_repairs
 from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
 from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
+
+Chunks = list[tuple[str, nn.Module]]
 
 
 def check_fp32(
@@ -35,22 +37,29 @@ def check_fp32(
         RuntimeError: naming everything that is not as it should be.
     """
     config = config or Fp32Config()
-    chunks = [model] if isinstance(model, nn.Module) else list(model)
+    chunks = named_chunks(model)
     kept: dict[str, nn.Parameter] = {}
     problems: list[str] = []
-    for chunk in chunks:
-        if config.logits:
-            problems += _output_layer_problems(chunk, config, after_forward)
-        if config.gated_delta_net:
-            problems += _gated_delta_net_problems(chunk, config, after_forward, kept)
+    if config.logits:
+        problems += _output_layer_problems(chunks, config, after_forward)
+    if config.gated_delta_net:
+        problems += _gated_delta_net_problems(chunks, config, after_forward, kept)
     if optimizer is not None:
         problems += _optimizer_problems(kept, optimizer)
     if problems:
         raise RuntimeError("not in fp32 as configured:\n" + "\n".join(f"- {problem}" for problem in problems))
 
 
-def _output_layer_problems(chunk: nn.Module, config: Fp32Config, after_forward: bool) -> Iterator[str]:
-    for name, owner, layer in find_output_layers(chunk):
+def _output_layer_problems(chunks: Chunks, config: Fp32Config, after_forward: bool) -> Iterator[str]:
+    found = [
+        (prefix + name, owner, layer) for prefix, chunk in chunks for name, owner, layer in find_output_layers(chunk)
+    ]
+    if not found:
+        try:
+            expected_heads(chunks)
+        except ValueError as error:
+            yield str(error)
+    for name, owner, layer in found:
         if why_no_vocabulary_head(layer, owner) is not None:
             continue
         if not isinstance(layer, Fp32OutputLayer):
@@ -66,26 +75,36 @@ def _output_layer_problems(chunk: nn.Module, config: Fp32Config, after_forward: 
 
 
 def _gated_delta_net_problems(
-    chunk: nn.Module, config: Fp32Config, after_forward: bool, kept: dict[str, nn.Parameter]
+    chunks: Chunks, config: Fp32Config, after_forward: bool, kept: dict[str, nn.Parameter]
 ) -> Iterator[str]:
-    for name, layer in chunk.named_modules():
+    layers = [(prefix + name, module) for prefix, chunk in chunks for name, module in chunk.named_modules()]
+    for name, layer in layers:
         if not isinstance(layer, GatedDeltaNet):
             continue
         if not isinstance(layer, Fp32GatedDeltaNet):
             yield f"{name} is a {type(layer).__qualname__}, no Fp32GatedDeltaNet"
             continue
+        available = dict(layer.named_parameters())
         for leaf in config.gated_delta_net:
-            parameter = layer.get_parameter(leaf)
+            if leaf not in available:
+                yield f"{name} has no parameter {leaf!r}"
+                continue
+            # Megatron-FSDP puts Parameters of its own in place, which know the one that they stand for.
+            parameter = getattr(available[leaf], "orig_param", available[leaf])
             kept[f"{name}.{leaf}"] = parameter
-            if parameter.dtype != torch.float32:
-                yield f"{name}.{leaf} is {parameter.dtype}"
-            if not getattr(parameter, "keep_in_fp32", False):
-                yield f"{name}.{leaf} has lost its mark keep_in_fp32: someone replaced the Parameter"
-            main_grad = getattr(parameter, "main_grad", None)
-            if main_grad is not None and main_grad.dtype != torch.float32:
-                yield f"{name}.{leaf}.main_grad is {main_grad.dtype}"
+            yield from _parameter_problems(f"{name}.{leaf}", parameter)
         if after_forward and layer.fp32_calls == 0:
             yield f"{name} never ran with its kept parameters in fp32"
+
+
+def _parameter_problems(name: str, parameter: nn.Parameter) -> Iterator[str]:
+    if parameter.dtype != torch.float32:
+        yield f"{name} is {parameter.dtype}"
+    if not getattr(parameter, "keep_in_fp32", False):
+        yield f"{name} has lost its mark keep_in_fp32: someone replaced the Parameter"
+    main_grad = getattr(parameter, "main_grad", None)
+    if main_grad is not None and main_grad.dtype != torch.float32:
+        yield f"{name}.main_grad is {main_grad.dtype}"
 
 
 def _optimizer_problems(kept: dict[str, nn.Parameter], optimizer: Any) -> Iterator[str]:

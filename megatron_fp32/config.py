@@ -40,6 +40,8 @@ class Fp32Config:
 
     def __post_init__(self) -> None:
         check_grad_precision(self.grad_precision)
+        if isinstance(self.gated_delta_net, list):
+            object.__setattr__(self, "gated_delta_net", tuple(self.gated_delta_net))
         if isinstance(self.gated_delta_net, str) or not all(
             isinstance(name, str) and name for name in self.gated_delta_net
         ):

@@ -165,6 +165,27 @@ MUTANTS = [
         test=f"{GDN}::TestTransformerEngineNorm",
     ),
     Mutant(
+        name="call a hooked norm in compiled code",
+        file="ssm/gated_delta_net.py",
+        old="if isinstance(self.out_norm, RMSNorm):",
+        new="if False:",
+        test=f"{GDN}::test_norm_and_gate_are_compiled_once_for_all_layers_whatever_hooks_they_have",
+    ),
+    Mutant(
+        name="lose the embedding's own gradient",
+        file="tensor_parallel/output_layer.py",
+        old="weight.zero_out_wgrad = True",
+        new="pass",
+        test=f"{EDGES}::TestWeightGradient",
+    ),
+    Mutant(
+        name="count passes in compiled code",
+        file="transformer/counter.py",
+        old="if not torch.compiler.is_compiling():",
+        new="if True:",
+        test=f"{EDGES}::TestSurroundings",
+    ),
+    Mutant(
         name="accept a last stage without a head",
         file="apply.py",
         old="    if missing:\n",
@@ -230,8 +251,8 @@ MUTANTS = [
     Mutant(
         name="return the norm in the dtype of its input",
         file="transformer/norm.py",
-        old=", self.eps).to(self.weight.dtype)",
-        new=", self.eps).to(x.dtype)",
+        old=", gamma, eps).to(weight.dtype)",
+        new=", gamma, eps).to(x.dtype)",
         test="tests/transformer/test_norm.py",
     ),
     Mutant(

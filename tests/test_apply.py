@@ -12,6 +12,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
 from megatron_fp32.apply import apply_fp32, pre_wrap_hook
@@ -120,24 +121,26 @@ class TestModels:
         assert report.output_layers == ("thinker.language_model.output_layer",)
         assert report.parameters[0].name == f"thinker.language_model.{A_LOG}"
 
-    def test_a_hybrid_model(self) -> None:
+    @pytest.mark.parametrize("pattern", ["G*", "*G", "G-*-", "G-G-*-G"])
+    def test_a_hybrid_model_whose_layers_follow_its_own_pattern(self, pattern: str) -> None:
         hybrid = pytest.importorskip("megatron.core.models.hybrid.hybrid_model", reason="megatron-core < 0.18")
         from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
         from megatron.core.transformer.spec_utils import ModuleSpec
 
         config = transformer_config(tiny_qwen3_5(), bf16=True, params_dtype=torch.bfloat16, **cpu_overrides())
         layers = specs.gated_delta_net_block_spec(config, STOCK).layer_specs
-        stack = HybridStackSubmodules(gdn_layer=layers[0], attention_layer=layers[1])
+        mlp = ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules())
+        stack = HybridStackSubmodules(gdn_layer=layers[0], attention_layer=layers[1], mlp_layer=mlp)
         model = hybrid.HybridModel(
             config=config,
             hybrid_stack_spec=ModuleSpec(module=HybridStack, params={"post_layer_norm": False}, submodules=stack),
             vocab_size=120,
             max_sequence_length=64,
-            hybrid_layer_pattern="G*",
+            hybrid_layer_pattern=pattern,
         )
         report = apply_fp32(model)
         assert report.output_layers == ("output_layer",)
-        assert len(report.parameters) == 2
+        assert len(report.parameters) == 2 * pattern.count("G")
         assert type(model.output_layer) is Fp32OutputLayer
 
     def test_an_mtp_stage_of_a_hybrid_model_has_a_head_too(self) -> None:
@@ -146,20 +149,21 @@ class TestModels:
         stage.post_process, stage.mtp_process, stage.output_layer = False, True, donor.output_layer
         assert apply_fp32(stage).output_layers == ("output_layer",)
 
-    def test_27_of_a_lora_wrapper_the_layer_within(self) -> None:
+    @pytest.mark.parametrize("attribute", ["to_wrap", "base_layer"])
+    def test_27_of_a_lora_wrapper_the_layer_within(self, attribute: str) -> None:
         class LoRALinear(nn.Module):
-            def __init__(self, to_wrap: nn.Module) -> None:
+            def __init__(self, inner: nn.Module) -> None:
                 super().__init__()
-                self.to_wrap = to_wrap
+                setattr(self, attribute, inner)
 
             def forward(self, x: torch.Tensor, **kwargs: Any) -> Any:
-                output, bias = self.to_wrap(x, **kwargs)
+                output, bias = getattr(self, attribute)(x, **kwargs)
                 return output + torch.ones((), dtype=torch.bfloat16), bias
 
         model = stock_model()
         model.output_layer = LoRALinear(model.output_layer)
         report = apply_fp32(model)
-        assert report.output_layers == ("output_layer.to_wrap",)
+        assert report.output_layers == (f"output_layer.{attribute}",)
         logits, _ = model.output_layer(torch.randn(3, 1, 64).bfloat16())
         assert logits.dtype == torch.float32
         assert isinstance(model.output_layer, LoRALinear)
@@ -181,6 +185,19 @@ class TestLeft:
         assert "a value head" in reason
         assert "LinearForLastLayer" in str(report)
         check_fp32(model)
+
+    def test_a_linear_layer_as_wide_as_the_vocabulary_is_no_value_head(self) -> None:
+        model = stock_model()
+        model.output_layer = nn.Linear(64, 120)
+        with pytest.raises(TypeError, match=r"output_layer is a torch.nn.modules.linear.Linear, which is no Column"):
+            apply_fp32(model)
+
+    def test_a_rank_with_an_encoder_alone(self) -> None:
+        class VisionLanguage(nn.Module):
+            add_decoder, language_model = False, None
+
+        assert apply_fp32([VisionLanguage()]).left == (("VisionLanguage", "an encoder without a decoder"),)
+        check_fp32([VisionLanguage()])
 
     def test_a_classifier_of_another_kind(self) -> None:
         class TELinear(nn.Module):
@@ -253,10 +270,17 @@ class TestNothingMatched:
 
     def test_a_parameter_that_is_not_there(self) -> None:
         model = stock_model()
-        with pytest.raises(ValueError, match=r"has no parameters \['D'\]; it has \['dt_bias', 'A_log', "):
+        with pytest.raises(ValueError, match="has no parameter 'D'; it has: dt_bias, A_log, "):
             apply_fp32(model, Fp32Config(gated_delta_net=("A_log", "D")))
         assert type(model.output_layer) is ColumnParallelLinear
         assert type(model.decoder.layers[0].self_attention) is GatedDeltaNet
+
+    def test_a_parameter_that_ddp_owns_leaves_the_head_unchanged(self) -> None:
+        model = stock_model()
+        model.get_parameter(A_LOG).main_grad = torch.zeros(4)
+        with pytest.raises(ValueError, match="already belongs to DistributedDataParallel"):
+            apply_fp32(model)
+        assert type(model.output_layer) is ColumnParallelLinear
 
     def test_a_wrapped_model(self) -> None:
         model = stock_model()
@@ -404,6 +428,27 @@ class TestCheck:
         layer._parameters["A_log"] = nn.Parameter(layer.A_log.detach())
         assert "lost its mark keep_in_fp32" in self.complaint(model)
 
+    def test_a_head_that_is_gone(self) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        model.head, model.output_layer = model.output_layer, None
+        assert "no module called output_layer in GPTModel" in self.complaint(model)
+
+    def test_a_parameter_that_is_not_there(self) -> None:
+        model = stock_model()
+        apply_fp32(model, Fp32Config(gated_delta_net=("A_log",)))
+        config = Fp32Config(gated_delta_net=("A_log", "D"))
+        assert "self_attention has no parameter 'D'" in self.complaint(model, config)
+
+    def test_the_parameters_that_megatron_fsdp_puts_in_place_stand_for_the_original(self) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        layer = model.decoder.layers[0].self_attention
+        stand_in: Any = nn.Parameter(layer.A_log.detach().bfloat16())
+        stand_in.orig_param = layer.A_log
+        layer._parameters["A_log"] = stand_in
+        check_fp32(model)
+
     def test_main_grad_of_another_dtype(self) -> None:
         model = stock_model()
         apply_fp32(model)
@@ -442,6 +487,13 @@ class TestCheck:
         with install_optimizer_repairs():
             text = self.complaint(trainer.model, optimizer=trainer.optimizer)
         assert "built before install_optimizer_repairs: it confuses" in text
+
+    @pytest.mark.parametrize("chunk", [0, 1])
+    def test_a_parameter_of_any_chunk_among_the_16_bit_ones(self, chunk: int) -> None:
+        chunks = [stock_model(stage={"post_process": False}), stock_model(stage={"pre_process": False})]
+        apply_fp32(chunks)
+        optimizer = argparse.Namespace(float16_groups=[[chunks[chunk].get_parameter(A_LOG)]])
+        assert f"built before chunk {chunk}: {A_LOG} was fp32" in self.complaint(chunks, optimizer=optimizer)
 
     def test_an_optimizer_that_was_built_too_early(self) -> None:
         model = stock_model()

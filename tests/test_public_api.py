@@ -77,5 +77,10 @@ class TestConfig:
         with pytest.raises(ValueError, match="gated_delta_net must be a tuple of non-empty parameter names, got"):
             megatron_fp32.Fp32Config(gated_delta_net=names)
 
+    def test_a_list_of_names_is_taken_for_the_tuple(self) -> None:
+        assert megatron_fp32.Fp32Config(gated_delta_net=["A_log"]) == megatron_fp32.Fp32Config(  # type: ignore[arg-type]
+            gated_delta_net=("A_log",)
+        )
+
     def test_no_names_keep_nothing(self) -> None:
         assert megatron_fp32.Fp32Config(gated_delta_net=()).gated_delta_net == ()

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_fp32.config import DEFAULT_KEPT_PARAMETERS
-from megatron_fp32.transformer.keep_in_fp32 import Fp32ParameterGuard, KeptParameter, keep_in_fp32
+from megatron_fp32.transformer.counter import count_fp32_call
+from megatron_fp32.transformer.keep_in_fp32 import (
+    Fp32ParameterGuard,
+    KeptParameter,
+    check_parameters,
+    keep_in_fp32,
+)
 from megatron_fp32.transformer.norm import RMSNorm
 
 VARIANTS = ("gated_delta_net", "gdn")
@@ -69,17 +75,25 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
             self._draw_a_log()
 
     def _take_norm_from_transformer_engine(self) -> None:
-        """Norm and gate are one compiled function of megatron-core, which a Transformer Engine norm breaks in two.
+        """Put our norm in its place, with the same Parameter and state-dict keys.
 
-        With an fp32 weight that norm returns fp32, and writing it to memory for the gate costs 4 % of the layer at 32
-        thousand tokens. In torch operators it never leaves the compiled kernel. Parameter and state-dict keys stay.
+        With an fp32 weight theirs returns fp32, and writing that to memory for the gate costs 4 % of the layer at 32
+        thousand tokens. Ours is compiled into one function with the gate.
         """
         norm = self.out_norm
-        if "out_norm.weight" in self._fp32_parameters and type(norm).__module__.startswith("transformer_engine."):
+        theirs = type(norm).__module__.startswith("transformer_engine.") and self.config.normalization == "RMSNorm"
+        if theirs and "out_norm.weight" in self._fp32_parameters:
             with torch.device("meta"):
                 own = RMSNorm(self.config, self.value_head_dim, self.config.layernorm_epsilon)
             own.weight = norm.get_parameter("weight")
             self.out_norm = own
+
+    def _apply_gated_norm(self, x: Tensor, gate: Tensor) -> Tensor:
+        # megatron-core compiles this method. DDP with overlap_param_gather hooks every module, each in its own way, and
+        # a norm that is called in compiled code would make it compile anew for every layer, until Dynamo gives up.
+        if isinstance(self.out_norm, RMSNorm):
+            return self.out_norm(x, gate, self.act_fn)
+        return super()._apply_gated_norm(x, gate)
 
     def _draw_a_log(self) -> None:
         with get_cuda_rng_tracker().fork(), torch.no_grad():
@@ -90,7 +104,7 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
         self._sum_out_norm_grad_over_tp()
         output = super().forward(*args, **kwargs)
         if all(self.get_parameter(name).dtype == torch.float32 for name in self._fp32_parameters):
-            self.fp32_calls += 1
+            count_fp32_call(self)
         return output
 
     def _sum_out_norm_grad_over_tp(self) -> None:
@@ -135,10 +149,7 @@ def check_gated_delta_net(layer: GatedDeltaNet, names: tuple[str, ...]) -> None:
             f"expected a {GatedDeltaNet.__module__}.GatedDeltaNet, got {type(layer).__module__}."
             f"{type(layer).__qualname__}: a subclass may use its parameters in its own way"
         )
-    available = dict(layer.named_parameters())
-    missing = [name for name in names if name not in available]
-    if missing:
-        raise ValueError(f"GatedDeltaNet has no parameters {missing}; it has {list(available)}")
+    check_parameters(layer, *names)
 
 
 def to_fp32_gated_delta_net(

@@ -15,6 +15,8 @@ from torch import Tensor
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.ops.logits import fp32_logits
 from megatron_fp32.ops.logits.autograd import DeferredWeightGrad
+from megatron_fp32.ops.logits.main_grad import follows_main_grad
+from megatron_fp32.transformer.counter import count_fp32_call
 
 try:
     from megatron.core.inference.utils import InferenceMode
@@ -34,7 +36,7 @@ class Fp32OutputLayer(ColumnParallelLinear):
 
     Attributes:
         fp32_config: the configuration it was made with.
-        fp32_calls: how many times the fp32 product ran, for proving that it did.
+        fp32_calls: how many times the fp32 product ran (in compiled code: whether it did), for proving that it did.
     """
 
     fp32_config: Fp32Config
@@ -81,6 +83,10 @@ class Fp32OutputLayer(ColumnParallelLinear):
         unknown = {k: v for k, v in newer.items() if k not in _NEUTRAL_ARGUMENTS or v not in _NEUTRAL_ARGUMENTS[k]}
         if unknown:
             raise ValueError(f"Fp32OutputLayer does not know these arguments of this megatron-core: {unknown}")
+        if weight is not self.weight and follows_main_grad(weight):
+            # The weight of an embedding, whose own gradient comes through autograd. megatron-core says this of tied
+            # weights without pipeline parallelism; with it, an embedding for MTP lies on the last stage too.
+            weight.zero_out_wgrad = True  # type: ignore[attr-defined]
         deferred = None
         if grad_output_buffer is not None:
             deferred = DeferredWeightGrad(buffer=grad_output_buffer, limit=wgrad_deferral_limit or 0)
@@ -94,7 +100,7 @@ class Fp32OutputLayer(ColumnParallelLinear):
             grad_precision=self.fp32_config.grad_precision,
             deferred=deferred,
         )
-        self.fp32_calls += 1
+        count_fp32_call(self)
         return logits
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fp32OutputLayer:
@@ -109,7 +115,8 @@ class Fp32OutputLayer(ColumnParallelLinear):
         """Pickle without the process group, which is looked up again where the layer is unpickled.
 
         Raises:
-            ValueError: when the layer's group is not megatron-core's tensor-parallel group.
+            ValueError: when the layer's group is not megatron-core's tensor-parallel group, or something was mixed into
+                its class after the conversion.
         """
         if self.tp_group is not get_tensor_model_parallel_group_if_none(None):
             raise ValueError("an output layer with a tensor-parallel group of its own cannot be pickled")
@@ -119,8 +126,11 @@ class Fp32OutputLayer(ColumnParallelLinear):
             for key, hook in self._load_state_dict_pre_hooks.items()
             if getattr(hook.hook, "__module__", None) != ColumnParallelLinear.__module__
         )
+        stock = getattr(type(self), "_stock_class", ColumnParallelLinear)
+        if type(self) is not _fp32_class(stock):
+            raise ValueError(f"{type(self).__mro__[:3]} was made after fp32 conversion and cannot be pickled")
         state = {**self.__dict__, "tp_group": None, "_load_state_dict_pre_hooks": hooks}
-        return _rebuild, (getattr(type(self), "_stock_class", ColumnParallelLinear),), state
+        return _rebuild, (stock,), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -55,6 +55,12 @@ def keep_in_fp32(module: nn.Module, *names: str) -> tuple[KeptParameter, ...]:
     return tuple(_keep_one(module, owner, leaf, name) for name, (owner, leaf) in zip(names, owners, strict=True))
 
 
+def check_parameters(module: nn.Module, *names: str) -> None:
+    """Raise what `keep_in_fp32` would raise for these names."""
+    for name in names:
+        _resolve(module, name)
+
+
 def kept_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter) of every parameter under `model` that is kept in fp32."""
     for prefix, module in model.named_modules():

@@ -6,10 +6,12 @@ one is zero-centred.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.jit import jit_fuser
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
@@ -43,23 +45,50 @@ class PreLinearRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden_size] in any floating dtype -> the same shape in the dtype of the weight."""
-        compute = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
-        gamma = self.weight.to(compute)
-        if self.zero_centered_gamma:
-            gamma = 1 + gamma
-        return F.rms_norm(x.to(compute), self.weight.shape, gamma, self.eps).to(self.weight.dtype)
+        return _norm(x, self.weight, self.eps, self.zero_centered_gamma)
 
     def extra_repr(self) -> str:
         """Size, epsilon and storage convention, for `print(model)`."""
         return f"{self.weight.numel()}, eps={self.eps}, zero_centered_gamma={self.zero_centered_gamma}"
 
 
+def _norm(x: Tensor, weight: Tensor, eps: float, zero_centered_gamma: bool) -> Tensor:
+    compute = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    gamma = weight.to(compute)
+    if zero_centered_gamma:
+        gamma = 1 + gamma
+    return F.rms_norm(x.to(compute), weight.shape, gamma, eps).to(weight.dtype)
+
+
+@jit_fuser
+def _gated_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float, zero_centered_gamma: bool, act_fn: Callable[[Tensor], Tensor]
+) -> Tensor:
+    y = _norm(x.reshape(-1, x.shape[-1]), weight, eps, zero_centered_gamma)
+    y = y * act_fn(gate.reshape(-1, gate.shape[-1]).float())
+    return y.to(x.dtype)
+
+
 class RMSNorm(PreLinearRMSNorm):
     """RMSNorm that stands alone: `q_layernorm`, `k_layernorm`, `out_norm`, `final_layernorm`.
+
+    With a gate it is the gated norm of a gated-delta-net layer, `norm(x) * act(gate)`, compiled as one function.
 
     Its Transformer Engine counterpart stores an `_extra_state`, so this one declares an empty one too: a checkpoint
     written under either spec then loads strictly under the other.
     """
+
+    def forward(
+        self, x: Tensor, gate: Tensor | None = None, act_fn: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """x [..., hidden_size] -> the same shape in the dtype of the weight.
+
+        With `gate` [..., hidden_size] and `act_fn`: [tokens, hidden_size] in the dtype of `x`, rounded once, as
+        megatron-core's `GatedDeltaNet._apply_gated_norm`.
+        """
+        if gate is None:
+            return super().forward(x)
+        return _gated_norm(x, gate, self.weight, self.eps, self.zero_centered_gamma, act_fn)
 
     def get_extra_state(self) -> None:
         """Nothing: there is no FP8 state here."""

@@ -208,3 +208,26 @@ class TestTransformerEngineNorm:
     def test_it_stays_where_its_weight_is_not_kept(self, norm_class: Any) -> None:
         layer = self.engine_layer(Fp32GatedDeltaNet, norm_class, fp32_parameters=("A_log",))
         assert isinstance(layer.out_norm, norm_class)
+
+
+def test_norm_and_gate_are_compiled_once_for_all_layers_whatever_hooks_they_have() -> None:
+    """DDP with overlap_param_gather hooks every module, each with something else."""
+    layers, buckets = [build(Fp32GatedDeltaNet) for _ in range(4)], {}
+
+    def gather_into(bucket: object) -> Any:
+        def hook(module: torch.nn.Module, _: Any) -> None:
+            assert buckets[module.weight] is bucket
+
+        return hook
+
+    for layer in layers:
+        buckets[layer.out_norm.weight] = object()
+        layer.out_norm.register_forward_pre_hook(gather_into(buckets[layer.out_norm.weight]))
+    x, gate = torch.randn(6, 16).bfloat16(), torch.randn(6, 16).bfloat16()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.compiler.set_stance("default", force_backend="eager"):
+        compiled = [layer._apply_gated_norm(x, gate) for layer in layers]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    stock = build(GatedDeltaNet, params_dtype=torch.float32)
+    assert torch.equal(compiled[0], stock._apply_gated_norm(x, gate))

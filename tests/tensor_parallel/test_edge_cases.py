@@ -17,6 +17,7 @@ import torch
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy as stock_cross_entropy
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from megatron_fp32.config import Fp32Config
@@ -257,6 +258,23 @@ class TestWeightGradient:
             assert torch.equal(tied.main_grad.double(), truth)
             assert not tied.grad.any()
 
+    def test_11_an_embeddings_own_gradient_is_not_lost(self) -> None:
+        """Without pipeline parallelism megatron-core marks tied weights; the embedding of an MTP stage it does not."""
+        layer = head(skip_weight_param_allocation=True)
+        tied: Any = torch.nn.Parameter(integers(VOCAB, HIDDEN).detach())
+        own_main_grad(tied)
+        tokens, grad = torch.randint(VOCAB, (6, 2)), torch.randint(-2, 3, (6, 2, VOCAB)).float()
+        embedded = torch.nn.functional.embedding(tokens, tied)
+        layer(embedded, weight=tied)[0].backward(grad)
+        # What DistributedDataParallel's hook does.
+        if not tied.grad_added_to_main_grad or getattr(tied, "zero_out_wgrad", False):
+            tied.main_grad.add_(tied.grad)
+        truth = gradients_reference(embedded.detach(), tied.detach(), grad)
+        both = truth.weight_grad.clone()
+        both.index_add_(0, tokens.flatten(), truth.hidden_grad.bfloat16().double().flatten(0, 1))
+        assert relative_error(tied.main_grad, both) < 3e-3
+        assert relative_error(truth.weight_grad, both) > 0.1
+
     def test_11_a_frozen_weight_keeps_no_hidden_states(self) -> None:
         layer = head()
         layer.weight.requires_grad_(False)
@@ -312,6 +330,17 @@ class TestSurroundings:
                 (hidden_grad,) = torch.autograd.grad(logits, hidden, grad)
                 results.append((logits, hidden_grad, layer.weight.main_grad.clone()))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    def test_07_counting_passes_does_not_compile_anew(self) -> None:
+        torch._dynamo.reset()
+        layer = to_fp32_output_layer(stock_layer())
+        counter = CompileCounter()
+        with torch.compiler.set_stance("default"):
+            compiled = torch.compile(layer, backend=counter)
+            for _ in range(6):
+                compiled(integers(2, 1, HIDDEN))
+        assert layer.fp32_calls == 1
+        assert counter.frame_count <= 2
 
     @pytest.mark.parametrize("fails", [False, True])
     def test_08_precision_settings_are_as_before_afterwards(self, fails: bool) -> None:
@@ -391,6 +420,12 @@ class TestSurroundings:
             hidden, _ = micro_batch()
             assert torch.equal(again(hidden)[0], layer(hidden)[0])
             again.load_state_dict({"weight": layer.weight})  # _extra_state may be absent
+
+    def test_31_what_was_mixed_in_after_the_conversion_is_not_lost_in_a_pickle(self) -> None:
+        layer = head()
+        layer.__class__ = type("Late", (type(layer),), {})
+        with pytest.raises(ValueError, match="was made after fp32 conversion and cannot be pickled"):
+            pickle.dumps(layer)
 
 
 class TestRefusals:

@@ -176,7 +176,9 @@ class _Fp32Logits(torch.autograd.Function):
         if needs_weight:
             target = weight_grad_target(ctx.weight_owner)
 
-        reduction = _HiddenGrad(ctx, grad.new_empty(grad.shape[0], weight.shape[1], dtype=torch.float32))
+        # One row where nobody needs it.
+        rows = grad.shape[0] if needs_hidden else 1
+        reduction = _HiddenGrad(ctx, grad.new_empty(rows, weight.shape[1], dtype=torch.float32))
         accumulate_gradients(
             grad,
             weight=weight,

@@ -44,7 +44,8 @@ def split(x: Tensor, count: int, dtype: torch.dtype, *, scale: Tensor | None = N
     if x.is_cuda:
         from megatron_fp32.ops.logits.split_triton import split_triton
 
-        parts = split_triton(x, count, dtype, scale)
+        with torch.cuda.device(x.device):
+            parts = split_triton(x, count, dtype, scale)
     else:
         parts = split_torch(x, count, dtype, scale)
     return Pieces(parts, None if scale is None else scale.reciprocal())
