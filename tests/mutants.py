@@ -120,7 +120,7 @@ MUTANTS = [
         file="ops/logits/autograd.py",
         old="                needs_weight = False",
         new="                pass",
-        test=f"{EDGES}::TestDeferredWeightGradient",
+        test=f"{EDGES.replace('edge_cases', 'deferred')}",
     ),
     Mutant(
         name="declare the wrong dtype",
@@ -197,7 +197,7 @@ MUTANTS = [
         file="check.py",
         old="yield from _index_map_problems(trained, inner)",
         new="pass",
-        test="tests/test_apply.py::TestCheck",
+        test="tests/test_check.py",
     ),
     Mutant(
         name="gather over one rank",

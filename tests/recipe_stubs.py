@@ -13,22 +13,17 @@ from typing import Any
 import torch
 from megatron.core.transformer.module import Float16Module
 
-from megatron_fp32.config import Fp32Config
-from megatron_fp32.models.provider import build_qwen3_5, cpu_overrides, transformer_config
-from tests.support import tiny_qwen3_5
+from tests.support import stock_model
 
 Hook = Callable[[list[Any]], list[Any]]
 
 
-def stock_model(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> Any:
-    model = tiny_qwen3_5()
-    config = transformer_config(model, bf16=True, params_dtype=torch.bfloat16, **cpu_overrides())
-    stock = Fp32Config(logits=False, gated_delta_net=())
-    return build_qwen3_5(model, config, stock, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+def built(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> Any:
+    return stock_model(stage={"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage})
 
 
 def wrapped(hooks: list[Hook]) -> list[Any]:
-    model = [stock_model()]
+    model = [built()]
     for hook in hooks:
         model = hook(model)
     return [Float16Module(chunk.config, chunk) for chunk in model]
@@ -45,7 +40,7 @@ def gpt_builder(
     config: Any = None,
     pg_collection: Any = None,
 ) -> Any:
-    return stock_model(pre_process, post_process, vp_stage)
+    return built(pre_process, post_process, vp_stage)
 
 
 def gpt_config_from_args(args: Any, config: Any = None, model_config_cls: type = object) -> Any:
@@ -103,7 +98,7 @@ def _get_model_provider_func(args: Any, role: str = "actor") -> Any:
     assert args.custom_model_provider_path is None, "it would call itself"
 
     def model_provider(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> Any:
-        return stock_model(pre_process, post_process, vp_stage)
+        return built(pre_process, post_process, vp_stage)
 
     return model_provider
 

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
+from megatron_fp32.config import Fp32Config
 from megatron_fp32.models.qwen3_5 import Qwen35Config
 from megatron_fp32.testing.cpu import cpu_megatron
+
+STOCK = Fp32Config(logits=False, gated_delta_net=())
 
 
 @contextlib.contextmanager
@@ -53,6 +56,23 @@ def tiny_qwen3_5(**fields: Any) -> Qwen35Config:
             **fields,
         }
     )
+
+
+def stock_model(*, model: dict[str, Any] | None = None, stage: dict[str, Any] | None = None, **overrides: Any) -> Any:
+    """megatron-core's own GPTModel with its own layers, in bf16.
+
+    Args:
+        model: fields of `tiny_qwen3_5`.
+        stage: arguments of `build_qwen3_5`, such as `post_process`.
+        overrides: fields of `TransformerConfig`.
+    """
+    from megatron_fp32.models.provider import build_qwen3_5, cpu_overrides, transformer_config
+
+    shapes = tiny_qwen3_5(**(model or {}))
+    config = transformer_config(
+        shapes, **{"bf16": True, "params_dtype": torch.bfloat16, **cpu_overrides(), **overrides}
+    )
+    return build_qwen3_5(shapes, config, STOCK, vocab_divisible_by=8, **(stage or {}))
 
 
 def full_mantissa(*shape: int, seed: int = 0, scale: float = 0.5) -> torch.Tensor:

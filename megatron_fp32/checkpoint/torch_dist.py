@@ -8,6 +8,7 @@ are written).
 
 from __future__ import annotations
 
+import enum
 import io
 import itertools
 import json
@@ -270,9 +271,18 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Raises CheckpointError for anything that a checkpoint's metadata does not need."""
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         if name not in _ALLOWED.get(module, ()):
             raise CheckpointError(f"the checkpoint's .metadata asks for {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
+
+
+def _enum_member(owner: Any, name: str) -> Any:
+    """Python 3.11.2 and its like pickle the member of an enumeration as `getattr(class, name)`."""
+    if not (isinstance(owner, type) and issubclass(owner, enum.Enum)) or name not in owner.__members__:
+        raise CheckpointError(f"the checkpoint's .metadata asks for {name!r} of {owner!r}, which no checkpoint needs")
+    return owner[name]
 
 
 def known_non_model_entries(names: Iterable[str]) -> list[str]:

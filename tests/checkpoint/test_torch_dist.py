@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import enum
 import io
 import os
 import pickle
@@ -248,7 +249,45 @@ class _Evil:
         return os.system, (self._command,)
 
 
+_FORMATS = metadata._MEM_FORMAT_ENCODING
+
+
+class _OldPickler(pickle.Pickler):
+    """Enumerations as Python 3.11.2 (Debian 12) pickles them."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, enum.Enum) else NotImplemented
+
+
+def test_metadata_of_an_older_python_is_read(checkpoint: Path) -> None:
+    before = TorchDistReader(checkpoint)
+    content = pickle.loads((checkpoint / ".metadata").read_bytes())
+    written = io.BytesIO()
+    _OldPickler(written).dump(content)
+    assert b"getattr" in written.getvalue()
+    (checkpoint / ".metadata").write_bytes(written.getvalue())
+    assert TorchDistReader(checkpoint).tensors == before.tensors
+
+
+class _Attribute:
+    def __init__(self, owner: Any, name: str) -> None:
+        self._arguments = (owner, name)
+
+    def __reduce__(self) -> Any:
+        return getattr, self._arguments
+
+
 class TestDamage:
+    @pytest.mark.parametrize(
+        ("owner", "name"), [(metadata.Metadata, "__init__"), (_FORMATS, "__init__"), (_FORMATS, "mro")]
+    )
+    def test_attributes_that_are_no_members_of_an_enumeration_are_refused(
+        self, checkpoint: Path, owner: Any, name: str
+    ) -> None:
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(_Attribute(owner, name)))
+        with pytest.raises(CheckpointError, match=f"asks for '{name}' of .*, which no checkpoint needs"):
+            TorchDistReader(checkpoint)
+
     def test_code_in_the_metadata_is_not_run(self, checkpoint: Path, tmp_path: Path) -> None:
         victim = tmp_path / "executed"
         evil = pickle.dumps(_Evil(victim))

@@ -1,7 +1,7 @@
 """The sharp edges of an output layer with fp32 logits, on one rank: one test each, named for what it guards.
 
-Numbers are those of one list for the whole package: 9, 13, 14 and 15 continue in test_ranks.py, 27 and 30 in
-tests/test_apply.py, 21 needs a GPU (tests/gpu), and tests/ops has the plain operator's.
+Numbers are those of one list for the whole package: 12 goes on in test_deferred.py, 9, 13, 14 and 15 are in
+test_ranks.py, 27 and 30 in tests/test_apply.py, 21 needs a GPU (tests/gpu), and tests/ops has the plain operator's.
 """
 
 from __future__ import annotations
@@ -25,27 +25,9 @@ from megatron_fp32.ops.logits.reference import gradients_reference, logits_refer
 from megatron_fp32.tensor_parallel import output_layer
 from megatron_fp32.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer, to_fp32_output_layer
-from tests.tensor_parallel.test_output_layer import HIDDEN, VOCAB, integers, stock_layer
+from tests.tensor_parallel.layers import HIDDEN, VOCAB, head, integers, micro_batch, own_main_grad, stock_layer
 
 pytestmark = pytest.mark.usefixtures("megatron")
-
-
-def head(fp32: Fp32Config | None = None, **fields: Any) -> Any:
-    """An fp32 layer whose weight holds integers, as DistributedDataParallel leaves it."""
-    layer = to_fp32_output_layer(stock_layer(**fields), fp32)
-    if layer.weight is not None:
-        with torch.no_grad():
-            layer.weight.copy_(integers(VOCAB, HIDDEN))
-        own_main_grad(layer.weight)
-    return layer
-
-
-def own_main_grad(weight: Any) -> None:
-    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(weight.shape), False
-
-
-def micro_batch(shape: tuple[int, ...] = (6, 2)) -> tuple[Tensor, Tensor]:
-    return integers(*shape, HIDDEN).requires_grad_(), torch.randint(-8, 9, (*shape, VOCAB)).float()
 
 
 class TestLogits:
@@ -429,30 +411,6 @@ class TestSurroundings:
 
 
 class TestRefusals:
-    def test_12_a_deferred_weight_gradient_with_split_gradients(self) -> None:
-        with pytest.raises(ValueError, match="needs grad_precision='bf16', got 'bf16x2'"):
-            to_fp32_output_layer(deferring(), Fp32Config(grad_precision="bf16x2"))
-
-    def test_12_deferring_without_buffers(self) -> None:
-        layer = deferring()
-        layer.embedding_activation_buffer = None
-        with pytest.raises(ValueError, match="gave its output layer no buffers"):
-            to_fp32_output_layer(layer)
-
-    def test_12_deferring_with_mtp_would_pair_the_wrong_tensors(self) -> None:
-        layer = deferring()
-        layer.config.mtp_num_layers = 1
-        with pytest.raises(ValueError, match="differ with multi-token prediction"):
-            to_fp32_output_layer(layer)
-
-    @pytest.mark.parametrize("frozen", [False, True])
-    def test_12_deferring_needs_a_trainable_weight_with_main_grad(self, frozen: bool) -> None:
-        layer = to_fp32_output_layer(deferring())
-        layer.weight.requires_grad_(not frozen)
-        with pytest.raises(ValueError, match="needs a trainable weight with main_grad"):
-            layer(integers(2, 1, HIDDEN))
-        assert layer.fp32_calls == 0
-
     def test_16_a_weight_that_gtp_shards(self) -> None:
         layer = stock_layer()
         layer.gtp_remat_size = 2
@@ -492,47 +450,3 @@ class TestRefusals:
         to_fp32_output_layer(layer)
         with pytest.raises(ValueError, match=r"'native' rounds dY to bf16 before .*'bf16x3' would keep nothing"):
             to_fp32_output_layer(layer, Fp32Config(grad_precision="bf16x3"))
-
-
-def deferring(limit: int = 0) -> Any:
-    """A stock layer in the state that GPTModel builds with `defer_embedding_wgrad_compute`."""
-    layer = stock_layer(embedding_activation_buffer=[], grad_output_buffer=[])
-    layer.config.defer_embedding_wgrad_compute = True
-    layer.config.wgrad_deferral_limit = limit
-    return layer
-
-
-class TestDeferredWeightGradient:
-    """`drain_embedding_wgrad_compute` with a stand-in for Apex' kernel."""
-
-    @pytest.fixture
-    def apex(self, monkeypatch: Any) -> None:
-        def accumulate(hidden: Tensor, grad: Tensor, main_grad: Tensor) -> None:
-            assert hidden.dtype == grad.dtype == torch.bfloat16
-            main_grad += grad.float().t() @ hidden.float()
-
-        stub = SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
-        monkeypatch.setitem(__import__("sys").modules, "fused_weight_gradient_mlp_cuda", stub)
-
-    @pytest.mark.parametrize("limit", [0, 2])
-    @pytest.mark.usefixtures("apex")
-    def test_12_it_is_the_gradient_of_an_immediate_pass(self, limit: int) -> None:
-        from megatron.core.utils import drain_embedding_wgrad_compute
-
-        layer: Any = to_fp32_output_layer(deferring(limit))
-        layer.config.gradient_accumulation_fusion = True
-        own_main_grad(layer.weight)
-        truth = torch.zeros(VOCAB, HIDDEN, dtype=torch.float64)
-        for count in range(1, 5):
-            hidden, grad = micro_batch()
-            layer(hidden)[0].backward(grad)
-            part = gradients_reference(hidden.detach(), layer.weight.detach(), grad)
-            truth += part.weight_grad
-            assert torch.equal(hidden.grad, part.hidden_grad.bfloat16())
-            assert len(layer.grad_output_buffer) == (min(count, limit) if limit else count)
-            assert layer.weight.grad_added_to_main_grad
-        assert layer.weight.main_grad.any() == bool(limit)
-        drain_embedding_wgrad_compute(
-            layer.config, layer.embedding_activation_buffer, layer.grad_output_buffer, layer.weight, layer.tp_group
-        )
-        assert torch.equal(layer.weight.main_grad.double(), truth)

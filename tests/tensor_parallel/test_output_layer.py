@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
@@ -17,22 +16,9 @@ from megatron_fp32.models.provider import build_qwen3_5, cpu_overrides, transfor
 from megatron_fp32.ops.logits.reference import gradients_reference, logits_reference, relative_error
 from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer, to_fp32_output_layer
 from tests.support import tiny_qwen3_5
-
-HIDDEN, VOCAB = 64, 96
+from tests.tensor_parallel.layers import HIDDEN, VOCAB, integers, stock_layer
 
 pytestmark = pytest.mark.usefixtures("megatron")
-
-
-def stock_layer(cls: type[ColumnParallelLinear] = ColumnParallelLinear, **fields: Any) -> Any:
-    config = TransformerConfig(
-        num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, bf16=True, params_dtype=torch.bfloat16
-    )
-    kwargs = {"config": config, "init_method": torch.nn.init.xavier_normal_, "bias": False, **fields}
-    return cls(HIDDEN, VOCAB, **kwargs)
-
-
-def integers(*shape: int) -> Tensor:
-    return torch.randint(-8, 9, shape).bfloat16()
 
 
 class TestConversion:

@@ -1,0 +1,130 @@
+"""`check_fp32` names every fault."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_fp32.apply import apply_fp32
+from megatron_fp32.check import check_fp32
+from megatron_fp32.config import Fp32Config
+from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
+from megatron_fp32.testing.training import Trainer, TrainerConfig
+from tests.support import stock_model
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+A_LOG = "decoder.layers.0.self_attention.A_log"
+OUT_NORM = "decoder.layers.0.self_attention.out_norm.weight"
+
+
+class TestCheck:
+    """Each fault is named."""
+
+    def trainer(self, **config: Any) -> Trainer:
+        model = stock_model()
+        apply_fp32(model)
+        return Trainer(model, TrainerConfig(**config))
+
+    def complaint(self, model: Any, *args: Any, **kwargs: Any) -> str:
+        with pytest.raises(RuntimeError, match="not in fp32 as configured:") as error:
+            check_fp32(model, *args, **kwargs)
+        return str(error.value)
+
+    def test_a_stock_model(self) -> None:
+        text = self.complaint(stock_model())
+        assert "output_layer is a ColumnParallelLinear, no Fp32OutputLayer" in text
+        assert "layers.0.self_attention is a GatedDeltaNet, no Fp32GatedDeltaNet" in text
+
+    def test_a_parameter_that_was_rounded(self) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        model.get_parameter(A_LOG).data = model.get_parameter(A_LOG).data.bfloat16()
+        assert f"{A_LOG} is torch.bfloat16" in self.complaint([model])
+
+    def test_a_parameter_that_was_replaced(self) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        layer = model.decoder.layers[0].self_attention
+        layer._parameters["A_log"] = nn.Parameter(layer.A_log.detach())
+        assert "lost its mark keep_in_fp32" in self.complaint(model)
+
+    def test_a_head_that_is_gone(self) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        model.head, model.output_layer = model.output_layer, None
+        assert "no module called output_layer in GPTModel" in self.complaint(model)
+
+    def test_a_parameter_that_is_not_there(self) -> None:
+        model = stock_model()
+        apply_fp32(model, Fp32Config(gated_delta_net=("A_log",)))
+        config = Fp32Config(gated_delta_net=("A_log", "D"))
+        assert "self_attention has no parameter 'D'" in self.complaint(model, config)
+
+    def test_the_parameters_that_megatron_fsdp_puts_in_place_stand_for_the_original(self) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        layer = model.decoder.layers[0].self_attention
+        stand_in: Any = nn.Parameter(layer.A_log.detach().bfloat16())
+        stand_in.orig_param = layer.A_log
+        layer._parameters["A_log"] = stand_in
+        check_fp32(model)
+
+    def test_main_grad_of_another_dtype(self) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        parameter: Any = model.get_parameter(OUT_NORM)
+        parameter.main_grad = torch.zeros(parameter.shape, dtype=torch.bfloat16)
+        assert f"{OUT_NORM}.main_grad is torch.bfloat16" in self.complaint(model)
+
+    @pytest.mark.parametrize("method", ["forward", "_forward_impl"])
+    def test_a_method_that_was_replaced(self, method: str) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        setattr(model.output_layer, method, lambda *_: None)
+        assert f"output_layer.{method} was replaced on the instance" in self.complaint(model)
+
+    def test_another_configuration(self) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        assert "expected Fp32Config" in self.complaint(model, Fp32Config(grad_precision="bf16x3"))
+
+    def test_layers_that_never_ran(self) -> None:
+        model = stock_model()
+        apply_fp32(model)
+        text = self.complaint(model, after_forward=True)
+        assert "output_layer never computed fp32 logits" in text
+        assert "self_attention never ran with its kept parameters in fp32" in text
+
+    @pytest.mark.parametrize("distributed", [True, False])
+    def test_an_optimizer_without_its_repairs(self, distributed: bool) -> None:
+        trainer = self.trainer(distributed_optimizer=distributed)
+        text = self.complaint(trainer.model, optimizer=trainer.optimizer)
+        assert ("distributed-index-map" if distributed else "float16-id-map") in text
+        assert ("float16-id-map" if distributed else "distributed-index-map") not in text
+
+    def test_an_optimizer_that_was_built_before_its_repairs(self) -> None:
+        trainer = self.trainer()
+        with install_optimizer_repairs():
+            text = self.complaint(trainer.model, optimizer=trainer.optimizer)
+        assert "built before install_optimizer_repairs: it confuses" in text
+
+    @pytest.mark.parametrize("chunk", [0, 1])
+    def test_a_parameter_of_any_chunk_among_the_16_bit_ones(self, chunk: int) -> None:
+        chunks = [stock_model(stage={"post_process": False}), stock_model(stage={"pre_process": False})]
+        apply_fp32(chunks)
+        optimizer = argparse.Namespace(float16_groups=[[chunks[chunk].get_parameter(A_LOG)]])
+        assert f"built before chunk {chunk}: {A_LOG} was fp32" in self.complaint(chunks, optimizer=optimizer)
+
+    def test_an_optimizer_that_was_built_too_early(self) -> None:
+        model = stock_model()
+        with install_optimizer_repairs():
+            trainer = Trainer(model)
+            for parameter in model.parameters():
+                del parameter.main_grad
+            apply_fp32(model)
+            assert "was built before" in self.complaint(trainer.model, optimizer=trainer.optimizer)
