@@ -102,8 +102,8 @@ def apply_fp32(model: Model, config: Fp32Config | None = None, *, draw: bool = T
 def pre_wrap_hook(config: Fp32Config | None = None, *, draw: bool = True) -> Callable[[list[Any]], list[Any]]:
     """`apply_fp32` as a hook that takes the list of chunks and returns it.
 
-    For `pre_wrap_hooks` of megatron-core's model configurations (>= 0.18), and for Megatron-Bridge's
-    `register_pre_wrap_hook(hook, prepend=True)`. What was done is logged.
+    For `pre_wrap_hooks` of megatron-core's model configurations (HybridModel >= 0.18, GPTModel >= 0.19), and for
+    Megatron-Bridge's `register_pre_wrap_hook(hook, prepend=True)`. What was done is logged.
     """
 
     def hook(chunks: list[Any]) -> list[Any]:

@@ -120,7 +120,7 @@ MUTANTS = [
         file="ops/logits/autograd.py",
         old="                needs_weight = False",
         new="                pass",
-        test=f"{EDGES.replace('edge_cases', 'deferred')}",
+        test="tests/tensor_parallel/test_deferred.py",
     ),
     Mutant(
         name="declare the wrong dtype",

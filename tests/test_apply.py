@@ -333,14 +333,14 @@ class TestHooks:
         assert chunks[0].output_layer.fp32_config.grad_precision == "bf16x2"
         assert "fp32 logits: output_layer" in caplog.text
 
-    def test_the_model_configuration_of_megatron_018(self) -> None:
-        gpt = pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.18")
+    def test_the_model_configuration_of_megatron_019(self) -> None:
+        gpt = pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.19")
         chunks = self.build(gpt, pre_wrap_hooks=[pre_wrap_hook()])
         check_fp32(chunks)
         assert isinstance(chunks[0], Float16Module)
 
     def test_an_unmodified_pretrain_gpt_with_a_spec(self) -> None:
-        gpt = pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.18")
+        gpt = pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.19")
         from megatron.core.transformer.spec_utils import import_module
 
         spec = import_module(("megatron_fp32.models.specs", "pretrain_spec"))
@@ -349,14 +349,14 @@ class TestHooks:
         assert isinstance(chunks[0].module.output_layer, Fp32OutputLayer)
 
     def test_a_spec_without_gated_delta_net(self) -> None:
-        gpt = pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.18")
+        gpt = pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.19")
         fields = {"experimental_attention_variant": None, "linear_attention_freq": None, "normalization": "LayerNorm"}
         fields |= {"layernorm_zero_centered_gamma": False, "qk_layernorm": False, "attention_output_gate": False}
         chunks = self.build(gpt, transformer_layer_spec=specs.pretrain_spec, **fields)
         assert isinstance(chunks[0].module.output_layer, Fp32OutputLayer)
 
     def test_the_spec_adds_its_hook_once(self) -> None:
-        pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.18")
+        pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.19")
         config = argparse.Namespace(pre_wrap_hooks=["other"], transformer=stock_model().config)
         for _ in range(2):
             specs.pretrain_spec(config)
@@ -364,7 +364,7 @@ class TestHooks:
         assert config.pre_wrap_hooks[1] == "other"
 
     def test_a_release_that_takes_no_function(self) -> None:
-        with pytest.raises(TypeError, match=r"with pre_wrap_hooks \(megatron-core >= 0.18\), got Namespace"):
+        with pytest.raises(TypeError, match=r"with pre_wrap_hooks \(megatron-core >= 0.19\), got Namespace"):
             specs.pretrain_spec(argparse.Namespace())
 
     def build(self, gpt: Any, *, pre_wrap_hooks: Any = (), transformer_layer_spec: Any = None, **fields: Any) -> Any:

@@ -80,7 +80,7 @@ def with_fp32_gated_delta_net(
 
 
 def pretrain_spec(model_config: Any, vp_stage: int | None = None) -> Any:
-    """For `--spec megatron_fp32.models.specs pretrain_spec` of an unmodified `pretrain_gpt.py` (megatron-core >= 0.18).
+    """For `--spec megatron_fp32.models.specs pretrain_spec` of an unmodified `pretrain_gpt.py` (megatron-core >= 0.19).
 
     There a spec may be a function of the model configuration, which is called as each chunk is built. This one returns
     the spec that would have been taken without `--spec`, with gated-delta-net layers whose parameters stay fp32, and
@@ -95,7 +95,7 @@ def pretrain_spec(model_config: Any, vp_stage: int | None = None) -> Any:
     """
     if not isinstance(getattr(model_config, "pre_wrap_hooks", None), list):
         raise TypeError(
-            f"expected a model configuration with pre_wrap_hooks (megatron-core >= 0.18), got "
+            f"expected a model configuration with pre_wrap_hooks (megatron-core >= 0.19), got "
             f"{type(model_config).__name__}; elsewhere call apply_fp32 in the model provider"
         )
     # Called for each chunk; the hook is for all of them. It is found again by its mark, not kept in a global.
