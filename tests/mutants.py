@@ -176,7 +176,7 @@ MUTANTS = [
         file="tensor_parallel/output_layer.py",
         old="weight.zero_out_wgrad = True",
         new="pass",
-        test=f"{EDGES}::TestWeightGradient",
+        test="tests/tensor_parallel/test_weight_gradient.py",
     ),
     Mutant(
         name="count passes in compiled code",

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.T5 import T5Model
+from megatron.core.models.T5.t5_spec import (
+    get_t5_decoder_with_local_block_spec,
+    get_t5_encoder_with_local_block_spec,
+)
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
-from megatron_fp32.apply import apply_fp32, pre_wrap_hook
+from megatron_fp32.apply import apply_fp32
 from megatron_fp32.check import check_fp32
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models import specs
@@ -131,6 +137,24 @@ class TestModels:
         assert report.output_layers == ("output_layer",)
         assert len(report.parameters) == 2 * pattern.count("G")
         assert type(model.output_layer) is Fp32OutputLayer
+
+    def test_bert_and_t5(self) -> None:
+        def config() -> TransformerConfig:
+            sizes = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4}
+            return TransformerConfig(**sizes, bf16=True, params_dtype=torch.bfloat16, **cpu_overrides())
+
+        bert = BertModel(config(), 0, bert_layer_local_spec, vocab_size=96, max_sequence_length=16)
+        assert apply_fp32(bert).output_layers == ("output_layer",)
+        assert bert.output_layer.bias is not None
+        t5 = T5Model(
+            config(),
+            config(),
+            get_t5_encoder_with_local_block_spec(1),
+            get_t5_decoder_with_local_block_spec(1),
+            vocab_size=96,
+            max_sequence_length=16,
+        )
+        assert apply_fp32(t5).output_layers == ("lm_head.output_layer",)
 
     def test_an_mtp_stage_of_a_hybrid_model_has_a_head_too(self) -> None:
         donor = stock_model()
@@ -323,64 +347,3 @@ class TestInitialization:
         model.to("meta")
         report = apply_fp32(model)
         assert [(p.on_bf16_grid, p.redrawn) for p in report.parameters] == [(None, False)] * 2
-
-
-class TestHooks:
-    def test_a_hook_returns_the_chunks_and_logs_what_it_did(self, caplog: pytest.LogCaptureFixture) -> None:
-        chunks = [stock_model()]
-        with caplog.at_level(logging.INFO, "megatron_fp32.apply"):
-            assert pre_wrap_hook(Fp32Config(grad_precision="bf16x2"))(chunks) is chunks
-        assert chunks[0].output_layer.fp32_config.grad_precision == "bf16x2"
-        assert "fp32 logits: output_layer" in caplog.text
-
-    def test_the_model_configuration_of_megatron_019(self) -> None:
-        gpt = pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.19")
-        chunks = self.build(gpt, pre_wrap_hooks=[pre_wrap_hook()])
-        check_fp32(chunks)
-        assert isinstance(chunks[0], Float16Module)
-
-    def test_an_unmodified_pretrain_gpt_with_a_spec(self) -> None:
-        gpt = pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.19")
-        from megatron.core.transformer.spec_utils import import_module
-
-        spec = import_module(("megatron_fp32.models.specs", "pretrain_spec"))
-        chunks = self.build(gpt, transformer_layer_spec=spec)
-        check_fp32(chunks)
-        assert isinstance(chunks[0].module.output_layer, Fp32OutputLayer)
-
-    def test_a_spec_without_gated_delta_net(self) -> None:
-        gpt = pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.19")
-        fields = {"experimental_attention_variant": None, "linear_attention_freq": None, "normalization": "LayerNorm"}
-        fields |= {"layernorm_zero_centered_gamma": False, "qk_layernorm": False, "attention_output_gate": False}
-        chunks = self.build(gpt, transformer_layer_spec=specs.pretrain_spec, **fields)
-        assert isinstance(chunks[0].module.output_layer, Fp32OutputLayer)
-
-    def test_the_spec_adds_its_hook_once(self) -> None:
-        pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.19")
-        config = argparse.Namespace(pre_wrap_hooks=["other"], transformer=stock_model().config)
-        for _ in range(2):
-            specs.pretrain_spec(config)
-        assert len(config.pre_wrap_hooks) == 2
-        assert config.pre_wrap_hooks[1] == "other"
-
-    def test_a_release_that_takes_no_function(self) -> None:
-        with pytest.raises(TypeError, match=r"with pre_wrap_hooks \(megatron-core >= 0.19\), got Namespace"):
-            specs.pretrain_spec(argparse.Namespace())
-
-    def build(self, gpt: Any, *, pre_wrap_hooks: Any = (), transformer_layer_spec: Any = None, **fields: Any) -> Any:
-        from megatron.core.process_groups_config import ProcessGroupCollection
-
-        overrides = {"bf16": True, "params_dtype": torch.bfloat16, **cpu_overrides(), **fields}
-        config = gpt.GPTModelConfig(
-            transformer=transformer_config(tiny_qwen3_5(), **overrides),
-            transformer_layer_spec=transformer_layer_spec
-            or (lambda c, vp_stage: specs.gated_delta_net_block_spec(c.transformer, STOCK, vp_stage=vp_stage)),
-            vocab_size=120,
-            seq_length=64,
-            position_embedding_type="rope",
-            pre_wrap_hooks=list(pre_wrap_hooks),
-        )
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        return gpt.GPTModelBuilder(config).build_distributed_models(
-            groups, wrap_with_ddp=False, data_parallel_random_init=False
-        )

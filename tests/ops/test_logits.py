@@ -10,10 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from megatron_fp32.ops.logits import fp32_logits
 from megatron_fp32.ops.logits.gemm import check_operands
 from megatron_fp32.ops.logits.reference import gradients_reference, logits_reference, relative_error
+from megatron_fp32.testing.cpu import single_process
 
 HIDDEN, VOCAB = 64, 104
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -344,3 +347,10 @@ class TestRefusals:
             ValueError, match=r"grad_precision must be one of \('bf16', 'bf16x2', 'bf16x3'\), got 'fp8'"
         ):
             fp32_logits(torch.zeros(2, 4), torch.zeros(3, 4), grad_precision="fp8")  # type: ignore[arg-type]
+
+    def test_dtensors(self) -> None:
+        with single_process():
+            mesh = DeviceMesh("cpu", [0])
+            weight = distribute_tensor(torch.zeros(3, 4), mesh, [Replicate()])
+            with pytest.raises(TypeError, match="expects plain tensors and an explicit tp_group, got a DTensor"):
+                fp32_logits(torch.zeros(2, 4), weight)
