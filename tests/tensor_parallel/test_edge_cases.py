@@ -1,7 +1,7 @@
 """The sharp edges of an output layer with fp32 logits, on one rank: one test each, named for what it guards.
 
-Numbers are those of one list for the whole package: 4, 5, 6, 11, 12 and 29 are in test_weight_gradient.py (12 goes on
-in test_deferred.py), 9, 13, 14 and 15 in test_ranks.py, 27 and 30 in tests/test_apply.py; 21 needs a GPU (tests/gpu), and
+Numbers are those of one list for the package. 4, 5, 6, 11, 12 and 29 are in test_weight_gradient.py (12 goes on in
+test_deferred.py); 9, 13, 14 and 15 in test_ranks.py; 27 and 30 in tests/test_apply.py. 21 needs a GPU (tests/gpu), and
 tests/ops has the plain operator's.
 """
 
