@@ -4,8 +4,9 @@
 
 Writes a Qwen3.5 with transformers, imports it, and runs `examples/pretrain_qwen3_5.py` from it under torchrun, three
 times in Megatron's deterministic mode: with everything in fp32 that this package keeps; again from the checkpoint in
-the middle of that run, whose end is compared tensor by tensor, optimizer included; and stock. The end of the first is
-exported and loaded in transformers. With two GPUs: tensor parallel with sequence parallel.
+the middle of that run, whose end is compared tensor by tensor, optimizer included; and, at the same time on the same
+GPU, stock. The end of the first is exported and loaded in transformers. With two GPUs: tensor parallel with sequence
+parallel.
 
 Needs CUDA, Transformer Engine, megatron-core with megatron.training, and transformers.
 """
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +75,22 @@ def main(
     model = TINY_QWEN3_5 if tiny else MODEL
     hf = write_qwen3_5(work / "hf", **model)
     import_checkpoint(hf, work / "imported")
-    launcher = shlex.split(launch or f"{sys.executable} -m torch.distributed.run --nproc-per-node {gpus}")
+    launcher = shlex.split(launch or f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {gpus}")
     run = Run([*launcher, str(EXAMPLE), "--hf-dir", str(hf)], gpus=gpus, seq_length=seq_length, flags=flags)
     half = iterations // 2
-    curves = {"fp32": run.train(work / "fp32", iterations, start=work / "imported", save_every=half)}
-    result = {
-        "command": " ".join(sys.argv),
-        **machine(),
-        "megatron_flags": run.flags,
-        "model": model,
-        "resume": resumed(run, work, iterations, curves["fp32"]),
-        "export": exported(work),
-        "curves": curves,
-    }
-    curves["stock"] = run.train(work / "stock", iterations, start=work / "imported", more=STOCK)
+    with ThreadPoolExecutor() as pool:
+        stock = pool.submit(run.train, work / "stock", iterations, start=work / "imported", more=STOCK)
+        curves = {"fp32": run.train(work / "fp32", iterations, start=work / "imported", save_every=half)}
+        result = {
+            "command": " ".join(sys.argv),
+            **machine(),
+            "megatron_flags": run.flags,
+            "model": model,
+            "resume": resumed(run, work, iterations, curves["fp32"]),
+            "export": exported(work),
+            "curves": curves,
+        }
+        curves["stock"] = stock.result()
     for name, losses in curves.items():
         print(f"{name}: loss {losses[0]:.4f} -> {losses[-1]:.6f} in {len(losses)} iterations")
     if json_path is not None:
@@ -139,7 +143,7 @@ class Run:
         print(f"{save.name}: {time.monotonic() - begin:.0f} s", flush=True)
         losses = [float(value) for value in re.findall(r"lm loss: ([0-9.E+-]+)", text)]
         # Megatron does not reset its sums after the first iteration of a run, and prints the mean of two at the second.
-        return [losses[0], round(2 * losses[1] - losses[0], 5), *losses[2:]]
+        return [losses[0], float(f"{2 * losses[1] - losses[0]:.6e}"), *losses[2:]]
 
 
 def resumed(run: Run, work: Path, iterations: int, straight: list[float]) -> dict[str, Any]:
@@ -182,8 +186,10 @@ def exported(work: Path) -> dict[str, Any]:
         work / "exported", dtype="auto", output_loading_info=True
     )
     problems = {name: sorted(map(str, value)) for name, value in loading.items() if value}
+    # flash-linear-attention, where it is installed, takes CUDA tensors only.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.no_grad():
-        finite = bool(model(torch.arange(1, 65)[None]).logits.isfinite().all())
+        finite = bool(model.to(device)(torch.arange(1, 65, device=device)[None]).logits.isfinite().all())
     print(
         f"exported {report.tensors} tensors, {report.unchanged} of them unchanged; "
         f"transformers: {problems or 'no complaints'}, logits finite: {finite}"
