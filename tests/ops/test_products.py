@@ -19,7 +19,7 @@ HIDDEN = 16
 
 @given(st.integers(0, 5000), st.integers(128, 3000))
 def test_chunks_cover_everything_once(length: int, size: int) -> None:
-    chunks = list(products._chunks(length, size))
+    chunks = list(products.chunks_of(length, size))
     assert chunks[0].start == 0
     assert chunks[-1].stop == length
     assert all(a.stop == b.start for a, b in itertools.pairwise(chunks))

@@ -21,7 +21,8 @@ from megatron_fp32.config import GradPrecision, check_grad_precision
 from megatron_fp32.ops.logits import custom_op
 from megatron_fp32.ops.logits.gemm import check_operands
 from megatron_fp32.ops.logits.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
-from megatron_fp32.ops.logits.products import accumulate_gradients, bias_grad, logits_product
+from megatron_fp32.ops.logits.products import accumulate_gradients, bias_grad, logits_product, pieces_of
+from megatron_fp32.ops.logits.ranks import HiddenGrad, gather_first_dim
 
 PIECES: dict[GradPrecision, int] = {"bf16": 1, "bf16x2": 2, "bf16x3": 3}
 
@@ -154,7 +155,7 @@ class _Fp32Logits(torch.autograd.Function):
         for_weight_grad = ctx.needs_input_grad[1] and (options.deferred is None or options.deferred.limit != 0)
         ctx.save_for_backward(hidden if for_weight_grad else None, weight)
         if options.sequence_parallel:
-            hidden = _gather_first_dim(hidden, options.tp_group)
+            hidden = gather_first_dim(hidden, options.tp_group)
         return logits_product(hidden, weight, bias)
 
     @staticmethod
@@ -178,9 +179,14 @@ class _Fp32Logits(torch.autograd.Function):
 
         # One row where nobody needs it.
         rows = grad.shape[0] if needs_hidden else 1
-        reduction = _HiddenGrad(ctx, grad.new_empty(rows, weight.shape[1], dtype=torch.float32))
+        reduction = HiddenGrad(
+            grad.new_empty(rows, weight.shape[1], dtype=torch.float32),
+            group=options.tp_group,
+            scatter=options.sequence_parallel,
+            reduce=options.reduce_hidden_grad,
+        )
         accumulate_gradients(
-            grad,
+            pieces_of(grad, options.pieces, weight.dtype),
             weight=weight,
             pieces=options.pieces,
             hidden_grad=reduction.partial if needs_hidden else None,
@@ -189,41 +195,10 @@ class _Fp32Logits(torch.autograd.Function):
             hidden_grad_done=reduction.start,
         )
         grad_weight = weight_grad_for_autograd(ctx.weight_owner, target) if ctx.needs_input_grad[1] else None
-        return (reduction.finish() if needs_hidden else None), grad_weight, grad_bias, None
-
-
-class _HiddenGrad:
-    """dX on its way: this rank's part in fp32, the sum over the ranks, the one rounding."""
-
-    def __init__(self, ctx: Any, partial: Tensor) -> None:
-        self.partial = partial
-        self._options: _Options = ctx.options
-        self._shape, self._dtype = ctx.hidden_shape, ctx.hidden_dtype
-        self._work: dist.Work | None = None
-
-    def start(self) -> None:
-        """Begin the sum; it overlaps with what is still computed."""
-        group = self._options.tp_group
-        if self._options.sequence_parallel:
-            part, rows = self.partial, self.partial.shape[0] // dist.get_world_size(group)
-            self.partial = part.new_empty(rows, part.shape[1])
-            self._work = dist.reduce_scatter_tensor(self.partial, part, group=group, async_op=True)
-        elif self._options.reduce_hidden_grad:
-            self._work = dist.all_reduce(self.partial, group=group, async_op=True)
-
-    def finish(self) -> Tensor:
-        """dX in the shape and dtype of the hidden states."""
-        if self._work is not None:
-            self._work.wait()
-        return self.partial.view(self._shape).to(self._dtype)
+        grad_hidden = reduction.finish().view(ctx.hidden_shape).to(ctx.hidden_dtype) if needs_hidden else None
+        return grad_hidden, grad_weight, grad_bias, None
 
 
 def _whole_hidden(hidden: Tensor, options: _Options) -> Tensor:
-    whole = _gather_first_dim(hidden, options.tp_group) if options.sequence_parallel else hidden
+    whole = gather_first_dim(hidden, options.tp_group) if options.sequence_parallel else hidden
     return whole.reshape(-1, whole.shape[-1])
-
-
-def _gather_first_dim(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    gathered = tensor.new_empty(tensor.shape[0] * dist.get_world_size(group), *tensor.shape[1:])
-    dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
-    return gathered

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fp32.ops.logits.products import WeightGrad, accumulate_gradients, bias_grad, logits_product
+from megatron_fp32.ops.logits.products import WeightGrad, accumulate_gradients, bias_grad, logits_product, pieces_of
 
 
 @torch.library.custom_op("megatron_fp32::logits", mutates_args=())
@@ -35,7 +35,7 @@ def _logits_backward(
     hidden_grad = torch.empty(hidden_2d.shape, dtype=torch.float32, device=hidden.device) if needs_hidden else None
     weight_grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if needs_weight else None
     accumulate_gradients(
-        grad_2d,
+        pieces_of(grad_2d, pieces, weight.dtype),
         weight=weight,
         pieces=pieces,
         hidden_grad=hidden_grad,

@@ -74,11 +74,18 @@ def bias_grad(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.sum(0, dtype=torch.float32).to(dtype)
 
 
+def pieces_of(grad: Tensor, pieces: int, dtype: torch.dtype) -> Callable[[slice], Pieces]:
+    """dY [tokens, vocab / tp], float32 or already of `dtype`, as `accumulate_gradients` takes it."""
+    scale = split_scale(grad, pieces, dtype)
+    return lambda rows: split(grad[:, rows], pieces, dtype, scale=scale)
+
+
 def accumulate_gradients(
-    grad: Tensor,
+    grad: Callable[[slice], Pieces],
     *,
     weight: Tensor,
     pieces: int,
+    chunk: int | None = None,
     hidden_grad: Tensor | None,
     hidden: Callable[[], Tensor] | None,
     weight_grad: WeightGrad | None,
@@ -87,20 +94,22 @@ def accumulate_gradients(
     """Compute dX and dW.
 
     Args:
-        grad: dY [tokens, vocab / tp], float32, or already the dtype of the weight.
+        grad: gives the columns of dY for a slice of the vocabulary, [tokens, columns] in pieces that share one scale;
+            called once for each, in ascending order.
         weight: [vocab / tp, hidden].
         pieces: how many 16-bit tensors stand for dY.
+        chunk: vocabulary rows at a time, if fewer than usual.
         hidden_grad: [tokens, hidden] float32 to write dX into; None when it is not needed.
         hidden: gives the [tokens, hidden] that were multiplied; called once, when dW needs them.
         weight_grad: where dW goes; None when it is not needed.
         hidden_grad_done: called when dX is complete, while products for dW are still to come: its reduction over the
             ranks overlaps with those.
     """
-    scale = split_scale(grad, pieces, weight.dtype)
     hidden_pieces: Pieces | None = None
-    chunks = list(_chunks(weight.shape[0], CHUNK if pieces > 1 else UNSPLIT_CHUNK))
+    usual = CHUNK if pieces > 1 else UNSPLIT_CHUNK
+    chunks = list(chunks_of(weight.shape[0], usual if chunk is None else min(usual, chunk)))
     for rows in chunks:
-        dy = split(grad[:, rows], pieces, weight.dtype, scale=scale)
+        dy = grad(rows)
         if hidden_grad is not None:
             products = ((part, weight[rows]) for part in reversed(dy.parts))
             sum_of_products_(hidden_grad, products, accumulate=rows.start > 0)
@@ -135,7 +144,7 @@ def _weight_products(grads: tuple[Tensor, ...], hiddens: tuple[Tensor, ...]) -> 
     chunk = CHUNK if order > 1 else max(1, grads[0].shape[0])
     pairs = [(i, j) for i in range(len(grads)) for j in range(len(hiddens)) if i + j < order]
     for i, j in sorted(pairs, key=sum, reverse=True):
-        for tokens in _chunks(grads[i].shape[0], chunk):
+        for tokens in chunks_of(grads[i].shape[0], chunk):
             yield grads[i][tokens].t(), hiddens[j][tokens]
 
 
@@ -145,7 +154,7 @@ def _product(inverse_scale: Tensor | None, pieces: Pieces) -> Tensor | None:
     return inverse_scale * pieces.inverse_scale
 
 
-def _chunks(length: int, size: int) -> Iterator[slice]:
+def chunks_of(length: int, size: int) -> Iterator[slice]:
     """Slices of nearly equal length, multiples of 128 but the last, at most `size` long; one for a length of 0.
 
     Lengths that are no multiple of 8 would take cuBLAS off its fast path.

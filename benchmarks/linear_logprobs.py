@@ -1,0 +1,346 @@
+"""Time, memory and error of the head without logits: log-probs, entropy, loss and gradients, beside what others offer.
+
+    python benchmarks/linear_logprobs.py [--shape 8192,4096,151936] [--json FILE]
+    torchrun --nproc-per-node 2 benchmarks/linear_logprobs.py ...
+
+Needs a CUDA device; Liger, Cut Cross Entropy and megatron-core take part where they are installed. Every row alternates
+with its unit, the bare bf16 products that its algorithm needs at least, and is their ratio of medians. Errors are those
+of the timed output against float64. With several processes each holds its part of the vocabulary, and the unit is the
+bare products of that part.
+
+Hidden states point towards their labels' rows by a random amount, so that the probabilities of the labels spread from
+1e-4 to 1 - 1e-5, as those of a trained model do.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_fp32.ops.logits import fp32_logits
+from megatron_fp32.ops.logits.fixed_order import fixed_order_product
+from megatron_fp32.ops.logits.reference import relative_error
+from megatron_fp32.ops.logprobs import linear_logprobs, weighted_cross_entropy
+
+SHAPES = ("8192,4096,151936", "8192,7168,129280")
+GIB = 2**30
+
+
+class Problem:
+    """One shape: operands, the float64 truth of a sample, and the units."""
+
+    def __init__(self, tokens: int, hidden: int, vocab: int, group: dist.ProcessGroup | None) -> None:
+        ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+        torch.manual_seed(0)
+        self.group, self.name = group, f"T={tokens} H={hidden} V={vocab}" + (f" TP={ranks}" if ranks > 1 else "")
+        whole = (torch.randn(vocab, hidden, device="cuda") / hidden**0.5).bfloat16()
+        self.labels = torch.randint(vocab, (tokens,), device="cuda")
+        towards = torch.empty(tokens, 1, device="cuda").uniform_(4, 24)
+        x = torch.randn(tokens, hidden, device="cuda") + towards * whole[self.labels].float()
+        self.hidden = x.bfloat16().requires_grad_()
+        self._truth(whole, vocab // ranks * rank, vocab // ranks)
+        # A copy: the whole weight would stay in memory.
+        self.weight = whole[vocab // ranks * rank : vocab // ranks * (rank + 1)].clone().requires_grad_()
+        self.weight.main_grad = torch.zeros_like(self.weight, dtype=torch.float32)
+        self.weight.grad_added_to_main_grad = False
+        self.weights = torch.full((tokens,), 1 / tokens, device="cuda")
+        self.low = torch.randn(tokens, self.weight.shape[0], device="cuda", dtype=torch.bfloat16)
+        self.out = torch.empty_like(self.low)
+
+    def _truth(self, whole: Tensor, first: int, columns: int) -> None:
+        x, w = self.hidden.detach().double(), whole.double()
+        tokens = len(x)
+        self.sample = torch.arange(0, tokens, 16, device="cuda")
+        self.columns = torch.cat([torch.arange(0, columns, 997, device="cuda"), self.labels[:64] % columns]).unique()
+        self.logprobs, self.entropy = torch.empty(2, tokens, dtype=torch.float64, device="cuda")
+        self.logits = x[self.sample] @ w[first : first + columns].t()
+        lse = torch.empty_like(self.logprobs)
+        for rows in torch.arange(tokens, device="cuda").split(1024):
+            z = x[rows] @ w.t()
+            lse[rows] = z.logsumexp(1)
+            logp = z - lse[rows, None]
+            self.logprobs[rows] = logp.gather(1, self.labels[rows, None])[:, 0]
+            self.entropy[rows] = torch.special.entr(logp.exp()).sum(1)
+        p = (x[self.sample] @ w.t() - lse[self.sample, None]).exp()
+        p[torch.arange(len(self.sample)), self.labels[self.sample]] -= 1
+        self.hidden_grad = p @ w / tokens
+        del p
+        dy = (x @ w[first + self.columns].t() - lse[:, None]).exp()
+        dy -= (self.labels[:, None] == first + self.columns).double()
+        self.weight_grad = dy.t() @ x / tokens
+
+    def unit(self, name: str) -> Callable[[], Any]:
+        """The bare products: "logits", or so many of logits, dX and dW."""
+        x, w = self.hidden.detach(), self.weight.detach()
+        products: list[Callable[[], Any]] = [
+            lambda: torch.mm(x, w.t(), out=self.out),
+            lambda: torch.mm(self.low, w),
+            lambda: torch.mm(self.low.t(), x),
+            lambda: torch.mm(x, w.t(), out=self.out),
+        ]
+        chosen = products[: {"logits": 1, "three": 3, "four": 4}[name]]
+        return lambda: [product() for product in chosen] and None
+
+
+def paired(way: Callable[[], Any], unit: Callable[[], Any], before: Callable[[], Any], repeats: int) -> tuple[Any, ...]:
+    """Median ms of both, peak bytes above what was there, and the last output."""
+    way()
+    unit()
+    times: dict[str, list[float]] = {"way": [], "unit": []}
+    output = None
+    for _ in range(repeats):
+        unit_ms, _ = once(unit)
+        output = None
+        before()
+        allocated = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        ms, output = once(way)
+        peak = torch.cuda.max_memory_allocated() - allocated
+        times["way"].append(ms)
+        times["unit"].append(unit_ms)
+    return statistics.median(times["way"]), statistics.median(times["unit"]), peak, output
+
+
+def once(way: Callable[[], Any]) -> tuple[float, Any]:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    output = way()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end), output
+
+
+class Table:
+    """Rows, printed as they come."""
+
+    def __init__(self, problem: Problem, repeats: int) -> None:
+        self.problem, self.repeats, self.rows = problem, repeats, []
+
+    def add(
+        self,
+        what: str,
+        unit: str | Callable[[], Any],
+        way: Callable[[], Any],
+        check: Callable[[Any], dict[str, float]],
+    ) -> None:
+        """Time, check and print one way."""
+        p = self.problem
+
+        def before() -> None:
+            p.weight.main_grad.zero_()
+            p.hidden.grad = p.weight.grad = None
+
+        unit_way = p.unit(unit) if isinstance(unit, str) else unit
+        ms, unit_ms, peak, output = paired(way, unit_way, before, self.repeats)
+        row = {"shape": p.name, "what": what, "ms": ms, "unit": unit if isinstance(unit, str) else "custom"}
+        row |= {"unit_ms": unit_ms, "ratio": ms / unit_ms, "peak_gib": peak / GIB, **check(output)}
+        self.rows.append(row)
+        errors = "  ".join(f"{k} {v:.2e}" for k, v in row.items() if k.startswith("error"))
+        if int(os.environ.get("RANK", "0")) == 0:
+            own = unit if isinstance(unit, str) else "own"
+            time = f"{ms:8.2f} ms {ms / unit_ms:6.3f}x {own:7} +{peak / GIB:5.2f} GiB"
+            print(f"{p.name}  {what:52} {time}  {errors}", flush=True)
+
+
+def forward_rows(table: Table) -> None:
+    p = table.problem
+    x, w = p.hidden.detach(), p.weight.detach()
+
+    def logits_error(z: Tensor) -> dict[str, float]:
+        return {"error_logits": relative_error(z[p.sample], p.logits)}
+
+    def fixed(x: Tensor, w: Tensor) -> Tensor:
+        return fixed_order_product(x, w, torch.empty(len(x), len(w), device="cuda"))
+
+    table.add("bf16 logits, then .float()", "logits", lambda: (x @ w.t()).float(), logits_error)
+    table.add("fp32 logits", "logits", lambda: fp32_logits(x, w), logits_error)
+    table.add("fp32 logits, invariant", "logits", lambda: fixed(x, w), logits_error)
+    for tokens, columns in ((len(x), len(w) // 8), (40, len(w))):
+        a, b = x[:tokens], w[:columns]
+        own = lambda a=a, b=b: a @ b.t()  # noqa: E731
+        name = f"T={tokens} V={columns}"
+        nothing = lambda _: {}  # noqa: E731
+        table.add(f"fp32 logits, {name}", own, lambda a=a, b=b: fp32_logits(a, b), nothing)
+        table.add(f"fp32 logits, invariant, {name}", own, lambda a=a, b=b: fixed(a, b), nothing)
+
+    def probs_error(out: Any) -> dict[str, float]:
+        error = (out.logprobs.double() - p.logprobs).abs()
+        sure = p.logprobs > torch.tensor(0.999, dtype=torch.float64).log()
+        return {
+            "error_median": float(error.median()),
+            "error_sure_max": float(error[sure].max()),
+            "error_loss": relative_error(out.logprobs, p.logprobs),
+            "error_entropy": relative_error(out.entropy, p.entropy),
+        }
+
+    @torch.no_grad()
+    def logprobs(invariant: bool) -> Any:
+        return linear_logprobs(x, w, p.labels, tp_group=p.group, invariant=invariant)
+
+    table.add("log-probs and entropy", "logits", lambda: logprobs(False), probs_error)
+    table.add("log-probs and entropy, invariant", "logits", lambda: logprobs(True), probs_error)
+
+
+def gradient_error(p: Problem) -> dict[str, float]:
+    """Of dX and dW where autograd and main_grad have them now."""
+    dw = p.weight.main_grad if p.weight.grad is None else p.weight.grad
+    rounding = relative_error(p.hidden_grad.bfloat16(), p.hidden_grad)
+    error = relative_error(p.hidden.grad[p.sample], p.hidden_grad)
+    return {
+        "error_dX": error,
+        "error_dX_over_rounding": error / rounding,
+        "error_dW": relative_error(dw[p.columns], p.weight_grad),
+    }
+
+
+def backward_rows(table: Table) -> None:
+    p = table.problem
+
+    def weighted(precision: Any, hidden: Tensor | None = None) -> Tensor:
+        out = weighted_cross_entropy(
+            p.hidden if hidden is None else hidden, p.weight, p.labels, p.weights, tp_group=p.group,
+            grad_precision=precision,
+        )  # fmt: skip
+        out.total.backward()
+        return out.losses
+
+    def logprobs(backward: Any, precision: Any = "bf16") -> Tensor:
+        out = linear_logprobs(
+            p.hidden, p.weight, p.labels, tp_group=p.group, backward=backward, grad_precision=precision
+        )
+        out.logprobs.backward(-p.weights)
+        return -out.logprobs.detach()
+
+    def check(losses: Tensor) -> dict[str, float]:
+        return {"error_loss": relative_error(losses, -p.logprobs), **gradient_error(p)}
+
+    for precision in ("bf16", "bf16x2", "bf16x3"):
+        table.add(f"weighted loss, {precision}", "three", functools.partial(weighted, precision), check)
+    for precision in ("bf16", "bf16x2"):
+        recompute = functools.partial(logprobs, "recompute", precision)
+        table.add(f"log-probs, recompute, {precision}", "four", recompute, check)
+        table.add(f"log-probs, saved, {precision}", "three", functools.partial(logprobs, "saved", precision), check)
+    wide = p.hidden.detach().float().requires_grad_()
+
+    def check_wide(_: Any) -> dict[str, float]:
+        error = relative_error(wide.grad[p.sample], p.hidden_grad)
+        wide.grad = None
+        return {"error_dX": error, "error_dW": relative_error(p.weight.main_grad[p.columns], p.weight_grad)}
+
+    def weighted_wide() -> Tensor:
+        wide.grad = None
+        return weighted("bf16x2", wide)
+
+    table.add("weighted loss, bf16x2, fp32 hidden", "three", weighted_wide, check_wide)
+
+
+def rival_rows(table: Table) -> None:
+    """What others offer, on the same tensors; where dW is returned, adding it to main_grad is timed, too."""
+    p = table.problem
+    del p.weight.main_grad, p.weight.grad_added_to_main_grad
+    main_grad = torch.zeros_like(p.weight, dtype=torch.float32)
+
+    def into_main_grad(loss: Tensor) -> Tensor:
+        loss.backward()
+        main_grad.add_(p.weight.grad)
+        return loss
+
+    def check(loss: Tensor) -> dict[str, float]:
+        p.weight.main_grad = main_grad
+        p.weight.grad = None
+        errors = gradient_error(p)
+        del p.weight.main_grad
+        losses = loss if loss.dim() else None
+        return errors | ({"error_loss": relative_error(losses, -p.logprobs)} if losses is not None else {})
+
+    ways: dict[str, Callable[[], Tensor]] = {}
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+
+        ways["Liger fused linear cross entropy"] = lambda: Liger.apply(p.hidden, p.weight, p.labels)[0]
+    except ImportError as error:
+        print(error)
+    try:
+        from cut_cross_entropy import linear_cross_entropy as cce
+
+        ways["CCE cce"] = lambda: cce(p.hidden, p.weight, p.labels, impl="cce")
+        ways["CCE torch_compile"] = lambda: cce(p.hidden, p.weight, p.labels, impl="torch_compile")
+    except ImportError as error:
+        print(error)
+    try:
+        from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+        if not dist.is_initialized():
+            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+        group = dist.group.WORLD
+
+        def megatron() -> Tensor:
+            logits = (p.hidden @ p.weight.t())[:, None]
+            return vocab_parallel_cross_entropy(logits, p.labels[:, None], tp_group=group)[:, 0].mean()
+
+        ways["megatron-core, bf16 logits"] = megatron
+    except ImportError as error:
+        print(error)
+    for name, way in ways.items():
+
+        def before() -> None:
+            main_grad.zero_()
+            p.hidden.grad = p.weight.grad = None
+
+        p.weight.main_grad = main_grad
+        try:
+            table.add(name, "three", lambda way=way: (before_main(p), into_main_grad(way()))[1], check)
+        except Exception as error:
+            print(name, type(error).__name__, str(error)[:200])
+        p.weight.main_grad = main_grad
+        p.hidden.grad = p.weight.grad = None
+
+
+def before_main(p: Problem) -> None:
+    if hasattr(p.weight, "main_grad"):
+        del p.weight.main_grad
+
+
+@click.command()
+@click.option("--shape", "shapes", multiple=True, default=SHAPES, show_default=True, help="tokens,hidden,vocab")
+@click.option("--repeats", default=9, show_default=True)
+@click.option("--rivals/--no-rivals", default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path))
+def main(shapes: tuple[str, ...], repeats: int, rivals: bool, json_path: Path | None) -> None:
+    group = None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+        group = dist.group.WORLD
+    rows: list[dict[str, Any]] = []
+    for shape in shapes:
+        table = Table(Problem(*map(int, shape.split(",")), group), repeats)
+        forward_rows(table)
+        backward_rows(table)
+        if rivals and group is None:
+            rival_rows(table)
+        rows += table.rows
+        del table
+        torch.cuda.empty_cache()
+    if json_path is not None and int(os.environ.get("RANK", "0")) == 0:
+        machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
+        result = {"command": " ".join(sys.argv), **machine, "python": platform.python_version(), "rows": rows}
+        json_path.write_text(json.dumps(result, indent=1) + "\n")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The output layer's product as one Triton kernel: a fixed order of summation, and what a softmax needs of each tile.
+
+Every logit is one dot product over the whole hidden dimension, summed from its beginning to its end in steps of
+`_BLOCK_K` by one tile configuration. Nothing in that depends on how many tokens or columns there are, or on where in
+the batch or the shard a logit lies, so its bits do not either. cuBLAS promises that for no two shapes.
+
+The maximum and the sums that a softmax needs are taken while a tile is still in registers, over blocks of
+`STATISTICS_BLOCK` columns. Then the logits need not be stored at all.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+STATISTICS_BLOCK = 128
+"""Columns whose statistics are taken together. Only 128 divides every shard of every vocabulary under Megatron's
+padding."""
+
+# One configuration for every shape: another could sum in another order. The fastest on an H200 of those that fit.
+_BLOCK_M, _BLOCK_N, _BLOCK_K, _GROUP_M = 128, 2 * STATISTICS_BLOCK, 64, 8
+_WARPS, _STAGES = 8, 3
+
+
+@triton.jit
+def tanh(x):  # type: ignore[no-untyped-def]
+    """Hyperbolic tangent, to a few units in the last place."""
+    # 1 - e would cancel where x is small; the series ends below fp32 there.
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    y = x * x
+    near = x * (1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835)))))
+    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def transform(raw, scale, cap, inverse_temperature, CAPPED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The logit that a raw product stands for."""
+    if CAPPED:
+        return cap * tanh(raw * scale / cap) * inverse_temperature
+    return raw * (scale * inverse_temperature)
+
+
+@triton.jit
+def store_statistics(  # type: ignore[no-untyped-def]
+    z, rows, column, tokens, columns, valid_columns, statistics, labels, label_logits,
+    SUM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Of a tile [rows, WIDTH] of logits: the maximum, the sums over e = exp(z - maximum) of e and e * (z - maximum),
+    the sum of z, and the label's logit. Returns the e.
+
+    The label takes part in the maximum and in the sum of z only: what remains is the probability that it lacks, without
+    the cancellation of 1 - p.
+    """
+    # Finite, so that 0 times its distance is 0.
+    lowest: tl.constexpr = -3.0e38
+    offsets = column + tl.arange(0, WIDTH)
+    inside = (rows < tokens) & (column < columns)
+    valid = (offsets < valid_columns)[None, :]
+    label = tl.load(labels + rows, mask=inside, other=-1)
+    is_label = offsets[None, :] == label[:, None]
+    masked = tl.where(valid, z, lowest)
+    top = tl.max(masked, 1)
+    distance = masked - top[:, None]
+    e = tl.where(is_label, 0.0, tl.exp(distance))
+    padding = top == lowest
+    out = statistics + tl.cast(column // WIDTH * (4 if SUM else 3), tl.int64) * tokens + rows
+    tl.store(out, tl.where(padding, float("-inf"), top), mask=inside)
+    tl.store(out + tokens, tl.where(padding, 0.0, tl.sum(e, 1)), mask=inside)
+    tl.store(out + 2 * tokens, tl.where(padding, 0.0, tl.sum(e * distance, 1)), mask=inside)
+    if SUM:
+        tl.store(out + 3 * tokens, tl.sum(tl.where(valid, z, 0.0), 1), mask=inside)
+    here = inside & (label >= column) & (label < column + WIDTH) & (label < valid_columns)
+    tl.store(label_logits + rows, tl.sum(tl.where(is_label, z, 0.0), 1), mask=here)
+    return e
+
+
+@triton.jit
+def _finish(  # type: ignore[no-untyped-def]
+    raw, row, column, tokens, columns, valid_columns, logits, statistics, labels, label_logits, inverse_temperature,
+    scale, cap,
+    STORE: tl.constexpr, EXPONENTIALS: tl.constexpr, STATISTICS: tl.constexpr, SUM: tl.constexpr, CAPPED: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    if STORE and not EXPONENTIALS:
+        logits.store([row, column], raw)
+    if STATISTICS:
+        rows = row + tl.arange(0, ROWS)
+        heat = tl.load(inverse_temperature + rows, mask=rows < tokens, other=1.0)
+        z = transform(raw, scale, cap, heat[:, None], CAPPED)
+        e = store_statistics(
+            z, rows, column, tokens, columns, valid_columns, statistics, labels, label_logits, SUM, WIDTH
+        )  # fmt: skip
+        if EXPONENTIALS:
+            logits.store([row, column], e.to(tl.float16))
+
+
+@triton.jit
+def _project_kernel(  # type: ignore[no-untyped-def]
+    hidden, weight, tokens, columns, hidden_size, valid_columns, logits, statistics, labels, label_logits,
+    inverse_temperature, scale, cap,
+    STORE: tl.constexpr, EXPONENTIALS: tl.constexpr, STATISTICS: tl.constexpr, SUM: tl.constexpr, CAPPED: tl.constexpr,
+    WIDEN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    width: tl.constexpr = BLOCK_N // 2
+    tiles_m = tl.cdiv(tokens, BLOCK_M)
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+        first = tile // (GROUP_M * tiles_n) * GROUP_M
+        height = tl.minimum(tiles_m - first, GROUP_M)
+        row = (first + tile % (GROUP_M * tiles_n) % height) * BLOCK_M
+        column = tile % (GROUP_M * tiles_n) // height * BLOCK_N
+        raw = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, hidden_size, BLOCK_K):
+            x = hidden.load([row, k])
+            w = weight.load([column, k])
+            if WIDEN:
+                x, w = x.to(tl.float32), w.to(tl.float32)
+            raw = tl.dot(x, w.T, raw)
+        # In halves: staged in shared memory as a whole, the tile would leave no room for the operands of the next one.
+        left, right = raw.reshape(BLOCK_M, 2, width).permute(0, 2, 1).split()
+        _finish(
+            left, row, column, tokens, columns, valid_columns, logits, statistics, labels, label_logits,
+            inverse_temperature, scale, cap, STORE, EXPONENTIALS, STATISTICS, SUM, CAPPED, BLOCK_M, width,
+        )  # fmt: skip
+        _finish(
+            right, row, column + width, tokens, columns, valid_columns, logits, statistics, labels, label_logits,
+            inverse_temperature, scale, cap, STORE, EXPONENTIALS, STATISTICS, SUM, CAPPED, BLOCK_M, width,
+        )  # fmt: skip
+
+
+def project_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    logits: Tensor | None = None,
+    statistics: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_logits: Tensor | None = None,
+    inverse_temperature: Tensor | None = None,
+    valid_columns: int = 0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> None:
+    """Multiply, and write the raw logits, their statistics, or both.
+
+    Args:
+        hidden: [tokens, hidden], 16 bits, rows contiguous and aligned to 16 bytes; not empty.
+        weight: [columns, hidden], likewise.
+        logits: [tokens, columns] with rows aligned to 16 bytes: float32 for the products; or, when statistics are
+            taken, float16 for exp(z - maximum) with the maximum of the block, and 0 for the label.
+        statistics: [ceil(columns / STATISTICS_BLOCK), 3 or 4, tokens] float32; see `store_statistics`. The rest of the
+            arguments is for them.
+        labels: [tokens] int32, the column of each token's label; any other value for none.
+        label_logits: [tokens] float32; written where the label is one of these columns.
+        inverse_temperature: [tokens] float32.
+        valid_columns: columns from here on are padding.
+        scale: multiplies the products.
+        softcap: cap * tanh(z / cap) after that.
+    """
+    store, take = logits is not None, statistics is not None
+    assert store or take
+    assert take or logits is None or logits.dtype == torch.float32
+    tokens, hidden_size = hidden.shape
+    # In the interpreter, which has no tensor cores and no bfloat16 products.
+    interpreted = not hidden.is_cuda
+    programs = 2 if interpreted else torch.cuda.get_device_properties(hidden.device).multi_processor_count
+    _project_kernel[(programs,)](
+        TensorDescriptor.from_tensor(hidden, [_BLOCK_M, _BLOCK_K]),
+        TensorDescriptor.from_tensor(weight, [_BLOCK_N, _BLOCK_K]),
+        tokens, weight.shape[0], hidden_size, valid_columns,
+        TensorDescriptor.from_tensor(logits, [_BLOCK_M, STATISTICS_BLOCK]) if store else 0,
+        statistics, labels, label_logits, inverse_temperature, scale, 0.0 if softcap is None else softcap,
+        STORE=store, EXPONENTIALS=logits is not None and logits.dtype == torch.float16,
+        STATISTICS=take, SUM=statistics is not None and statistics.shape[1] == 4, CAPPED=softcap is not None,
+        WIDEN=interpreted, PROGRAMS=programs,
+        BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, GROUP_M=_GROUP_M,
+        num_warps=_WARPS, num_stages=_STAGES,
+    )  # fmt: skip

@@ -1,0 +1,214 @@
+"""Triton kernels between the matrix products: statistics of stored logits, their combination, the softmax's gradient.
+
+Each has its definition in plain torch beside its caller, in `statistics.py` and `gradient.py`. That is what runs on the
+CPU, and what these are tested against.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_fp32.ops.logits.project_triton import STATISTICS_BLOCK, store_statistics, tanh, transform
+
+if TYPE_CHECKING:
+    from megatron_fp32.ops.logprobs.statistics import Shard
+
+_STATISTICS_ROWS = 16
+_COMBINE_LANES, _COMBINE_TOKENS = 64, 64
+_GRADIENT_ROWS, _GRADIENT_COLUMNS = 8, 256
+
+
+@triton.jit
+def _statistics_kernel(  # type: ignore[no-untyped-def]
+    raw, raw_stride, tokens, columns, valid_columns, statistics, labels, label_logits, inverse_temperature, scale, cap,
+    SUM: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * WIDTH
+    offsets = column + tl.arange(0, WIDTH)
+    inside = (rows < tokens)[:, None] & (offsets < columns)[None, :]
+    tile = tl.load(raw + rows.to(tl.int64)[:, None] * raw_stride + offsets[None, :], mask=inside, other=0.0)
+    heat = tl.load(inverse_temperature + rows, mask=rows < tokens, other=1.0)
+    z = transform(tile, scale, cap, heat[:, None], CAPPED)
+    store_statistics(z, rows, column, tokens, columns, valid_columns, statistics, labels, label_logits, SUM, WIDTH)
+
+
+def statistics_triton(
+    raw: Tensor, labels: Tensor, inverse_temperature: Tensor, shard: Shard, statistics: Tensor, label_logits: Tensor
+) -> None:
+    """As `statistics_torch`."""
+    tokens, columns = raw.shape
+    _statistics_kernel[(triton.cdiv(tokens, _STATISTICS_ROWS), statistics.shape[0])](
+        raw, raw.stride(0), tokens, columns, shard.valid_columns, statistics, labels, label_logits, inverse_temperature,
+        shard.scale, shard.softcap or 0.0,
+        SUM=statistics.shape[1] == 4, CAPPED=shard.softcap is not None, ROWS=_STATISTICS_ROWS, WIDTH=STATISTICS_BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _combine_kernel(  # type: ignore[no-untyped-def]
+    statistics, out, blocks, tokens, SUM: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """The statistics of many blocks as those of one.
+
+    Block b is added in lane b mod `BLOCKS`, whatever the number of blocks: blocks that are all padding, which are
+    zeros at the end, change no bit.
+    """
+    fields: tl.constexpr = 4 if SUM else 3
+    columns = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    lanes = tl.arange(0, BLOCKS)
+    stride = tl.cast(tokens, tl.int64) * fields
+    pointers = statistics + lanes.to(tl.int64)[:, None] * stride + columns[None, :]
+    inside = (columns < tokens)[None, :]
+
+    tops = tl.full((BLOCKS, TOKENS), float("-inf"), tl.float32)
+    for start in range(0, blocks, BLOCKS):
+        mask = inside & (start + lanes < blocks)[:, None]
+        tops = tl.maximum(tops, tl.load(pointers + start * stride, mask=mask, other=float("-inf")))
+    top = tl.max(tops, 0)
+    origin = tl.where(top == float("-inf"), 0.0, top)
+
+    sums = tl.zeros((BLOCKS, TOKENS), tl.float32)
+    weighted = tl.zeros((BLOCKS, TOKENS), tl.float32)
+    totals = tl.zeros((BLOCKS, TOKENS), tl.float32)
+    for start in range(0, blocks, BLOCKS):
+        mask = inside & (start + lanes < blocks)[:, None]
+        here = pointers + start * stride
+        block_top = tl.load(here, mask=mask, other=float("-inf"))
+        block_sum = tl.load(here + tokens, mask=mask, other=0.0)
+        block_weighted = tl.load(here + 2 * tokens, mask=mask, other=0.0)
+        distance = block_top - origin[None, :]
+        factor = tl.exp(distance)
+        sums += block_sum * factor
+        weighted += tl.where(factor == 0.0, 0.0, (block_weighted + block_sum * distance) * factor)
+        if SUM:
+            totals += tl.load(here + 3 * tokens, mask=mask, other=0.0)
+    tl.store(out + columns, top, mask=columns < tokens)
+    tl.store(out + tokens + columns, tl.sum(sums, 0), mask=columns < tokens)
+    tl.store(out + 2 * tokens + columns, tl.sum(weighted, 0), mask=columns < tokens)
+    if SUM:
+        tl.store(out + 3 * tokens + columns, tl.sum(totals, 0), mask=columns < tokens)
+
+
+def combine_triton(statistics: Tensor) -> Tensor:
+    """As `combine_torch`."""
+    blocks, fields, tokens = statistics.shape
+    out = statistics.new_empty(1, fields, tokens)
+    _combine_kernel[(triton.cdiv(tokens, _COMBINE_TOKENS),)](
+        statistics.contiguous(), out, blocks, tokens,
+        SUM=fields == 4, BLOCKS=_COMBINE_LANES, TOKENS=_COMBINE_TOKENS,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _gradient_kernel(  # type: ignore[no-untyped-def]
+    raw, raw_stride, tokens, columns, valid_columns, vectors, labels, pieces, piece_stride, split_scale, scale, cap,
+    ENTROPY: tl.constexpr, CAPPED: tl.constexpr, COUNT: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of products, written as `COUNT` pieces; `vectors` are the rows of `gradient_vectors`."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offsets = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row_inside = rows < tokens
+    inside = row_inside[:, None] & (offsets < columns)[None, :]
+    vector = vectors + rows
+    top = tl.load(vector, mask=row_inside, other=0.0)[:, None]
+    log_sum = tl.load(vector + tokens, mask=row_inside, other=0.0)[:, None]
+    inverse_temperature = tl.load(vector + 2 * tokens, mask=row_inside, other=0.0)[:, None]
+    of_all = tl.load(vector + 3 * tokens, mask=row_inside, other=0.0)[:, None]
+    at_label = tl.load(vector + 4 * tokens, mask=row_inside, other=0.0)[:, None]
+    constant = tl.load(vector + 5 * tokens, mask=row_inside, other=0.0)[:, None]
+    label = tl.load(labels + rows, mask=row_inside, other=-1)[:, None]
+
+    x = tl.load(raw + rows.to(tl.int64)[:, None] * raw_stride + offsets[None, :], mask=inside, other=0.0)
+    z = transform(x, scale, cap, inverse_temperature, CAPPED)
+    log_p = (z - top) - log_sum
+    slope = of_all
+    if ENTROPY:
+        of_entropy = tl.load(vector + 6 * tokens, mask=row_inside, other=0.0)[:, None]
+        entropy = tl.load(vector + 7 * tokens, mask=row_inside, other=0.0)[:, None]
+        slope = slope + of_entropy * (log_p + entropy)
+    grad = constant - tl.exp(log_p) * slope
+    if ENTROPY:
+        # p log p is 0 where p is; the difference to at_label is what its entropy term adds.
+        grad = tl.where(log_p == float("-inf"), constant, grad)
+    grad = tl.where(offsets[None, :] == label, at_label, grad)
+    grad = tl.where((offsets < valid_columns)[None, :], grad * inverse_temperature, 0.0)
+    if CAPPED:
+        bend = tanh(x * scale / cap)
+        grad = grad * (1.0 - bend * bend)
+    grad = grad * scale
+    if SCALED:
+        grad = grad * tl.load(split_scale)
+    out = pieces + rows.to(tl.int64)[:, None] * columns + offsets[None, :]
+    for index in tl.static_range(COUNT):
+        part = grad.to(pieces.dtype.element_ty)
+        tl.store(out + index * piece_stride, part, mask=inside)
+        wide = part.to(tl.float32)
+        grad = tl.where(wide - wide == 0.0, grad - wide, 0.0)
+
+
+def gradient_triton(
+    raw: Tensor, vectors: Tensor, labels: Tensor, shard: Shard, first: int, count: int, dtype: torch.dtype,
+    split_scale: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As `gradient_torch`."""
+    tokens, columns = raw.shape
+    pieces = torch.empty(count, tokens, columns, dtype=dtype, device=raw.device)
+    grid = (triton.cdiv(tokens, _GRADIENT_ROWS), triton.cdiv(columns, _GRADIENT_COLUMNS))
+    _gradient_kernel[grid](
+        raw, raw.stride(0), tokens, columns, shard.valid_columns - first, vectors, labels - first, pieces,
+        pieces.stride(0), vectors if split_scale is None else split_scale, shard.scale, shard.softcap or 0.0,
+        ENTROPY=len(vectors) == 8, CAPPED=shard.softcap is not None, COUNT=count, SCALED=split_scale is not None,
+        ROWS=_GRADIENT_ROWS, COLUMNS=_GRADIENT_COLUMNS,
+    )  # fmt: skip
+    return tuple(pieces.unbind(0))
+
+
+@triton.jit
+def _exponentials_gradient_kernel(  # type: ignore[no-untyped-def]
+    exponentials, stride, tokens, columns, valid_columns, tops, vectors, labels, out, scale,
+    tops_stride, vectors_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(1)
+    offsets = block * COLUMNS + tl.arange(0, COLUMNS)
+    row_inside = rows < tokens
+    inside = row_inside[:, None] & (offsets < columns)[None, :]
+    vector = vectors + rows
+    top = tl.load(vector, mask=row_inside, other=0.0)
+    log_sum = tl.load(vector + vectors_stride, mask=row_inside, other=0.0)
+    heat = tl.load(vector + 2 * vectors_stride, mask=row_inside, other=0.0)
+    of_all = tl.load(vector + 3 * vectors_stride, mask=row_inside, other=0.0)
+    at_label = tl.load(vector + 4 * vectors_stride, mask=row_inside, other=0.0)
+    constant = tl.load(vector + 5 * vectors_stride, mask=row_inside, other=0.0)
+    label = tl.load(labels + rows, mask=row_inside, other=-1)
+    block_top = tl.load(tops + tl.cast(block, tl.int64) * tops_stride + rows, mask=row_inside, other=0.0)
+    slope = tl.exp(block_top - top - log_sum) * of_all * (heat * scale)
+    pointers = rows.to(tl.int64)[:, None] * stride + offsets[None, :]
+    e = tl.load(exponentials + pointers, mask=inside, other=0.0).to(tl.float32)
+    grad = (constant * (heat * scale))[:, None] - e * slope[:, None]
+    grad = tl.where(offsets[None, :] == label[:, None], (at_label * (heat * scale))[:, None], grad)
+    grad = tl.where((offsets < valid_columns)[None, :], grad, 0.0)
+    tl.store(out + pointers, grad.to(out.dtype.element_ty), mask=inside)
+
+
+def exponentials_gradient_triton(
+    exponentials: Tensor, tops: Tensor, vectors: Tensor, labels: Tensor, shard: Shard
+) -> Tensor:
+    """dY [tokens, columns] bfloat16, in the memory of `exponentials` [tokens, columns] float16; see its caller."""
+    tokens, columns = exponentials.shape
+    out = exponentials.view(torch.bfloat16)
+    _exponentials_gradient_kernel[(triton.cdiv(tokens, _STATISTICS_ROWS), triton.cdiv(columns, STATISTICS_BLOCK))](
+        exponentials, exponentials.stride(0), tokens, columns, shard.valid_columns, tops, vectors, labels, out,
+        shard.scale, tops.stride(0), vectors.stride(0),
+        ROWS=_STATISTICS_ROWS, COLUMNS=STATISTICS_BLOCK,
+    )  # fmt: skip
+    return out

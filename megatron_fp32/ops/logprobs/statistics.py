@@ -1,0 +1,282 @@
+"""What a softmax needs of its logits, block by block, and how blocks and ranks are put together.
+
+Per token and block of `BLOCK` columns: the maximum m; the sums of e = exp(z - m) and of e * (z - m), both without the
+label's term; and, on request, the sum of z. Such statistics of two blocks combine into those of their union, so the
+same function serves for the blocks of a shard and for the shards of all ranks. Leaving the label out keeps what a
+confident model is about: 1 - p is a sum of small numbers and log p its log1p; taken from p = 0.9999, both would have
+lost their digits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_fp32.ops.logits.fixed_order import aligned, fixed_order_product, why_not_fixed_order
+from megatron_fp32.ops.logits.products import logits_product
+
+BLOCK = 128
+"""Columns of one block. Only 128 divides every shard of every vocabulary under Megatron's padding."""
+
+_LANES = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """This rank's part of the vocabulary, and how its logits come from the product."""
+
+    group: dist.ProcessGroup | None
+    """Ranks that hold the other parts; None for one."""
+    first_column: int
+    """Index of this shard's first column in the whole vocabulary."""
+    valid_columns: int
+    """Columns of this shard that are no padding."""
+    vocab_size: int
+    """Columns of all shards that are no padding."""
+    scale: float
+    """Multiplies the product."""
+    softcap: float | None
+    """cap * tanh(z / cap) after that."""
+    ignore_index: int
+    """The label of tokens without one."""
+    invariant: bool
+    """Sum in an order that no sharding changes."""
+
+    @property
+    def ranks(self) -> int:
+        """How many shards there are."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    def logits(self, raw: Tensor, inverse_temperature: Tensor) -> Tensor:
+        """Logits [tokens, columns] from products, in torch; `inverse_temperature` [tokens]."""
+        heat = inverse_temperature[:, None]
+        if self.softcap is None:
+            return raw * (heat * self.scale)
+        return self.softcap * torch.tanh(raw * self.scale / self.softcap) * heat
+
+    def local_labels(self, labels: Tensor) -> Tensor:
+        """[tokens] int32: the column of each label, or -1 where it is not among the valid ones of this shard."""
+        local = labels - self.first_column
+        return torch.where((local >= 0) & (local < self.valid_columns), local, -1).int()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeptLogits:
+    """Logits of some tokens, kept for their gradient."""
+
+    values: Tensor
+    """[tokens, columns], rows aligned to 16 bytes: products in float32; or, in float16, exp(z - top of the block)."""
+    tops: Tensor | None
+    """[blocks, tokens] float32 for the latter. In [0, 1], float16 has 11 bits, 8 times finer than the bfloat16 that dY
+    will be rounded to, and half of float32's bytes."""
+
+    @staticmethod
+    def allocate(tokens: int, weight: Tensor, *, exponentials: bool) -> KeptLogits:
+        """Room for the logits of `tokens` tokens."""
+        columns, device = weight.shape[0], weight.device
+        width = -(-columns // 8) * 8
+        dtype = torch.float16 if exponentials else torch.float32
+        blocks = -(-columns // BLOCK)
+        return KeptLogits(
+            values=torch.empty(tokens, width, dtype=dtype, device=device)[:, :columns],
+            tops=torch.empty(blocks, tokens, dtype=torch.float32, device=device) if exponentials else None,
+        )
+
+    def rows(self, tokens: slice) -> KeptLogits:
+        """Those of some of the tokens."""
+        return KeptLogits(values=self.values[tokens], tops=None if self.tops is None else self.tops[:, tokens])
+
+
+class TokenStatistics(NamedTuple):
+    """Of each token, over the whole vocabulary: [tokens] float32 each."""
+
+    top: Tensor
+    """The largest logit."""
+    log_sum: Tensor
+    """log of the sum of exp(z - top)."""
+    logprob: Tensor
+    """0 for an ignored label, NaN for one outside of the vocabulary."""
+    rest: Tensor
+    """1 - p of the label; 1 for a label that is ignored."""
+    entropy: Tensor
+    """In nats."""
+    total: Tensor | None
+    """Sum of the logits, where asked for."""
+
+    @property
+    def logsumexp(self) -> Tensor:
+        """log of the sum of exp(z)."""
+        return self.top + self.log_sum
+
+
+def product(hidden: Tensor, weight: Tensor, *, fixed_order: bool) -> Tensor:
+    """The products [tokens, columns] float32."""
+    if not fixed_order:
+        return logits_product(hidden, weight, None)
+    out = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
+    return fixed_order_product(hidden, weight, out)
+
+
+def block_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    inverse_temperature: Tensor,
+    shard: Shard,
+    *,
+    with_total: bool,
+    keep: KeptLogits | None,
+) -> tuple[Tensor, Tensor]:
+    """Multiply, and take the statistics of every block of this shard.
+
+    Args:
+        hidden: [tokens, hidden], not empty.
+        weight: [columns, hidden].
+        labels: [tokens] int32, from `Shard.local_labels`.
+        inverse_temperature: [tokens] float32.
+        shard: this rank's part.
+        with_total: take the sum of the logits, too.
+        keep: room for the logits; None to forget them.
+
+    Returns:
+        The statistics, [blocks, 3 or 4, tokens] float32, and the labels' logits, [tokens] float32, 0 for other shards'.
+    """
+    tokens, columns = hidden.shape[0], weight.shape[0]
+    fields = 4 if with_total else 3
+    statistics = torch.empty(-(-columns // BLOCK), fields, tokens, dtype=torch.float32, device=hidden.device)
+    label_logits = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
+    fixed = why_not_fixed_order(hidden, weight) is None
+    if fixed and hidden.is_cuda:
+        from megatron_fp32.ops.logits.project_triton import project_triton
+
+        with torch.cuda.device(hidden.device):
+            project_triton(
+                aligned(hidden),
+                weight,
+                logits=None if keep is None else keep.values,
+                statistics=statistics,
+                labels=labels,
+                label_logits=label_logits,
+                inverse_temperature=inverse_temperature,
+                valid_columns=shard.valid_columns,
+                scale=shard.scale,
+                softcap=shard.softcap,
+            )
+        if keep is not None and keep.tops is not None:
+            keep.tops.copy_(statistics[:, 0])
+        return statistics, label_logits
+    raw = product(hidden, weight, fixed_order=fixed)
+    if keep is not None:
+        assert keep.tops is None
+        keep.values.copy_(raw)
+    if raw.is_cuda:
+        from megatron_fp32.ops.logprobs.kernels import statistics_triton
+
+        with torch.cuda.device(raw.device):
+            statistics_triton(raw, labels, inverse_temperature, shard, statistics, label_logits)
+    else:
+        statistics_torch(raw, labels, inverse_temperature, shard, statistics, label_logits)
+    return statistics, label_logits
+
+
+def statistics_torch(
+    raw: Tensor, labels: Tensor, inverse_temperature: Tensor, shard: Shard, statistics: Tensor, label_logits: Tensor
+) -> None:
+    """The definition, in torch operators; results in the last two arguments."""
+    for index, column in enumerate(range(0, raw.shape[1], BLOCK)):
+        z = raw.new_full((raw.shape[0], BLOCK), -torch.inf)
+        width = min(BLOCK, max(0, min(raw.shape[1], shard.valid_columns) - column))
+        z[:, :width] = shard.logits(raw[:, column : column + width], inverse_temperature)
+        top = z.amax(1)
+        distance = z - torch.where(top.isneginf(), 0.0, top)[:, None]
+        local = labels - column
+        is_label = torch.arange(BLOCK, device=raw.device) == local[:, None]
+        e = torch.where(is_label, 0.0, distance.exp())
+        statistics[index, 0] = top
+        statistics[index, 1] = _tree_sum(e)
+        statistics[index, 2] = _tree_sum(torch.where(e == 0, 0.0, e * distance))
+        if statistics.shape[1] == 4:
+            statistics[index, 3] = _tree_sum(torch.where(z.isneginf(), 0.0, z))
+        label_logits += torch.where(is_label, z, 0.0).sum(1)
+
+
+def _tree_sum(x: Tensor) -> Tensor:
+    """Sum over dimension 1, a power of two long, in an order that torch does not choose."""
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        x = x[:, :half] + x[:, half:]
+    return x[:, 0]
+
+
+def combine(statistics: Tensor) -> Tensor:
+    """[1, 3 or 4, tokens] of [blocks, 3 or 4, tokens].
+
+    Block b is added in lane b mod `_LANES`: blocks of padding at the end, which are zeros, change no bit of it.
+    """
+    if statistics.is_cuda:
+        from megatron_fp32.ops.logprobs.kernels import combine_triton
+
+        with torch.cuda.device(statistics.device):
+            return combine_triton(statistics)
+    return combine_torch(statistics)
+
+
+def combine_torch(statistics: Tensor) -> Tensor:
+    """The definition of `combine`."""
+    top = statistics[:, 0].amax(0)
+    lanes = statistics.new_zeros(_LANES, statistics.shape[1] - 1, statistics.shape[2])
+    for group in statistics.split(_LANES):
+        distance = group[:, 0] - torch.where(top.isneginf(), 0.0, top)
+        factor = distance.exp()
+        lanes[: len(group), 0] += group[:, 1] * factor
+        weighted = (group[:, 2] + group[:, 1] * distance) * factor
+        lanes[: len(group), 1] += torch.where(factor == 0, 0.0, weighted)
+        lanes[: len(group), 2:] += group[:, 3:]
+    while len(lanes) > 1:
+        lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+    return torch.cat([top[None, None], lanes], 1)
+
+
+def over_ranks(statistics: Tensor, label_logits: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
+    """Statistics of the whole vocabulary, [1, 3 or 4, tokens], and the labels' logits, from this shard's blocks."""
+    if not shard.invariant or shard.group is None:
+        statistics = combine(statistics)
+    if shard.group is None:
+        return statistics, label_logits
+    blocks, fields, tokens = statistics.shape
+    mine = torch.cat([statistics.view(blocks * fields, tokens), label_logits[None]])
+    every = mine.new_empty(shard.ranks, *mine.shape)
+    dist.all_gather_into_tensor(every, mine, group=shard.group)
+    # One rank has each label, the others a zero.
+    return combine(every[:, :-1].reshape(shard.ranks * blocks, fields, tokens)), every[:, -1].sum(0)
+
+
+def finish(statistics: Tensor, label_logits: Tensor, labels: Tensor, shard: Shard) -> TokenStatistics:
+    """What the tokens are asked for, from statistics [1, 3 or 4, tokens] of the whole vocabulary.
+
+    Args:
+        statistics: from `over_ranks`.
+        label_logits: from `over_ranks`.
+        labels: [tokens], indices into the whole vocabulary.
+        shard: for its `vocab_size` and `ignore_index`.
+    """
+    top, others, weighted = statistics[0, :3]
+    ignored = labels == shard.ignore_index
+    known = (labels >= 0) & (labels < shard.vocab_size) & ~ignored
+    distance = torch.where(known, label_logits - top, -torch.inf)
+    own = distance.exp()
+    log_sum = torch.where(distance == 0, others.log1p(), (others + own).log())
+    total = others + own
+    wrong = torch.where(known | ignored, 0.0, torch.nan)
+    return TokenStatistics(
+        top=top,
+        log_sum=log_sum,
+        logprob=torch.where(known, distance - log_sum, wrong),
+        rest=others / total + wrong,
+        entropy=log_sum - (weighted + torch.where(known, own * distance, 0.0)) / total,
+        total=statistics[0, 3] if statistics.shape[1] == 4 else None,
+    )

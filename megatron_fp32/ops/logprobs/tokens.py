@@ -1,0 +1,72 @@
+"""Token statistics of any number of tokens, a chunk at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_fp32.ops.logits.fixed_order import ROWS
+from megatron_fp32.ops.logprobs import workspace
+from megatron_fp32.ops.logprobs.statistics import (
+    KeptLogits,
+    Shard,
+    TokenStatistics,
+    block_statistics,
+    finish,
+    over_ranks,
+)
+
+
+def token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    inverse_temperature: Tensor,
+    shard: Shard,
+    *,
+    with_total: bool,
+    keep: KeptLogits | None = None,
+    chunk_size: int | None = None,
+) -> TokenStatistics:
+    """Multiply, take the statistics, put them together over blocks and ranks.
+
+    Args:
+        hidden: [tokens, hidden].
+        weight: [columns, hidden], this rank's rows.
+        labels: [tokens], indices into the whole vocabulary.
+        inverse_temperature: [tokens] float32.
+        shard: this rank's part.
+        with_total: take the sum of the logits, too.
+        keep: room for the logits of all of them.
+        chunk_size: tokens at a time.
+    """
+    tokens = hidden.shape[0]
+    # On the CPU the width of a vector operation, and with it a bit, could depend on the number of tokens.
+    largest = ROWS if not hidden.is_cuda else chunk_size or workspace.STATISTICS_TOKENS
+    parts = []
+    for rows in workspace.even_chunks(tokens, largest) if hidden.is_cuda else _fixed_chunks(tokens):
+        x, y, heat = hidden[rows], labels[rows], inverse_temperature[rows]
+        count = rows.stop - rows.start
+        if not hidden.is_cuda and count < ROWS:
+            x = torch.cat([x, x.new_zeros(ROWS - count, x.shape[1])])
+            y = torch.cat([y, y.new_full((ROWS - count,), shard.ignore_index)])
+            heat = torch.cat([heat, heat.new_ones(ROWS - count)])
+        kept = None if keep is None else keep.rows(rows)
+        if kept is not None and count < len(x):
+            kept = KeptLogits.allocate(len(x), weight, exponentials=False)
+        statistics, label_logits = block_statistics(
+            x, weight, shard.local_labels(y), heat, shard, with_total=with_total, keep=kept
+        )
+        if keep is not None and kept is not None and count < len(x):
+            keep.values[rows] = kept.values[:count]
+        done = finish(*over_ranks(statistics, label_logits, shard), y, shard)
+        parts.append([None if field is None else field[:count] for field in done])
+    if not parts:
+        empty = inverse_temperature.new_empty(0)
+        return TokenStatistics(empty, empty, empty, empty, empty, empty if with_total else None)
+    columns = [None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)]
+    return TokenStatistics(*columns)  # type: ignore[arg-type]
+
+
+def _fixed_chunks(tokens: int) -> list[slice]:
+    return [slice(start, min(start + ROWS, tokens)) for start in range(0, tokens, ROWS)]

@@ -1,0 +1,125 @@
+"""Run in Triton's interpreter: the kernels of the head against their definitions in torch.
+
+The interpreter rounds float32 to bfloat16 towards zero; pieces are compared by their sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_fp32.ops.logits.project_triton import project_triton
+from megatron_fp32.ops.logits.reference import relative_error
+from megatron_fp32.ops.logprobs.gradient import gradient_torch, gradient_vectors
+from megatron_fp32.ops.logprobs.kernels import (
+    combine_triton,
+    exponentials_gradient_triton,
+    gradient_triton,
+    statistics_triton,
+)
+from megatron_fp32.ops.logprobs.statistics import KeptLogits, Shard, combine_torch, statistics_torch
+from megatron_fp32.ops.logprobs.tokens import token_statistics
+from tests.ops.logprobs_cases import ROWS, TOKENS, VOCAB, case
+
+BLOCKS = -(-ROWS // 128)
+
+
+def shard(**changes: Any) -> Shard:
+    values: dict[str, Any] = {
+        "group": None, "first_column": 0, "valid_columns": VOCAB, "vocab_size": VOCAB, "scale": 1.1, "softcap": None,
+        "ignore_index": -100, "invariant": False,
+    }  # fmt: skip
+    return Shard(**(values | changes))
+
+
+def product_and_statistics(softcap: float | None) -> None:
+    """The fused product, with an odd and an even number of blocks, against products in float64."""
+    c, part = case(), shard(softcap=softcap)
+    heat = torch.rand(TOKENS) + 0.5
+    for rows in (ROWS, 256):
+        x, w = c.hidden.detach(), c.weight.detach()[:rows].contiguous()
+        part = shard(softcap=softcap, valid_columns=min(VOCAB, rows))
+        labels = part.local_labels(c.labels)
+        blocks = -(-rows // 128)
+        room = torch.full((blocks + 1, 4, TOKENS), torch.nan)
+        label_logits, expected_labels = torch.zeros(2, TOKENS)
+        kept = KeptLogits.allocate(TOKENS, w, exponentials=False).values.fill_(torch.nan)
+        statistics = room[:blocks]
+        project_triton(
+            x, w, logits=kept, statistics=statistics, labels=labels, label_logits=label_logits,
+            inverse_temperature=heat, valid_columns=part.valid_columns, scale=part.scale, softcap=softcap,
+        )  # fmt: skip
+        raw = (x.double() @ w.double().t()).float()
+        assert relative_error(kept, raw) < 1e-6
+        expected = torch.empty_like(statistics)
+        statistics_torch(raw, labels, heat, part, expected, expected_labels)
+        torch.testing.assert_close(statistics, expected, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(label_logits, expected_labels, rtol=1e-5, atol=1e-5)
+        assert room[blocks:].isnan().all(), "statistics of a block that does not exist"
+
+
+def stored_statistics(softcap: float | None) -> None:
+    raw, heat, part = torch.randn(TOKENS, ROWS) * 4, torch.rand(TOKENS) + 0.5, shard(softcap=softcap)
+    labels = part.local_labels(case().labels)
+    got, expected = torch.full((2, BLOCKS, 4, TOKENS), torch.nan)
+    got_labels, expected_labels = torch.zeros(2, TOKENS)
+    statistics_triton(raw, labels, heat, part, got, got_labels)
+    statistics_torch(raw, labels, heat, part, expected, expected_labels)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(got_labels, expected_labels, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(combine_triton(expected), combine_torch(expected), rtol=1e-5, atol=2e-5)
+    many = expected.repeat(30, 1, 1)
+    torch.testing.assert_close(combine_triton(many), combine_torch(many), rtol=1e-5, atol=1e-3)
+    longer = torch.cat([many, many.new_tensor([-torch.inf, 0, 0, 0])[None, :, None].expand(200, 4, TOKENS)])
+    assert torch.equal(combine_triton(many), combine_triton(longer)), "blocks of padding changed a bit"
+
+
+def gradients(softcap: float | None, *, entropy: bool) -> None:
+    c, part, heat = case(), shard(softcap=softcap), torch.rand(TOKENS) + 0.5
+    x, w = c.hidden.detach(), c.weight.detach()
+    statistics = token_statistics(x, w, c.labels, heat, part, with_total=False)
+    g = torch.randn(4, TOKENS)
+    vectors = gradient_vectors(
+        statistics, heat, part, logprob=g[0], entropy=g[1] if entropy else None, logsumexp=g[2], mean_logit=g[3]
+    )
+    raw, labels = (x.double() @ w.double().t()).float(), part.local_labels(c.labels)
+    for count in (1, 2, 3):
+        got = gradient_triton(raw[:, 128:ROWS], vectors, labels, part, 128, count, torch.bfloat16, None)
+        expected = gradient_torch(raw[:, 128:ROWS], vectors, labels, part, 128, count, torch.bfloat16, None)
+        error = relative_error(sum(p.double() for p in got), sum(p.double() for p in expected))
+        assert error < 2.0 ** (-7 * count) + 1e-5, error
+
+
+def kept_exponentials() -> None:
+    c, part, heat = case(), shard(), torch.rand(TOKENS) + 0.5
+    x, w, labels = c.hidden.detach(), c.weight.detach(), part.local_labels(c.labels)
+    kept = KeptLogits.allocate(TOKENS, w, exponentials=True)
+    statistics, label_logits = torch.empty(BLOCKS, 3, TOKENS), torch.zeros(TOKENS)
+    project_triton(
+        x, w, logits=kept.values, statistics=statistics, labels=labels, label_logits=label_logits,
+        inverse_temperature=heat, valid_columns=part.valid_columns, scale=part.scale,
+    )  # fmt: skip
+    kept.tops.copy_(statistics[:, 0])
+    of_tokens = token_statistics(x, w, c.labels, heat, part, with_total=False)
+    g = torch.randn(3, TOKENS)
+    vectors = gradient_vectors(of_tokens, heat, part, logprob=g[0], entropy=None, logsumexp=g[1], mean_logit=g[2])
+    raw = (x.double() @ w.double().t()).float()
+    expected = sum(p.double() for p in gradient_torch(raw, vectors, labels, part, 0, 3, torch.bfloat16, None))
+    first = slice(0, 100)
+    for rows in (first, slice(100, TOKENS)):
+        got = exponentials_gradient_triton(
+            kept.rows(rows).values, kept.rows(rows).tops, vectors[:, rows], labels[rows], part
+        )
+        # Towards zero in the interpreter: twice the error of rounding to nearest.
+        assert relative_error(got.double(), expected[rows]) < 2.5 * relative_error(expected.bfloat16(), expected)
+
+
+if __name__ == "__main__":
+    for cap in (None, 5.0):
+        product_and_statistics(cap)
+        stored_statistics(cap)
+        gradients(cap, entropy=False)
+        gradients(cap, entropy=True)
+    kept_exponentials()
+    print("done")
