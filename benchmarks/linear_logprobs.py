@@ -53,8 +53,10 @@ class Problem:
         self._truth(whole, vocab // ranks * rank, vocab // ranks)
         # A copy: the whole weight would stay in memory.
         self.weight = whole[vocab // ranks * rank : vocab // ranks * (rank + 1)].clone().requires_grad_()
-        self.weight.main_grad = torch.zeros_like(self.weight, dtype=torch.float32)
+        self.main_grad = self.weight.main_grad = torch.zeros_like(self.weight, dtype=torch.float32)
         self.weight.grad_added_to_main_grad = False
+        # The same memory, but nobody finds a main_grad there.
+        self.plain_weight = self.weight.detach().requires_grad_()
         self.weights = torch.full((tokens,), 1 / tokens, device="cuda")
         self.low = torch.randn(tokens, self.weight.shape[0], device="cuda", dtype=torch.bfloat16)
         self.out = torch.empty_like(self.low)
@@ -139,8 +141,8 @@ class Table:
         p = self.problem
 
         def before() -> None:
-            p.weight.main_grad.zero_()
-            p.hidden.grad = p.weight.grad = None
+            p.main_grad.zero_()
+            p.hidden.grad = p.weight.grad = p.plain_weight.grad = None
 
         unit_way = p.unit(unit) if isinstance(unit, str) else unit
         ms, unit_ms, peak, output = paired(way, unit_way, before, self.repeats)
@@ -195,13 +197,12 @@ def forward_rows(table: Table) -> None:
 
 def gradient_error(p: Problem) -> dict[str, float]:
     """Of dX and dW where autograd and main_grad have them now."""
-    dw = p.weight.main_grad if p.weight.grad is None else p.weight.grad
     rounding = relative_error(p.hidden_grad.bfloat16(), p.hidden_grad)
     error = relative_error(p.hidden.grad[p.sample], p.hidden_grad)
     return {
         "error_dX": error,
         "error_dX_over_rounding": error / rounding,
-        "error_dW": relative_error(dw[p.columns], p.weight_grad),
+        "error_dW": relative_error(p.main_grad[p.columns], p.weight_grad),
     }
 
 
@@ -237,7 +238,7 @@ def backward_rows(table: Table) -> None:
     def check_wide(_: Any) -> dict[str, float]:
         error = relative_error(wide.grad[p.sample], p.hidden_grad)
         wide.grad = None
-        return {"error_dX": error, "error_dW": relative_error(p.weight.main_grad[p.columns], p.weight_grad)}
+        return {"error_dX": error, "error_dW": relative_error(p.main_grad[p.columns], p.weight_grad)}
 
     def weighted_wide() -> Tensor:
         wide.grad = None
@@ -247,38 +248,39 @@ def backward_rows(table: Table) -> None:
 
 
 def rival_rows(table: Table) -> None:
-    """What others offer, on the same tensors; where dW is returned, adding it to main_grad is timed, too."""
+    """What others offer, on the same tensors; they return dW, whose addition to main_grad is timed, too."""
     p = table.problem
-    del p.weight.main_grad, p.weight.grad_added_to_main_grad
-    main_grad = torch.zeros_like(p.weight, dtype=torch.float32)
+    x, w = p.hidden, p.plain_weight
 
-    def into_main_grad(loss: Tensor) -> Tensor:
+    def step(loss_of: Callable[[], Tensor]) -> Tensor:
+        loss = loss_of()
         loss.backward()
-        main_grad.add_(p.weight.grad)
-        return loss
+        p.main_grad.add_(w.grad)
+        return loss.detach()
 
     def check(loss: Tensor) -> dict[str, float]:
-        p.weight.main_grad = main_grad
-        p.weight.grad = None
-        errors = gradient_error(p)
-        del p.weight.main_grad
-        losses = loss if loss.dim() else None
-        return errors | ({"error_loss": relative_error(losses, -p.logprobs)} if losses is not None else {})
+        return {"error_loss": relative_error(loss, -p.logprobs.mean()), **gradient_error(p)}
 
+    for name, loss_of in rivals(x, w, p.labels).items():
+        table.add(name, "three", functools.partial(step, loss_of), check)
+
+
+def rivals(x: Tensor, w: Tensor, labels: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The mean loss, by what is installed."""
     ways: dict[str, Callable[[], Tensor]] = {}
     try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-        ways["Liger fused linear cross entropy"] = lambda: Liger.apply(p.hidden, p.weight, p.labels)[0]
+        ways["Liger fused linear cross entropy"] = lambda: LigerFusedLinearCrossEntropyFunction.apply(x, w, labels)[0]
     except ImportError as error:
-        print(error)
+        print(f"Liger does not take part: {error}")
     try:
         from cut_cross_entropy import linear_cross_entropy as cce
 
-        ways["CCE cce"] = lambda: cce(p.hidden, p.weight, p.labels, impl="cce")
-        ways["CCE torch_compile"] = lambda: cce(p.hidden, p.weight, p.labels, impl="torch_compile")
+        ways["CCE cce"] = lambda: cce(x, w, labels, impl="cce")
+        ways["CCE torch_compile"] = lambda: cce(x, w, labels, impl="torch_compile")
     except ImportError as error:
-        print(error)
+        print(f"CCE does not take part: {error}")
     try:
         from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
@@ -287,38 +289,21 @@ def rival_rows(table: Table) -> None:
         group = dist.group.WORLD
 
         def megatron() -> Tensor:
-            logits = (p.hidden @ p.weight.t())[:, None]
-            return vocab_parallel_cross_entropy(logits, p.labels[:, None], tp_group=group)[:, 0].mean()
+            logits = (x @ w.t())[:, None]
+            return vocab_parallel_cross_entropy(logits, labels[:, None], tp_group=group).mean()
 
         ways["megatron-core, bf16 logits"] = megatron
     except ImportError as error:
-        print(error)
-    for name, way in ways.items():
-
-        def before() -> None:
-            main_grad.zero_()
-            p.hidden.grad = p.weight.grad = None
-
-        p.weight.main_grad = main_grad
-        try:
-            table.add(name, "three", lambda way=way: (before_main(p), into_main_grad(way()))[1], check)
-        except Exception as error:
-            print(name, type(error).__name__, str(error)[:200])
-        p.weight.main_grad = main_grad
-        p.hidden.grad = p.weight.grad = None
-
-
-def before_main(p: Problem) -> None:
-    if hasattr(p.weight, "main_grad"):
-        del p.weight.main_grad
+        print(f"megatron-core does not take part: {error}")
+    return ways
 
 
 @click.command()
 @click.option("--shape", "shapes", multiple=True, default=SHAPES, show_default=True, help="tokens,hidden,vocab")
 @click.option("--repeats", default=9, show_default=True)
-@click.option("--rivals/--no-rivals", default=True)
+@click.option("--rivals/--no-rivals", "with_rivals", default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
-def main(shapes: tuple[str, ...], repeats: int, rivals: bool, json_path: Path | None) -> None:
+def main(shapes: tuple[str, ...], repeats: int, with_rivals: bool, json_path: Path | None) -> None:
     group = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -329,7 +314,7 @@ def main(shapes: tuple[str, ...], repeats: int, rivals: bool, json_path: Path | 
         table = Table(Problem(*map(int, shape.split(",")), group), repeats)
         forward_rows(table)
         backward_rows(table)
-        if rivals and group is None:
+        if with_rivals and group is None:
             rival_rows(table)
         rows += table.rows
         del table

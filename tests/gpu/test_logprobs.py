@@ -90,8 +90,8 @@ def test_weighted_loss(precision: Any, smooth: dict[str, float]) -> None:
         assert relative_error(c.hidden.grad, x.grad) < 1.1 * relative_error(rounded, x.grad)
 
 
-def test_a_gradient_that_was_not_announced_is_refused() -> None:
-    """On the host here: a device-side assertion would end the process."""
+def test_a_gradient_that_was_not_announced_is_followed_without_main_grad() -> None:
+    """With it, a device-side assertion would end the process."""
     c = case(device="cuda")
     out = weighted_cross_entropy(c.hidden, c.weight, c.labels, torch.ones(len(c.labels), device="cuda"), **PLAIN)
     (out.total * 3).backward()
@@ -115,8 +115,8 @@ class TestKernels:
             results.append((statistics, label_logits))
         (a, a_label), (b, b_label) = results
         torch.testing.assert_close(a_label, b_label, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(a, b, rtol=3e-6, atol=1e-5)
-        torch.testing.assert_close(combine_triton(a), combine_torch(a), rtol=3e-6, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=3e-6, atol=1e-4)
+        torch.testing.assert_close(combine_triton(a), combine_torch(a), rtol=3e-6, atol=1e-4)
 
     @pytest.mark.parametrize("count", [1, 2, 3])
     @pytest.mark.parametrize("softcap", [None, 5.0])

@@ -11,6 +11,7 @@ import torch
 
 from megatron_fp32.ops.logits.project_triton import project_triton
 from megatron_fp32.ops.logits.reference import relative_error
+from megatron_fp32.ops.logits.weight_grad_triton import add_weight_grad
 from megatron_fp32.ops.logprobs.gradient import gradient_torch, gradient_vectors
 from megatron_fp32.ops.logprobs.kernels import (
     combine_triton,
@@ -115,7 +116,21 @@ def kept_exponentials() -> None:
         assert relative_error(got.double(), expected[rows]) < 2.5 * relative_error(expected.bfloat16(), expected)
 
 
+def weight_gradient() -> None:
+    tokens, rows, columns = 150, 200, 296
+    for count in (1, 2, 3):
+        room = torch.randn(tokens, 3, 256).to(torch.bfloat16)
+        grads = tuple((room[:, i, :rows] * 2.0 ** (-8 * i)) for i in range(count))
+        # Strides that are no row's length, as those of a chunk of dY.
+        grads = tuple(torch.empty(tokens, 256, dtype=torch.bfloat16)[:, :rows].copy_(g) for g in grads)
+        hidden, target = torch.randn(tokens, columns).bfloat16(), torch.randn(rows, columns)
+        expected = target.double() + sum(g.double() for g in grads).t() @ hidden.double()
+        add_weight_grad(target, grads, hidden)
+        assert relative_error(target, expected) < 1e-6
+
+
 if __name__ == "__main__":
+    weight_gradient()
     for cap in (None, 5.0):
         product_and_statistics(cap)
         stored_statistics(cap)

@@ -37,11 +37,15 @@ class WeightGrad:
     target: Tensor
     accumulate: bool
 
-    def add_rows(self, rows: slice, products: Iterable[tuple[Tensor, Tensor]], inverse_scale: Tensor | None) -> None:
-        """Add the sum of `a @ b` over the products, accumulated in fp32, to these rows of the target."""
+    def add_rows(
+        self, rows: slice, grads: tuple[Tensor, ...], hiddens: tuple[Tensor, ...], inverse_scale: Tensor | None
+    ) -> None:
+        """Add `dY.T @ hidden`, both in pieces, accumulated in fp32, to these rows of the target."""
         target = self.target[rows]
+        products = _weight_products(grads, hiddens)
         if target.dtype == torch.float32 and inverse_scale is None:
-            sum_of_products_(target, products, accumulate=self.accumulate)
+            if not (self.accumulate and _add_by_kernel(target, grads, hiddens)):
+                sum_of_products_(target, products, accumulate=self.accumulate)
             return
         part = torch.empty_like(target, dtype=torch.float32, memory_format=torch.contiguous_format)
         sum_of_products_(part, products, accumulate=False)
@@ -111,8 +115,9 @@ def accumulate_gradients(
     for rows in chunks:
         dy = grad(rows)
         if hidden_grad is not None:
-            products = ((part, weight[rows]) for part in reversed(dy.parts))
+            products = [(part, weight[rows]) for part in reversed(dy.parts)]
             sum_of_products_(hidden_grad, products, accumulate=rows.start > 0)
+            del products
         if rows is chunks[-1] and hidden_grad is not None:
             if dy.inverse_scale is not None:
                 hidden_grad.mul_(dy.inverse_scale)
@@ -122,9 +127,9 @@ def accumulate_gradients(
             if hidden_pieces is None:
                 x = hidden()
                 hidden_pieces = split(x, pieces, weight.dtype, scale=split_scale(x, pieces, weight.dtype))
-            weight_grad.add_rows(
-                rows, _weight_products(dy.parts, hidden_pieces.parts), _product(dy.inverse_scale, hidden_pieces)
-            )
+            weight_grad.add_rows(rows, dy.parts, hidden_pieces.parts, _product(dy.inverse_scale, hidden_pieces))
+        # Its memory is for the next one.
+        del dy
 
 
 def sum_of_products_(out: Tensor, products: Iterable[tuple[Tensor, Tensor]], *, accumulate: bool) -> Tensor:
@@ -146,6 +151,19 @@ def _weight_products(grads: tuple[Tensor, ...], hiddens: tuple[Tensor, ...]) -> 
     for i, j in sorted(pairs, key=sum, reverse=True):
         for tokens in chunks_of(grads[i].shape[0], chunk):
             yield grads[i][tokens].t(), hiddens[j][tokens]
+
+
+def _add_by_kernel(target: Tensor, grads: tuple[Tensor, ...], hiddens: tuple[Tensor, ...]) -> bool:
+    """Add dW with the kernel made for it; False, and nothing is added, where it does not apply."""
+    if not target.is_cuda or (len(grads) > 1 and len(grads[0]) > CHUNK):
+        return False
+    from megatron_fp32.ops.logits.weight_grad_triton import add_weight_grad, can_add_weight_grad
+
+    if not can_add_weight_grad(target, grads, hiddens):
+        return False
+    with torch.cuda.device(target.device):
+        add_weight_grad(target, grads, hiddens[0])
+    return True
 
 
 def _product(inverse_scale: Tensor | None, pieces: Pieces) -> Tensor | None:
