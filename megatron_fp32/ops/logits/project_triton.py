@@ -98,7 +98,12 @@ def _finish(  # type: ignore[no-untyped-def]
             logits.store([row, column], e.to(tl.float16))
 
 
-@triton.jit
+# Specialized on a number of tokens that divides by 16, or on an alignment, the compiler may choose another layout and
+# with it another order of summation.
+@triton.jit(
+    do_not_specialize=["tokens", "columns", "valid_columns"],
+    do_not_specialize_on_alignment=["statistics", "labels", "label_logits", "inverse_temperature"],
+)
 def _project_kernel(  # type: ignore[no-untyped-def]
     hidden, weight, tokens, columns, hidden_size, valid_columns, logits, statistics, labels, label_logits,
     inverse_temperature, scale, cap,

@@ -24,7 +24,7 @@ from megatron_fp32.ops.logits.products import WeightGrad, accumulate_gradients
 from megatron_fp32.ops.logits.ranks import HiddenGrad, gather_first_dim
 from megatron_fp32.ops.logits.split import Pieces
 from megatron_fp32.ops.logprobs import workspace
-from megatron_fp32.ops.logprobs.gradient import gradient_vectors, softmax_gradient
+from megatron_fp32.ops.logprobs.gradient import gradient_scale, gradient_vectors, softmax_gradient
 from megatron_fp32.ops.logprobs.statistics import KeptLogits, Shard, TokenStatistics, product
 from megatron_fp32.ops.logprobs.tokens import token_statistics
 
@@ -301,6 +301,8 @@ class _LinearLogprobs(torch.autograd.Function):
         )
         _accumulate(x, weight, labels, vectors, logits, options, reduction if needs_hidden else None, target)
         grad_hidden = reduction.finish().view(hidden.shape).to(hidden.dtype) if needs_hidden else None
+        # Before the dummy gradient of a weight with main_grad, which is as large as the weight.
+        del reduction
         grad_weight = weight_grad_for_autograd(ctx.weight_owner, target) if needs_weight else None
         return grad_hidden, grad_weight, None, None, None
 
@@ -366,6 +368,7 @@ class LogitsGradient:
         self._hidden, self._weight, self._labels = hidden, weight, labels
         self._vectors, self._kept = vectors.contiguous(), kept
         self._shard, self._pieces = shard, pieces
+        self._scale = gradient_scale(self._vectors, shard, count=pieces, dtype=weight.dtype)
         self._fixed = shard.invariant and why_not_fixed_order(hidden, weight) is None
 
     def __call__(self, rows: slice) -> Pieces:
@@ -383,6 +386,7 @@ class LogitsGradient:
             first=rows.start,
             count=self._pieces,
             dtype=self._weight.dtype,
+            scale=self._scale,
         )
 
 

@@ -55,8 +55,30 @@ def gradient_vectors(
     return torch.stack(vectors)
 
 
+def gradient_scale(vectors: Tensor, shard: Shard, *, count: int, dtype: torch.dtype) -> Tensor | None:
+    """The power of two [] float32 that dY is multiplied by before it is split; None where it need not be.
+
+    From a bound on its elements instead of the elements, which do not exist yet.
+    """
+    if dtype != torch.float16 or count == 1:
+        return None
+    bounds = vectors[4].abs().maximum(vectors[3].abs() + vectors[5].abs())
+    if len(vectors) == 8:
+        # p |log p| is at most 1 / e, and the entropy at most log(vocab).
+        bounds = bounds + vectors[6].abs() * (1 + math.log(shard.vocab_size))
+    return split_scale(bounds * vectors[2] * abs(shard.scale), count, dtype)
+
+
 def softmax_gradient(
-    raw: Tensor, vectors: Tensor, labels: Tensor, shard: Shard, *, first: int, count: int, dtype: torch.dtype
+    raw: Tensor,
+    vectors: Tensor,
+    labels: Tensor,
+    shard: Shard,
+    *,
+    first: int,
+    count: int,
+    dtype: torch.dtype,
+    scale: Tensor | None,
 ) -> Pieces:
     """dY of some columns, through the temperature, the soft cap and the scale to the products.
 
@@ -68,12 +90,8 @@ def softmax_gradient(
         first: the first of the columns.
         count: how many pieces.
         dtype: of the pieces; float32 knows one.
+        scale: from `gradient_scale`.
     """
-    bounds = vectors[4].abs().maximum(vectors[3].abs() + vectors[5].abs())
-    if len(vectors) == 8:
-        # p |log p| is at most 1 / e, and the entropy at most log(vocab).
-        bounds = bounds + vectors[6].abs() * (1 + math.log(shard.vocab_size))
-    scale = split_scale(bounds * vectors[2] * abs(shard.scale), count, dtype)
     if raw.is_cuda:
         from megatron_fp32.ops.logprobs.kernels import gradient_triton
 

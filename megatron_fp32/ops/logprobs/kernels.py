@@ -50,7 +50,8 @@ def statistics_triton(
     )  # fmt: skip
 
 
-@triton.jit
+# One order of summation for every number of tokens and blocks: see `_project_kernel`.
+@triton.jit(do_not_specialize=["blocks", "tokens"], do_not_specialize_on_alignment=["statistics", "out"])
 def _combine_kernel(  # type: ignore[no-untyped-def]
     statistics, out, blocks, tokens, SUM: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +109,8 @@ def combine_triton(statistics: Tensor) -> Tensor:
 
 @triton.jit
 def _gradient_kernel(  # type: ignore[no-untyped-def]
-    raw, raw_stride, tokens, columns, valid_columns, vectors, labels, pieces, piece_stride, split_scale, scale, cap,
+    raw, raw_stride, tokens, first, columns, valid_columns, vectors, labels, pieces, piece_stride, split_scale, scale,
+    cap,
     ENTROPY: tl.constexpr, CAPPED: tl.constexpr, COUNT: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -138,8 +140,8 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     if ENTROPY:
         # p log p is 0 where p is; the difference to at_label is what its entropy term adds.
         grad = tl.where(log_p == float("-inf"), constant, grad)
-    grad = tl.where(offsets[None, :] == label, at_label, grad)
-    grad = tl.where((offsets < valid_columns)[None, :], grad * inverse_temperature, 0.0)
+    grad = tl.where((first + offsets)[None, :] == label, at_label, grad)
+    grad = tl.where((first + offsets < valid_columns)[None, :], grad * inverse_temperature, 0.0)
     if CAPPED:
         bend = tanh(x * scale / cap)
         grad = grad * (1.0 - bend * bend)
@@ -163,8 +165,8 @@ def gradient_triton(
     pieces = torch.empty(count, tokens, columns, dtype=dtype, device=raw.device)
     grid = (triton.cdiv(tokens, _GRADIENT_ROWS), triton.cdiv(columns, _GRADIENT_COLUMNS))
     _gradient_kernel[grid](
-        raw, raw.stride(0), tokens, columns, shard.valid_columns - first, vectors, labels - first, pieces,
-        pieces.stride(0), vectors if split_scale is None else split_scale, shard.scale, shard.softcap or 0.0,
+        raw, raw.stride(0), tokens, first, columns, shard.valid_columns, vectors, labels, pieces, pieces.stride(0),
+        vectors if split_scale is None else split_scale, shard.scale, shard.softcap or 0.0,
         ENTROPY=len(vectors) == 8, CAPPED=shard.softcap is not None, COUNT=count, SCALED=split_scale is not None,
         ROWS=_GRADIENT_ROWS, COLUMNS=_GRADIENT_COLUMNS,
     )  # fmt: skip

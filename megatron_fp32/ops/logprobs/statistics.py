@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_fp32.ops.logits.fixed_order import aligned, fixed_order_product, why_not_fixed_order
 from megatron_fp32.ops.logits.products import logits_product
+from megatron_fp32.ops.logits.ranks import gather_first_dim
 
 BLOCK = 128
 """Columns of one block. Only 128 divides every shard of every vocabulary under Megatron's padding."""
@@ -249,8 +250,7 @@ def over_ranks(statistics: Tensor, label_logits: Tensor, shard: Shard) -> tuple[
         return statistics, label_logits
     blocks, fields, tokens = statistics.shape
     mine = torch.cat([statistics.view(blocks * fields, tokens), label_logits[None]])
-    every = mine.new_empty(shard.ranks, *mine.shape)
-    dist.all_gather_into_tensor(every, mine, group=shard.group)
+    every = gather_first_dim(mine, shard.group).view(shard.ranks, *mine.shape)
     # One rank has each label, the others a zero.
     return combine(every[:, :-1].reshape(shard.ranks * blocks, fields, tokens)), every[:, -1].sum(0)
 

@@ -1,0 +1,85 @@
+"""Bits that depend on neither the batch nor the padding nor the sharding, on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_fp32.ops.logits.fixed_order import fixed_order_product
+from megatron_fp32.ops.logits.reference import relative_error
+from megatron_fp32.ops.logprobs import linear_logprobs
+from megatron_fp32.ops.logprobs.statistics import BLOCK, Shard, block_statistics, combine
+
+TOKENS, HIDDEN = 150, 96
+
+
+def operands(rows: int, hidden: int = HIDDEN) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(TOKENS, hidden).bfloat16()
+    w = (torch.randn(rows, hidden) / 4).bfloat16()
+    return x, w, torch.randint(rows, (TOKENS,))
+
+
+def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return fixed_order_product(x, w, torch.full((len(x), len(w)), torch.nan))
+
+
+def test_the_product_is_the_product() -> None:
+    x, w, _ = operands(700)
+    assert relative_error(product(x, w), x.double() @ w.double().t()) < 3e-7
+
+
+def test_the_library_s_own_product_is_not_invariant() -> None:
+    """If this fails, torch has learnt it, and the fixed order costs time for nothing."""
+    x, w, _ = operands(700, hidden=1024)
+    whole = x.float() @ w.float().t()
+    assert any(not torch.equal(x[:n].float() @ w.float().t(), whole[:n]) for n in (1, 2, 3, 7))
+
+
+@given(
+    start=st.integers(0, TOKENS - 1), count=st.integers(1, TOKENS), first=st.integers(0, 5), blocks=st.integers(1, 6)
+)
+@settings(deadline=None, max_examples=30)
+def test_any_part_of_the_product_has_the_bits_of_the_whole(start: int, count: int, first: int, blocks: int) -> None:
+    x, w, _ = operands(700, hidden=256)
+    rows, columns = slice(start, start + count), slice(first * 128, (first + blocks) * 128)
+    assert torch.equal(product(x[rows].clone(), w[columns].clone()), product(x, w)[rows, columns])
+
+
+@given(start=st.integers(0, TOKENS - 1), count=st.integers(1, TOKENS))
+@settings(deadline=None, max_examples=20)
+def test_a_token_is_the_same_in_every_batch(start: int, count: int) -> None:
+    x, w, y = operands(700)
+    rows = slice(start, start + count)
+    whole = linear_logprobs(x, w, y, invariant=True, mean_logit=True)
+    part = linear_logprobs(x[rows].clone(), w, y[rows].clone(), invariant=True, mean_logit=True)
+    for a, b in zip(part, whole, strict=True):
+        assert a is not None
+        assert torch.equal(a, b[rows])
+
+
+@pytest.mark.parametrize("vocab", [1, 127, 128, 1000, 1187 * 8])
+def test_any_sharding_under_megatrons_padding(vocab: int) -> None:
+    """What the ranks would compute, put together as they do."""
+    x, rows, y = operands(vocab, hidden=32)
+    heat, results = torch.ones(64), []
+    for ranks in (1, 2, 4, 8):
+        padded = -(-vocab // (BLOCK * ranks)) * BLOCK * ranks
+        w = torch.cat([rows, torch.full((padded - vocab, 32), 7.0).bfloat16()])
+        columns, parts = padded // ranks, []
+        for rank in range(ranks):
+            part = Shard(
+                group=None, first_column=rank * columns, valid_columns=min(max(vocab - rank * columns, 0), columns),
+                vocab_size=vocab, scale=1.0, softcap=None, ignore_index=-100, invariant=True,
+            )  # fmt: skip
+            shard = w[rank * columns : (rank + 1) * columns]
+            parts.append(
+                block_statistics(x[:64], shard, part.local_labels(y[:64]), heat, part, with_total=True, keep=None)
+            )
+        statistics = combine(torch.cat([statistics for statistics, _ in parts]))
+        results.append((statistics, torch.stack([label for _, label in parts]).sum(0)))
+    for statistics, label in results[1:]:
+        assert torch.equal(statistics, results[0][0])
+        assert torch.equal(label, results[0][1])

@@ -1,0 +1,175 @@
+"""Losses of the head without logits against torch's cross entropy in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_fp32.ops.logits.reference import relative_error
+from megatron_fp32.ops.logprobs import linear_cross_entropy, weighted_cross_entropy
+from tests.ops.logprobs_cases import HIDDEN, ROWS, TOKENS, VOCAB, Case, case, rounded_error, with_main_grad
+
+SMOOTH: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-3}
+BENT: dict[str, Any] = {**SMOOTH, "softcap": 5.0, "scale": 1.3, "temperature": 0.7}
+OPTIONS = pytest.mark.parametrize("options", [{}, SMOOTH, BENT], ids=["plain", "smooth", "bent"])
+FP32 = 1e-6
+
+
+def truth(c: Case, weights: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, dX and dW in float64, of the weighted sum."""
+    x, w = c.hidden.detach().double().requires_grad_(), c.weight.detach().double().requires_grad_()
+    z = (x @ w.t())[:, :VOCAB] * options.get("scale", 1.0)
+    if "softcap" in options:
+        z = options["softcap"] * torch.tanh(z / options["softcap"])
+    z = z / options.get("temperature", 1.0)
+    losses = torch.nn.functional.cross_entropy(
+        z, c.labels, reduction="none", label_smoothing=options.get("label_smoothing", 0.0)
+    )
+    losses = losses + options.get("z_loss", 0.0) * z.logsumexp(1).square() * (c.labels != -100)
+    (losses * weights).sum().backward()
+    assert x.grad is not None
+    assert w.grad is not None
+    return losses.detach(), x.grad, w.grad
+
+
+class TestPerToken:
+    @OPTIONS
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_against_float64(self, dtype: torch.dtype, options: dict[str, Any]) -> None:
+        c, weights = case(dtype), torch.rand(TOKENS)
+        losses = linear_cross_entropy(
+            c.hidden, c.weight, c.labels, vocab_size=VOCAB, grad_precision="bf16x3", **options
+        )
+        losses.backward(weights)
+        exact, dx, dw = truth(c, weights, options)
+        assert relative_error(losses.detach(), exact) < FP32
+        assert losses[3] == 0
+        assert relative_error(c.hidden.grad, dx) < 1.05 * rounded_error(dx, dtype) + 2 * FP32
+        assert relative_error(c.weight.grad, dw) < 1.05 * rounded_error(dw, dtype) + 2 * FP32
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and less than 1"),
+            ({"label_smoothing": -0.1}, "label_smoothing must be at least 0 and less than 1"),
+            ({"z_loss": -1.0}, "z_loss must not be negative"),
+        ],
+    )
+    def test_refusals(self, changes: dict[str, Any], message: str) -> None:
+        c = case()
+        with pytest.raises(ValueError, match=message):
+            linear_cross_entropy(c.hidden, c.weight, c.labels, **changes)
+
+
+class TestWeighted:
+    @OPTIONS
+    @pytest.mark.parametrize("chunk_size", [None, 64])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_against_float64(self, dtype: torch.dtype, chunk_size: int | None, options: dict[str, Any]) -> None:
+        c, weights = case(dtype), torch.rand(TOKENS)
+        weights[9] = 0
+        out = weighted_cross_entropy(
+            c.hidden, c.weight, c.labels, weights, vocab_size=VOCAB, grad_precision="bf16x3", chunk_size=chunk_size,
+            **options,
+        )  # fmt: skip
+        out.total.backward()
+        exact, dx, dw = truth(c, weights, options)
+        assert relative_error(out.losses, exact) < FP32
+        assert relative_error(out.total.detach(), (exact * weights).sum()) < FP32
+        assert not out.losses.requires_grad
+        assert relative_error(c.hidden.grad, dx) < 1.05 * rounded_error(dx, dtype) + 2 * FP32
+        assert relative_error(c.weight.grad, dw) < 1.05 * rounded_error(dw, dtype) + 2 * FP32
+
+    @pytest.mark.parametrize("announced", [1.0, 0.125])
+    def test_the_gradient_of_the_total_scales_everything(self, announced: float) -> None:
+        c, weights = case(torch.float32), torch.rand(TOKENS)
+        out = weighted_cross_entropy(c.hidden, c.weight, c.labels, weights, vocab_size=VOCAB, grad_scale=announced)
+        (out.total * 0.125).backward()
+        _, dx, dw = truth(c, weights * 0.125, {})
+        assert relative_error(c.hidden.grad, dx) < 2 * FP32
+        assert relative_error(c.weight.grad, dw) < 2 * FP32
+
+    def test_main_grad_takes_dw_in_the_forward_pass(self) -> None:
+        c, weights = case(torch.float32), torch.rand(TOKENS)
+        weight = with_main_grad(c.weight)
+        weight.main_grad.fill_(1)
+        out = weighted_cross_entropy(c.hidden, weight, c.labels, weights, vocab_size=VOCAB, grad_scale=0.5)
+        _, dx, dw = truth(c, weights * 0.5, {})
+        assert relative_error(weight.main_grad - 1, dw) < 1e-5
+        assert not weight.grad_added_to_main_grad, "the hook of DDP would find no gradient yet"
+        seen = []
+        weight.register_hook(lambda grad: seen.append((grad.shape, weight.grad_added_to_main_grad)))
+        (out.total * 0.5).backward()
+        assert seen == [(weight.shape, True)]
+        assert relative_error(c.hidden.grad, dx) < 2 * FP32
+
+    def test_main_grad_cannot_be_scaled_afterwards(self) -> None:
+        c = case()
+        out = weighted_cross_entropy(c.hidden, with_main_grad(c.weight), c.labels, torch.ones(TOKENS), vocab_size=VOCAB)
+        with pytest.raises(RuntimeError, match="has added dW to main_grad with grad_scale"):
+            (out.total * 2).backward()
+
+    def test_a_second_backward_pass(self) -> None:
+        c = case()
+        out = weighted_cross_entropy(c.hidden, c.weight, c.labels, torch.ones(TOKENS), vocab_size=VOCAB)
+        first = torch.autograd.grad(out.total, (c.hidden, c.weight), retain_graph=True)
+        second = torch.autograd.grad(out.total, (c.hidden, c.weight))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        out = weighted_cross_entropy(c.hidden, with_main_grad(c.weight), c.labels, torch.ones(TOKENS), vocab_size=VOCAB)
+        out.total.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="a second backward pass would need a second dW"):
+            out.total.backward()
+
+    def test_without_gradients_main_grad_is_left_alone(self) -> None:
+        c = case()
+        with torch.no_grad():
+            out = weighted_cross_entropy(
+                c.hidden, with_main_grad(c.weight), c.labels, torch.ones(TOKENS), vocab_size=VOCAB
+            )
+        assert not c.weight.main_grad.any()
+        exact, _, _ = truth(c, torch.ones(TOKENS), {})
+        assert relative_error(out.total, exact.sum()) < FP32
+
+    def test_activation_recompute_adds_dw_once(self) -> None:
+        c, weights = case(torch.float32), torch.rand(TOKENS)
+        weight = with_main_grad(c.weight)
+        total = torch.utils.checkpoint.checkpoint(
+            lambda h: weighted_cross_entropy(h, weight, c.labels, weights, vocab_size=VOCAB).total,
+            c.hidden,
+            use_reentrant=True,
+        )
+        total.backward()
+        _, dx, dw = truth(c, weights, {})
+        assert relative_error(weight.main_grad, dw) < 2 * FP32
+        assert relative_error(c.hidden.grad, dx) < 2 * FP32
+
+    @pytest.mark.parametrize("frozen", ["hidden", "weight"])
+    def test_frozen(self, frozen: str) -> None:
+        c, weights = case(torch.float32), torch.rand(TOKENS)
+        getattr(c, frozen).requires_grad_(False)
+        weighted_cross_entropy(c.hidden, c.weight, c.labels, weights, vocab_size=VOCAB).total.backward()
+        _, dx, dw = truth(c, weights, {})
+        if frozen == "hidden":
+            assert c.hidden.grad is None
+            assert relative_error(c.weight.grad, dw) < 2 * FP32
+        else:
+            assert c.weight.grad is None
+            assert relative_error(c.hidden.grad, dx) < 2 * FP32
+
+    def test_no_tokens(self) -> None:
+        hidden, weight = torch.zeros(0, HIDDEN).requires_grad_(), torch.randn(ROWS, HIDDEN).requires_grad_()
+        out = weighted_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.long), torch.zeros(0))
+        out.total.backward()
+        assert out.total == 0
+        assert hidden.grad.shape == (0, HIDDEN)
+        assert not weight.grad.any()
+
+    def test_weights_of_another_shape_are_refused(self) -> None:
+        c = case()
+        with pytest.raises(ValueError, match="loss_weights without gradient and of the labels' shape"):
+            weighted_cross_entropy(c.hidden, c.weight, c.labels, torch.ones(3))
+        with pytest.raises(ValueError, match="requires_grad=True"):
+            weighted_cross_entropy(c.hidden, c.weight, c.labels, torch.ones(TOKENS, requires_grad=True))

@@ -1,0 +1,125 @@
+"""The head without logits over two and four ranks, against one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_fp32.ops.logits.reference import relative_error
+from megatron_fp32.ops.logprobs import linear_cross_entropy, linear_logprobs, weighted_cross_entropy
+from megatron_fp32.testing.ranks import RankPool
+from tests.ops.logprobs_cases import case, with_main_grad
+
+Pool = Callable[[int], RankPool]
+TOKENS, HIDDEN, VOCAB = (16, 8), 96, 1000
+LAYOUTS = pytest.mark.parametrize(
+    ("size", "sequence_parallel"), [(2, False), (2, True), (4, True)], ids=["tp2", "tp2+sp", "tp4+sp"]
+)
+
+
+def padded(ranks: int) -> int:
+    """Rows of the weight under Megatron's padding: on four ranks, the last has padding alone in half of its blocks."""
+    return -(-VOCAB // (128 * ranks)) * 128 * ranks
+
+
+def problem(dtype: torch.dtype, ranks: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    hidden = (torch.randn(*TOKENS, HIDDEN) * 3).to(dtype)
+    weight = (torch.randn(VOCAB, HIDDEN) / HIDDEN**0.5).to(dtype)
+    # What lies in the padding must not matter.
+    weight = torch.cat([weight, torch.full((padded(ranks) - VOCAB, HIDDEN), 1e30, dtype=dtype)])
+    labels = torch.randint(VOCAB, TOKENS)
+    labels[0, 0], labels[1, 1], labels[2, 2] = -100, 0, VOCAB - 1
+    return {"hidden": hidden, "weight": weight, "labels": labels, "weights": torch.rand(TOKENS)}
+
+
+def head(
+    ranks: int, sequence_parallel: bool, operator: str, dtype: torch.dtype, options: dict[str, Any]
+) -> dict[str, Any]:
+    """On one rank: outputs, this rank's dX and dW."""
+    p = problem(dtype, ranks)
+    rank = dist.get_rank() if ranks > 1 else 0
+    group = dist.group.WORLD if ranks > 1 else None
+    hidden = (p["hidden"].chunk(ranks)[rank] if sequence_parallel else p["hidden"]).clone().requires_grad_()
+    weight = p["weight"].chunk(ranks)[rank].clone().requires_grad_()
+    shared = {"vocab_size": VOCAB, "tp_group": group, "sequence_parallel": sequence_parallel, **options}
+    with_main_grad(weight)
+    if operator == "weighted":
+        out = weighted_cross_entropy(hidden, weight, p["labels"], p["weights"], **shared)
+        out.total.backward()
+        outputs = list(out)
+    elif operator == "loss":
+        losses = linear_cross_entropy(hidden, weight, p["labels"], label_smoothing=0.1, z_loss=1e-3, **shared)
+        losses.backward(p["weights"])
+        outputs = [losses]
+    else:
+        result = linear_logprobs(hidden, weight, p["labels"], **shared)
+        (result.logprobs * p["weights"] + 0.3 * result.entropy).sum().backward()
+        outputs = [x for x in result if x is not None]
+    return {"outputs": [x.detach() for x in outputs], "dX": hidden.grad, "dW": weight.main_grad}
+
+
+def run(ranks: Pool, size: int, sequence_parallel: bool, *args: Any) -> list[dict[str, Any]]:
+    if size == 1:
+        return [head(1, False, *args)]
+    return ranks(size).run(head, size, sequence_parallel, *args)
+
+
+def whole(answers: list[dict[str, Any]], sequence_parallel: bool) -> tuple[list[Tensor], Tensor, Tensor]:
+    for answer in answers[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(answer["outputs"], answers[0]["outputs"], strict=True))
+        assert sequence_parallel or torch.equal(answer["dX"], answers[0]["dX"])
+    dx = torch.cat([a["dX"] for a in answers]) if sequence_parallel else answers[0]["dX"]
+    return answers[0]["outputs"], dx, torch.cat([a["dW"] for a in answers])[:VOCAB]
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    ("operator", "options"),
+    [
+        ("logprobs", {"backward": "recompute"}),
+        ("logprobs", {"backward": "saved"}),
+        ("loss", {"backward": "recompute"}),
+        ("weighted", {"chunk_size": 64}),
+    ],
+)
+def test_ranks_agree_with_one(
+    ranks: Pool, size: int, sequence_parallel: bool, operator: str, options: dict[str, Any]
+) -> None:
+    options = {"grad_precision": "bf16x3", "softcap": 20.0, "temperature": 0.9, **options}
+    for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 3e-3)):
+        alone = whole(run(ranks, 1, False, operator, dtype, options), False)
+        outputs, dx, dw = whole(run(ranks, size, sequence_parallel, operator, dtype, options), sequence_parallel)
+        for a, b in zip(outputs, alone[0], strict=True):
+            assert relative_error(a, b) < 2e-6
+        # A different order of the sum over ranks moves few values over a rounding boundary.
+        assert relative_error(dx, alone[1]) < bound / 3
+        assert relative_error(dw, alone[2]) < 2e-6
+
+
+@LAYOUTS
+def test_invariant_over_ranks(ranks: Pool, size: int, sequence_parallel: bool) -> None:
+    options = {"invariant": True, "temperature": 0.9}
+    for operator in ("logprobs", "loss"):
+        alone, _, _ = whole(run(ranks, 1, False, operator, torch.bfloat16, options), False)
+        outputs, _, _ = whole(run(ranks, size, sequence_parallel, operator, torch.bfloat16, options), sequence_parallel)
+        assert all(torch.equal(a, b) for a, b in zip(outputs, alone, strict=True))
+
+
+def uneven(invariant: bool) -> str:
+    c = case()
+    try:
+        linear_logprobs(c.hidden.detach(), c.weight.detach(), c.labels, tp_group=dist.group.WORLD, invariant=invariant)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_blocks_that_would_cross_ranks_are_refused(ranks: Pool) -> None:
+    assert all("a multiple of 128 rows of the weight on every rank, got 700" in e for e in ranks(2).run(uneven, True))
+    assert ranks(2).run(uneven, False) == ["no error"] * 2
