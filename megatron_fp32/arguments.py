@@ -26,6 +26,11 @@ def add_fp32_arguments(parser: Parser) -> Parser:
         help="bits of the logits' gradient that the backward products see: 8, 16 or 24",
     )
     group.add_argument(
+        "--fp32-logits-invariant",
+        action="store_true",
+        help="logits whose bits do not depend on the batch, its padding or the tensor-parallel size",
+    )
+    group.add_argument(
         "--fp32-gated-delta-net",
         nargs="*",
         metavar="PARAMETER",
@@ -46,5 +51,6 @@ def fp32_config_from_args(args: argparse.Namespace) -> Fp32Config:
     return Fp32Config(
         logits=args.fp32_logits,
         grad_precision=args.fp32_logits_grad_precision,
+        invariant=args.fp32_logits_invariant,
         gated_delta_net=tuple(args.fp32_gated_delta_net),
     )

@@ -35,6 +35,13 @@ class Fp32Config:
     and three 16-bit tensors, which keep 16 and 24 bits, at two and three times the cost of the backward products.
     """
 
+    invariant: bool = False
+    """Compute every logit in an order of summation that no batch, padding or tensor-parallel size changes.
+
+    Given bit-equal hidden states, a token's logits are then bit-equal. Needs a weight and hidden states of 16 bits, and
+    on CUDA a device of compute capability 9.0 or newer. Gradients are not included.
+    """
+
     gated_delta_net: tuple[str, ...] = DEFAULT_KEPT_PARAMETERS
     """Parameters of every gated-delta-net layer that stay fp32, named relative to the layer. Empty keeps none."""
 

@@ -22,6 +22,7 @@ class TestArguments:
     def test_every_flag(self) -> None:
         assert self.parse("--no-fp32-logits") == Fp32Config(logits=False)
         assert self.parse("--fp32-logits-grad-precision", "bf16x2") == Fp32Config(grad_precision="bf16x2")
+        assert self.parse("--fp32-logits-invariant") == Fp32Config(invariant=True)
         assert self.parse("--fp32-gated-delta-net") == Fp32Config(gated_delta_net=())
         assert self.parse("--fp32-gated-delta-net", "A_log") == Fp32Config(gated_delta_net=("A_log",))
 

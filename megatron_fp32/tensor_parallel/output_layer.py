@@ -99,6 +99,7 @@ class Fp32OutputLayer(ColumnParallelLinear):
             reduce_hidden_grad=allreduce_dgrad,
             grad_precision=self.fp32_config.grad_precision,
             deferred=deferred,
+            invariant=self.fp32_config.invariant,
         )
         count_fp32_call(self)
         return logits
@@ -215,10 +216,10 @@ def _check_convertible(layer: ColumnParallelLinear, fp32: Fp32Config) -> None:
         raise ValueError("an expert layer is no output layer")
     if getattr(layer, "gtp_remat_size", 1) != 1:
         raise ValueError(f"fp32 logits do not support a GTP-sharded weight (gtp_remat_size={layer.gtp_remat_size})")
-    if getattr(config, "batch_invariant_mode", False):
+    if getattr(config, "batch_invariant_mode", False) and not fp32.invariant:
         raise ValueError(
-            "fp32 logits do not support batch_invariant_mode: cuBLAS may choose another order of summation for another "
-            "number of tokens"
+            "batch_invariant_mode needs Fp32Config(invariant=True): without it, cuBLAS may choose another order of "
+            "summation for another number of tokens"
         )
     if getattr(config, "cross_entropy_loss_fusion", False):
         fusion = config.cross_entropy_fusion_impl

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_fp32.ops.logits import fp32_logits
 from megatron_fp32.ops.logits.fixed_order import fixed_order_product
-from megatron_fp32.ops.logits.reference import relative_error
+from megatron_fp32.ops.logits.reference import gradients_reference, relative_error
 from megatron_fp32.ops.logprobs import linear_logprobs
 from megatron_fp32.ops.logprobs.statistics import BLOCK, Shard, block_statistics, combine
 
@@ -36,6 +37,23 @@ def test_the_library_s_own_product_is_not_invariant() -> None:
     x, w, _ = operands(700, hidden=1024)
     whole = x.float() @ w.float().t()
     assert any(not torch.equal(x[:n].float() @ w.float().t(), whole[:n]) for n in (1, 2, 3, 7))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_logits_of_the_output_layer(with_bias: bool) -> None:
+    x, w, _ = operands(700, hidden=1024)
+    x, w, cotangent = x.view(50, 3, -1).requires_grad_(), w.requires_grad_(), torch.randn(50, 3, 700)
+    bias = torch.randn(700).bfloat16() if with_bias else None
+    whole = fp32_logits(x, w, bias, invariant=True)
+    assert torch.equal(whole, torch.compile(fp32_logits, backend="eager")(x, w, bias, invariant=True))
+    for count in (1, 2, 7):
+        assert torch.equal(fp32_logits(x[:count], w, bias, invariant=True), whole[:count])
+    whole.backward(cotangent)
+    truth = gradients_reference(x.detach(), w.detach(), cotangent, bias)
+    assert relative_error(whole.detach(), truth.logits) < 1e-6
+    assert relative_error(x.grad, truth.hidden_grad) < 4e-3
+    with pytest.raises(ValueError, match="invariant=True cannot be kept here"):
+        fp32_logits(x.float(), w, invariant=True)
 
 
 @given(

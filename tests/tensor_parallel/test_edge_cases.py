@@ -292,8 +292,13 @@ class TestRefusals:
     def test_20_batch_invariant_mode(self) -> None:
         layer = stock_layer()
         layer.config.batch_invariant_mode = True
-        with pytest.raises(ValueError, match="do not support batch_invariant_mode"):
+        with pytest.raises(ValueError, match=r"batch_invariant_mode needs Fp32Config\(invariant=True\)"):
             to_fp32_output_layer(layer)
+        fp32 = to_fp32_output_layer(layer, Fp32Config(invariant=True))
+        hidden = torch.randn(70, 1, HIDDEN).bfloat16()
+        whole, _ = fp32(hidden)
+        for count in (1, 2, 7):
+            assert torch.equal(fp32(hidden[:count])[0], whole[:count])
 
     def test_28_a_fused_linear_cross_entropy_would_bypass_the_layer(self) -> None:
         layer = stock_layer()

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron_fp32.config import GradPrecision, check_grad_precision
 from megatron_fp32.ops.logits import custom_op
+from megatron_fp32.ops.logits.fixed_order import check_fixed_order
 from megatron_fp32.ops.logits.gemm import check_operands
 from megatron_fp32.ops.logits.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
 from megatron_fp32.ops.logits.products import accumulate_gradients, bias_grad, logits_product, pieces_of
@@ -55,6 +56,7 @@ class _Options:
     reduce_hidden_grad: bool
     pieces: int
     deferred: DeferredWeightGrad | None
+    invariant: bool
 
 
 def fp32_logits(
@@ -67,6 +69,7 @@ def fp32_logits(
     reduce_hidden_grad: bool = True,
     grad_precision: GradPrecision = "bf16",
     deferred: DeferredWeightGrad | None = None,
+    invariant: bool = False,
 ) -> Tensor:
     """Vocab-parallel logits in fp32: `hidden @ weight.T + bias` with the accumulator kept.
 
@@ -87,26 +90,31 @@ def fp32_logits(
         grad_precision: see `Fp32Config.grad_precision`. With a float32 `hidden` it says how many bits of `hidden` dW
             sees, too. A float32 weight knows no rounding, whatever it says.
         deferred: do not compute dW, but keep dY for it; `grad_precision="bf16"` only.
+        invariant: a token's logits do not change by a bit with the batch, its place in it, or the number of ranks,
+            given hidden states that do not. Does not include gradients.
 
     Returns:
         [..., vocab / tp] float32, never a view: callers may divide it in place.
 
     Raises:
         TypeError: for operand dtypes other than these, and for DTensors.
-        ValueError: for shapes that do not match, an unknown `grad_precision`, fp32 operands under TF32, or `deferred`
-            with a split gradient or without `main_grad`.
+        ValueError: for shapes that do not match, an unknown `grad_precision`, fp32 operands under TF32, `deferred`
+            with a split gradient or without `main_grad`, or `invariant` where it cannot be kept.
     """
     _check(hidden, weight, bias, grad_precision, deferred)
+    if invariant:
+        check_fixed_order(hidden, weight)
     parallel = tp_group is not None and dist.get_world_size(tp_group) > 1
     traced = torch.compiler.is_compiling() or isinstance(weight, FakeTensor)
     if traced and not parallel and not follows_main_grad(weight) and deferred is None:
-        return custom_op.logits(hidden, weight, bias, PIECES[grad_precision])
+        return custom_op.logits(hidden, weight, bias, PIECES[grad_precision], invariant)
     options = _Options(
         tp_group=tp_group if parallel else None,
         sequence_parallel=sequence_parallel and parallel,
         reduce_hidden_grad=reduce_hidden_grad and parallel and not sequence_parallel,
         pieces=PIECES[grad_precision],
         deferred=deferred,
+        invariant=invariant,
     )
     return _eager(hidden, weight, bias, options)
 
@@ -156,7 +164,7 @@ class _Fp32Logits(torch.autograd.Function):
         ctx.save_for_backward(hidden if for_weight_grad else None, weight)
         if options.sequence_parallel:
             hidden = gather_first_dim(hidden, options.tp_group)
-        return logits_product(hidden, weight, bias)
+        return logits_product(hidden, weight, bias, fixed_order=options.invariant)
 
     @staticmethod
     @once_differentiable

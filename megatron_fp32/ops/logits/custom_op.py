@@ -15,13 +15,13 @@ from megatron_fp32.ops.logits.products import WeightGrad, accumulate_gradients, 
 
 
 @torch.library.custom_op("megatron_fp32::logits", mutates_args=())
-def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, pieces: int) -> Tensor:
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, pieces: int, invariant: bool = False) -> Tensor:
     """`fp32_logits` on one rank, with gradients that are returned; `pieces` of 16 bits stand for dY."""
-    return logits_product(hidden, weight, bias)
+    return logits_product(hidden, weight, bias, fixed_order=invariant)
 
 
 @logits.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, pieces: int) -> Tensor:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, pieces: int, invariant: bool = False) -> Tensor:
     return hidden.new_empty(*hidden.shape[:-1], weight.shape[0], dtype=torch.float32)
 
 
@@ -64,7 +64,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden, weight, bias, ctx.pieces = inputs
+    hidden, weight, bias, ctx.pieces, _ = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(hidden, weight)
 
@@ -73,7 +73,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     grads = iter(_logits_backward(grad, hidden, weight, ctx.bias_dtype, ctx.pieces, needs))
-    return (*(next(grads) if needed else None for needed in needs), None)
+    return (*(next(grads) if needed else None for needed in needs), None, None)
 
 
 logits.register_autograd(_backward, setup_context=_setup)

@@ -28,6 +28,13 @@ def why_not_fixed_order(hidden: Tensor, weight: Tensor) -> str | None:
     return None
 
 
+def check_fixed_order(hidden: Tensor, weight: Tensor) -> None:
+    """Raise ValueError where the product of these two cannot be taken in a fixed order."""
+    reason = why_not_fixed_order(hidden, weight)
+    if reason is not None:
+        raise ValueError(f"invariant=True cannot be kept here: {reason}")
+
+
 def aligned(hidden: Tensor) -> Tensor:
     """`hidden` [tokens, hidden], contiguous and aligned as the kernel needs it."""
     hidden = hidden.contiguous()

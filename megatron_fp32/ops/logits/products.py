@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from megatron_fp32.ops.logits.fixed_order import fixed_order_product
 from megatron_fp32.ops.logits.gemm import addmm_fp32_, mm_fp32
 from megatron_fp32.ops.logits.split import Pieces, split, split_scale
 
@@ -57,15 +58,19 @@ class WeightGrad:
             target.copy_(part)
 
 
-def logits_product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def logits_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, fixed_order: bool = False) -> Tensor:
     """Logits [..., vocab] float32 of `hidden` [..., hidden].
 
-    A float32 `hidden` beside a weight of 16 bits is multiplied in three pieces, which together hold all of it.
+    A float32 `hidden` beside a weight of 16 bits is multiplied in three pieces, which together hold all of it. With
+    `fixed_order`, which both must have 16 bits for, no logit's bits depend on the shape of the others.
     """
     # Allocated in its final shape: a reshape of the product would leave an autograd Function as a view made inside of
     # it, and autograd refuses the in-place division by a temperature on those.
     logits = torch.empty(*hidden.shape[:-1], weight.shape[0], dtype=torch.float32, device=hidden.device)
     out, x = logits.view(-1, weight.shape[0]), hidden.reshape(-1, hidden.shape[-1])
+    if fixed_order:
+        fixed_order_product(x, weight, out)
+        return logits if bias is None else logits.add_(bias)
     pieces = split(x, 3, weight.dtype, scale=split_scale(x, 3, weight.dtype))
     sum_of_products_(out, ((part, weight.t()) for part in reversed(pieces.parts)), accumulate=False)
     if pieces.inverse_scale is not None:

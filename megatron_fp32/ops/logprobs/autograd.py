@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_fp32.config import GradPrecision, check_grad_precision
 from megatron_fp32.ops.logits.autograd import PIECES
-from megatron_fp32.ops.logits.fixed_order import why_not_fixed_order
+from megatron_fp32.ops.logits.fixed_order import check_fixed_order, why_not_fixed_order
 from megatron_fp32.ops.logits.gemm import check_operands
 from megatron_fp32.ops.logits.main_grad import weight_grad_for_autograd, weight_grad_target
 from megatron_fp32.ops.logits.products import WeightGrad, accumulate_gradients
@@ -207,9 +207,7 @@ def head_options(
 
 
 def _check_invariant(hidden: Tensor, weight: Tensor, ranks: int) -> None:
-    reason = why_not_fixed_order(hidden, weight)
-    if reason is not None:
-        raise ValueError(f"invariant=True cannot be kept here: {reason}")
+    check_fixed_order(hidden, weight)
     if ranks > 1 and weight.shape[0] % 128 != 0:
         raise ValueError(
             "invariant=True sums over blocks of 128 tokens of the vocabulary, which must not cross ranks: expected a "
