@@ -51,9 +51,9 @@ def test_outputs_and_gradients(dtype: torch.dtype, options: Any, backward: Any) 
             c.hidden, c.weight, c.labels, mean_logit=True, grad_precision="bf16x3", backward=backward,
             chunk_size=chunk_size, **options,
         )  # fmt: skip
-        torch.autograd.backward(out, upstream)
+        torch.autograd.backward(out[:4], upstream)
         truth, dx, dw = c.truth(upstream, **options)
-        for name, value, exact in zip(out._fields, out, truth[1:], strict=True):
+        for name, value, exact in zip(out._fields[:4], out[:4], truth[1:], strict=True):
             assert relative_error(value.detach(), exact) < FP32, name
         assert relative_error(c.hidden.grad, dx) < 1.05 * rounded_error(dx, dtype) + 2 * FP32
         assert relative_error(c.weight.grad, dw) < 1.05 * rounded_error(dw, dtype) + 2 * FP32

@@ -71,8 +71,8 @@ def test_any_part_of_the_product_has_the_bits_of_the_whole(start: int, count: in
 def test_a_token_is_the_same_in_every_batch(start: int, count: int) -> None:
     x, w, y = operands(700)
     rows = slice(start, start + count)
-    whole = linear_logprobs(x, w, y, invariant=True, mean_logit=True)
-    part = linear_logprobs(x[rows].clone(), w, y[rows].clone(), invariant=True, mean_logit=True)
+    whole = linear_logprobs(x, w, y, invariant=True, mean_logit=True, top_k=5)
+    part = linear_logprobs(x[rows].clone(), w, y[rows].clone(), invariant=True, mean_logit=True, top_k=5)
     for a, b in zip(part, whole, strict=True):
         assert a is not None
         assert torch.equal(a, b[rows])

@@ -32,7 +32,7 @@ class TestAgainstFloat64:
         c = case(dtype)
         out = linear_logprobs(c.hidden, c.weight, c.labels, mean_logit=True, **options)
         truth, _, _ = c.truth(**options)
-        for name, value, exact in zip(out._fields, out, truth[1:], strict=True):
+        for name, value, exact in zip(out._fields[:4], out[:4], truth[1:], strict=True):
             assert value is not None
             assert value.dtype == torch.float32, name
             assert relative_error(value.detach(), exact) < FP32, name
@@ -47,7 +47,7 @@ class TestAgainstFloat64:
             c.hidden, c.weight, c.labels, mean_logit=True, grad_precision="bf16x3", backward=backward,
             chunk_size=chunk_size, **options,
         )  # fmt: skip
-        torch.autograd.backward(out, upstream)
+        torch.autograd.backward(out[:4], upstream)
         _, dx, dw = c.truth(upstream, **options)
         assert relative_error(c.hidden.grad, dx) < 1.05 * rounded_error(dx, dtype) + 2 * FP32
         assert relative_error(c.weight.grad, dw) < 1.05 * rounded_error(dw, dtype) + 2 * FP32
@@ -102,6 +102,35 @@ class TestAgainstFloat64:
         assert (out.logprobs.detach() - truth.logprobs).abs().max() < 1e-6 * (1 + size)
         assert (c.hidden.grad - dx).abs().max() < 1e-5 * (1 + size) * upstream[0].abs().max()
         assert (c.weight.grad - dw).abs().max() < 1e-4 * (1 + size)
+
+
+class TestTopK:
+    @pytest.mark.parametrize("chunk_size", [None, 64])
+    @pytest.mark.parametrize("backward", ["recompute", "saved"])
+    @pytest.mark.parametrize("k", [1, 5, 200, VOCAB])
+    def test_the_most_probable_tokens(self, k: int, backward: Any, chunk_size: int | None) -> None:
+        c = case()
+        out = linear_logprobs(c.hidden, c.weight, c.labels, top_k=k, backward=backward, chunk_size=chunk_size, **BENT)
+        truth, dx, _ = c.truth([torch.ones(TOKENS)], **BENT)
+        exact = truth.logits.log_softmax(1)
+        values, _ = exact.topk(k, 1)
+        assert out.top_logprobs is not None
+        assert out.top_tokens is not None
+        assert relative_error(out.top_logprobs, values) < FP32
+        assert relative_error(out.top_logprobs, exact.gather(1, out.top_tokens)) < FP32
+        assert all(len(set(row)) == k for row in out.top_tokens.tolist())
+        assert not out.top_logprobs.requires_grad
+        out.logprobs.sum().backward()
+        assert relative_error(c.hidden.grad, dx) < 6e-3
+
+    def test_of_equals_the_smaller_index(self) -> None:
+        out = linear_logprobs(torch.zeros(2, 8), torch.randn(500, 8), torch.zeros(2, dtype=torch.long), top_k=3)
+        assert out.top_tokens.tolist() == [[0, 1, 2]] * 2
+
+    def test_more_than_there_are(self) -> None:
+        c = case()
+        with pytest.raises(ValueError, match="top_k must be 0 to 650"):
+            linear_logprobs(c.hidden, c.weight, c.labels, top_k=651, **PLAIN)
 
 
 class TestAdversarial:

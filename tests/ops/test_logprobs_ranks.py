@@ -58,7 +58,7 @@ def head(
         losses.backward(p["weights"])
         outputs = [losses]
     else:
-        result = linear_logprobs(hidden, weight, p["labels"], **shared)
+        result = linear_logprobs(hidden, weight, p["labels"], top_k=7, **shared)
         (result.logprobs * p["weights"] + 0.3 * result.entropy).sum().backward()
         outputs = [x for x in result if x is not None]
     return {"outputs": [x.detach() for x in outputs], "dX": hidden.grad, "dW": weight.main_grad}

@@ -1,6 +1,7 @@
 """Log-probs, entropy and loss of the output layer, from hidden states and weight, without the logits."""
 
 from megatron_fp32.ops.logprobs.autograd import Logprobs, linear_logprobs
-from megatron_fp32.ops.logprobs.loss import WeightedLoss, linear_cross_entropy, weighted_cross_entropy
+from megatron_fp32.ops.logprobs.loss import linear_cross_entropy
+from megatron_fp32.ops.logprobs.weighted import WeightedLoss, weighted_cross_entropy
 
 __all__ = ["Logprobs", "WeightedLoss", "linear_cross_entropy", "linear_logprobs", "weighted_cross_entropy"]

@@ -72,19 +72,19 @@ class KeptLogits:
     values: Tensor
     """[tokens, columns], rows aligned to 16 bytes: products in float32; or, in float16, exp(z - top of the block)."""
     tops: Tensor | None
-    """[blocks, tokens] float32 for the latter. In [0, 1], float16 has 11 bits, 8 times finer than the bfloat16 that dY
-    will be rounded to, and half of float32's bytes."""
+    """[blocks, tokens] float32, the maxima; the latter need them. In [0, 1], float16 has 11 bits, 8 times finer than
+    the bfloat16 that dY will be rounded to, in half of float32's bytes."""
 
     @staticmethod
-    def allocate(tokens: int, weight: Tensor, *, exponentials: bool) -> KeptLogits:
-        """Room for the logits of `tokens` tokens."""
+    def allocate(tokens: int, weight: Tensor, *, exponentials: bool = False, with_tops: bool = False) -> KeptLogits:
+        """Room for the logits of `tokens` tokens; `exponentials` come with their tops."""
         columns, device = weight.shape[0], weight.device
         width = -(-columns // 8) * 8
         dtype = torch.float16 if exponentials else torch.float32
         blocks = -(-columns // BLOCK)
         return KeptLogits(
             values=torch.empty(tokens, width, dtype=dtype, device=device)[:, :columns],
-            tops=torch.empty(blocks, tokens, dtype=torch.float32, device=device) if exponentials else None,
+            tops=torch.empty(blocks, tokens, dtype=torch.float32, device=device) if exponentials or with_tops else None,
         )
 
     def rows(self, tokens: slice) -> KeptLogits:
@@ -167,12 +167,11 @@ def block_statistics(
                 scale=shard.scale,
                 softcap=shard.softcap,
             )
-        if keep is not None and keep.tops is not None:
-            keep.tops.copy_(statistics[:, 0])
+        _keep_tops(keep, statistics)
         return statistics, label_logits
     raw = product(hidden, weight, fixed_order=fixed)
     if keep is not None:
-        assert keep.tops is None
+        assert keep.values.dtype == torch.float32
         keep.values.copy_(raw)
     if raw.is_cuda:
         from megatron_fp32.ops.logprobs.kernels import statistics_triton
@@ -181,7 +180,13 @@ def block_statistics(
             statistics_triton(raw, labels, inverse_temperature, shard, statistics, label_logits)
     else:
         statistics_torch(raw, labels, inverse_temperature, shard, statistics, label_logits)
+    _keep_tops(keep, statistics)
     return statistics, label_logits
+
+
+def _keep_tops(keep: KeptLogits | None, statistics: Tensor) -> None:
+    if keep is not None and keep.tops is not None:
+        keep.tops.copy_(statistics[:, 0])
 
 
 def statistics_torch(

@@ -53,17 +53,24 @@ def token_statistics(
             heat = torch.cat([heat, heat.new_ones(ROWS - count)])
         kept = None if keep is None else keep.rows(rows)
         if kept is not None and count < len(x):
-            kept = KeptLogits.allocate(len(x), weight, exponentials=False)
+            kept = KeptLogits.allocate(len(x), weight, with_tops=kept.tops is not None)
         statistics, label_logits = block_statistics(
             x, weight, shard.local_labels(y), heat, shard, with_total=with_total, keep=kept
         )
         if keep is not None and kept is not None and count < len(x):
             keep.values[rows] = kept.values[:count]
+            if keep.tops is not None and kept.tops is not None:
+                keep.tops[:, rows] = kept.tops[:, :count]
         done = finish(*over_ranks(statistics, label_logits, shard), y, shard)
-        parts.append([None if field is None else field[:count] for field in done])
+        parts.append(TokenStatistics(*(None if field is None else field[:count] for field in done)))  # type: ignore[arg-type]
     if not parts:
         empty = inverse_temperature.new_empty(0)
         return TokenStatistics(empty, empty, empty, empty, empty, empty if with_total else None)
+    return join(parts)
+
+
+def join(parts: list[TokenStatistics]) -> TokenStatistics:
+    """Those of all tokens."""
     columns = [None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)]
     return TokenStatistics(*columns)  # type: ignore[arg-type]
 

@@ -1,0 +1,79 @@
+"""dY of a block of tokens on its way into the products, and dW over several blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from megatron_fp32.ops.logits.fixed_order import why_not_fixed_order
+from megatron_fp32.ops.logits.products import WeightGrad
+from megatron_fp32.ops.logits.split import Pieces
+from megatron_fp32.ops.logprobs.gradient import gradient_scale, softmax_gradient
+from megatron_fp32.ops.logprobs.statistics import KeptLogits, Shard, product
+
+
+class LogitsGradient:
+    """dY of a block of tokens, columns at a time, as `accumulate_gradients` asks for it."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        *,
+        labels: Tensor,
+        vectors: Tensor,
+        kept: KeptLogits | None,
+        shard: Shard,
+        pieces: int,
+    ) -> None:
+        self._hidden, self._weight, self._labels = hidden, weight, labels
+        self._vectors, self._kept = vectors.contiguous(), kept
+        self._shard, self._pieces = shard, pieces
+        self._scale = gradient_scale(self._vectors, shard, count=pieces, dtype=weight.dtype)
+        self._fixed = shard.invariant and why_not_fixed_order(hidden, weight) is None
+
+    def __call__(self, rows: slice) -> Pieces:
+        """[tokens, columns] in pieces."""
+        if self._kept is None:
+            raw = product(self._hidden, self._weight[rows], fixed_order=self._fixed)
+        else:
+            assert self._kept.tops is None
+            raw = self._kept.values[:, rows]
+        return softmax_gradient(
+            raw,
+            self._vectors,
+            self._labels,
+            self._shard,
+            first=rows.start,
+            count=self._pieces,
+            dtype=self._weight.dtype,
+            scale=self._scale,
+        )
+
+
+class FloatWeightGrad:
+    """dW over several blocks of tokens: in fp32 until the last one, whatever dtype its target has."""
+
+    def __init__(self, target: WeightGrad | None, *, blocks: int) -> None:
+        self._target, self._sum = target, target
+        if target is not None and blocks > 1 and target.target.dtype != torch.float32:
+            self._sum = WeightGrad(target=torch.empty_like(target.target, dtype=torch.float32), accumulate=False)
+
+    def part(self, *, first: bool) -> WeightGrad | None:
+        """Where the next block's dW goes."""
+        if self._sum is None or first:
+            return self._sum
+        return dataclasses.replace(self._sum, accumulate=True)
+
+    def finish(self) -> None:
+        """Round once, where the target wants it."""
+        if self._sum is self._target:
+            return
+        assert self._sum is not None
+        assert self._target is not None
+        if self._target.accumulate:
+            self._target.target.add_(self._sum.target)
+        else:
+            self._target.target.copy_(self._sum.target)

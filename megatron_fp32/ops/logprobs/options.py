@@ -1,0 +1,131 @@
+"""The arguments that the operators of this folder share, checked and put in order."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_fp32.config import GradPrecision, check_grad_precision
+from megatron_fp32.ops.logits.autograd import PIECES
+from megatron_fp32.ops.logits.fixed_order import check_fixed_order
+from megatron_fp32.ops.logits.gemm import check_operands
+from megatron_fp32.ops.logits.ranks import gather_first_dim
+from megatron_fp32.ops.logprobs.statistics import BLOCK, Shard
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """Arguments of the operators of this folder, checked and put in order by `head_options`."""
+
+    shard: Shard
+    sequence_parallel: bool
+    reduce_hidden_grad: bool
+    pieces: int
+    keep_logits: bool
+    chunk_size: int | None
+    with_total: bool
+    top_k: int
+
+
+def head_options(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None,
+    sequence_parallel: bool,
+    reduce_hidden_grad: bool,
+    vocab_size: int | None,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    grad_precision: GradPrecision,
+    invariant: bool,
+    chunk_size: int | None,
+) -> HeadOptions:
+    """Check the arguments that the operators of this folder share. Raises what they say."""
+    check_grad_precision(grad_precision)
+    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            "expected hidden [..., hidden] of 2 or more dimensions and weight [vocab, hidden], "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    check_operands(hidden, weight, names=("hidden", "weight"))
+    group = tp_group if tp_group is not None and dist.get_world_size(tp_group) > 1 else None
+    ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    first = hidden.shape[0] * (ranks if sequence_parallel else 1)
+    if tuple(labels.shape) != (first, *hidden.shape[1:-1]):
+        raise ValueError(f"expected labels {(first, *hidden.shape[1:-1])}, got {tuple(labels.shape)}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
+    columns = weight.shape[0]
+    if vocab_size is not None and not 0 < vocab_size <= columns * ranks:
+        raise ValueError(f"vocab_size must be 1 to {columns * ranks}, the rows of the weight, got {vocab_size}")
+    if 0 <= ignore_index < (vocab_size or columns * ranks):
+        raise ValueError(f"ignore_index must not be a token of the vocabulary, got {ignore_index}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be positive or None, got {chunk_size}")
+    if invariant:
+        _check_invariant(hidden, weight, ranks)
+    first_column = rank * columns
+    total = columns * ranks if vocab_size is None else vocab_size
+    shard = Shard(
+        group=group,
+        first_column=first_column,
+        valid_columns=min(max(total - first_column, 0), columns),
+        vocab_size=total,
+        scale=scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        invariant=invariant,
+    )
+    return HeadOptions(
+        shard=shard,
+        sequence_parallel=sequence_parallel and group is not None,
+        reduce_hidden_grad=reduce_hidden_grad and group is not None and not sequence_parallel,
+        pieces=PIECES[grad_precision],
+        keep_logits=False,
+        chunk_size=chunk_size,
+        with_total=False,
+        top_k=0,
+    )
+
+
+def _check_invariant(hidden: Tensor, weight: Tensor, ranks: int) -> None:
+    check_fixed_order(hidden, weight)
+    if ranks > 1 and weight.shape[0] % BLOCK != 0:
+        raise ValueError(
+            "invariant=True sums over blocks of 128 tokens of the vocabulary, which must not cross ranks: expected a "
+            f"multiple of 128 rows of the weight on every rank, got {weight.shape[0]}"
+        )
+
+
+def inverse_temperature(temperature: float | Tensor, labels: Tensor) -> Tensor:
+    """[tokens] float32, 1 / temperature.
+
+    Raises:
+        ValueError: for a number that is not positive, or a tensor in another shape than the labels' or that requires a
+            gradient.
+    """
+    if isinstance(temperature, Tensor):
+        if temperature.shape != labels.shape or temperature.requires_grad:
+            raise ValueError(
+                f"expected a temperature without gradient and of the labels' shape {tuple(labels.shape)}, got "
+                f"{tuple(temperature.shape)}, requires_grad={temperature.requires_grad}"
+            )
+        return temperature.to(labels.device, torch.float32).reciprocal().reshape(-1).contiguous()
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    return torch.full((labels.numel(),), 1 / temperature, dtype=torch.float32, device=labels.device)
+
+
+def whole_hidden(hidden: Tensor, options: HeadOptions) -> Tensor:
+    """[tokens, hidden] of all ranks."""
+    if options.sequence_parallel:
+        hidden = gather_first_dim(hidden, options.shard.group)
+    return hidden.reshape(-1, hidden.shape[-1])

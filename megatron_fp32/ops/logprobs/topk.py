@@ -1,0 +1,49 @@
+"""The most probable tokens, from logits that are there for a moment.
+
+A token among the k largest lies in one of the k blocks with the largest maxima, which the statistics know already: only
+those blocks are looked at. Equal logits go by their index, on every number of ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_fp32.ops.logits.ranks import gather_first_dim
+from megatron_fp32.ops.logprobs.statistics import BLOCK, KeptLogits, Shard, TokenStatistics
+
+
+def top_k_of(
+    kept: KeptLogits, inverse_temperature: Tensor, statistics: TokenStatistics, shard: Shard, k: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [tokens, k] float32, largest first, and indices [tokens, k] int64 into the whole vocabulary.
+
+    Args:
+        kept: the products of the tokens, with `tops`.
+        inverse_temperature: [tokens] float32.
+        statistics: of the tokens.
+        shard: this rank's part.
+        k: 1 to the size of the vocabulary.
+    """
+    assert kept.tops is not None
+    tokens, columns = kept.values.shape
+    order = kept.tops.t().sort(dim=1, descending=True, stable=True).indices
+    # Ascending, so that a stable sort of the candidates keeps the smaller index first.
+    blocks = order[:, : min(k, order.shape[1])].sort(1).values
+    candidates = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=blocks.device)).flatten(1)
+    raw = kept.values.gather(1, candidates.clamp(max=columns - 1))
+    z = shard.logits(raw, inverse_temperature).masked_fill(candidates >= shard.valid_columns, -torch.inf)
+    values, places = z.sort(dim=1, descending=True, stable=True)
+    values, indices = values[:, :k], candidates.gather(1, places[:, :k]) + shard.first_column
+    if values.shape[1] < k:
+        missing = (tokens, k - values.shape[1])
+        values = torch.cat([values, values.new_full(missing, -torch.inf)], 1)
+        indices = torch.cat([indices, indices.new_full(missing, -1)], 1)
+    if shard.group is not None:
+        values, indices = (
+            gather_first_dim(x, shard.group).view(shard.ranks, tokens, k).transpose(0, 1).flatten(1)
+            for x in (values, indices)
+        )
+        values, places = values.sort(dim=1, descending=True, stable=True)
+        values, indices = values[:, :k], indices.gather(1, places[:, :k])
+    return (values - statistics.top[:, None]) - statistics.log_sum[:, None], indices

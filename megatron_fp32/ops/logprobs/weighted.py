@@ -1,0 +1,296 @@
+"""The sum of weighted losses, with its gradients computed in the forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_fp32.config import GradPrecision
+from megatron_fp32.ops.logits.fixed_order import why_not_fixed_order
+from megatron_fp32.ops.logits.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
+from megatron_fp32.ops.logits.products import WeightGrad, accumulate_gradients
+from megatron_fp32.ops.logits.ranks import HiddenGrad
+from megatron_fp32.ops.logits.split import Pieces
+from megatron_fp32.ops.logprobs import workspace
+from megatron_fp32.ops.logprobs.accumulate import FloatWeightGrad, LogitsGradient
+from megatron_fp32.ops.logprobs.gradient import exponentials_gradient, gradient_vectors
+from megatron_fp32.ops.logprobs.loss import TokenLoss
+from megatron_fp32.ops.logprobs.options import HeadOptions, head_options, inverse_temperature, whole_hidden
+from megatron_fp32.ops.logprobs.statistics import KeptLogits, TokenStatistics
+from megatron_fp32.ops.logprobs.tokens import token_statistics
+
+
+class WeightedLoss(NamedTuple):
+    """What `weighted_cross_entropy` returns."""
+
+    total: Tensor
+    """[] float32: the sum of loss * weight, to call backward on."""
+    losses: Tensor
+    """Loss of every token, in the shape of the labels, without a gradient."""
+
+
+def weighted_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weights: Tensor,
+    *,
+    grad_scale: float | Tensor = 1.0,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    reduce_hidden_grad: bool = True,
+    vocab_size: int | None = None,
+    temperature: float | Tensor = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    grad_precision: GradPrecision = "bf16",
+    invariant: bool = False,
+    chunk_size: int | None = None,
+) -> WeightedLoss:
+    """Sum of the weighted losses, its gradients computed in the forward pass: three products, one chunk of memory.
+
+    A softmax needs all of its logits before the first gradient. Who knows the weights of the losses beforehand (a loss
+    mask over a number of tokens, say) can have the gradients while a chunk of logits is still there. dW goes into
+    `weight.main_grad` at once, where there is one; then nothing can scale it later, so the gradient that `total` will
+    receive must be known, too: it is `grad_scale`, and a backward pass with another one fails.
+
+    Arguments are those of `linear_cross_entropy`, and:
+
+    Args:
+        loss_weights: [...], the shape of the labels; receives no gradient.
+        grad_scale: the gradient that `total` will receive: what the caller multiplies it with afterwards.
+
+    Raises:
+        As `linear_cross_entropy`; and ValueError for `loss_weights` of another shape, or that require a gradient.
+        RuntimeError in the backward pass, when the gradient is not `grad_scale` although dW is in `main_grad` already
+        (on CUDA as a device-side assertion), or when it is run twice then.
+    """
+    loss = TokenLoss(label_smoothing=label_smoothing, z_loss=z_loss)
+    options = head_options(
+        hidden,
+        weight,
+        labels,
+        tp_group=tp_group,
+        sequence_parallel=sequence_parallel,
+        reduce_hidden_grad=reduce_hidden_grad,
+        vocab_size=vocab_size,
+        scale=scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        grad_precision=grad_precision,
+        invariant=invariant,
+        chunk_size=chunk_size,
+    )
+    if loss_weights.shape != labels.shape or loss_weights.requires_grad:
+        raise ValueError(
+            f"expected loss_weights without gradient and of the labels' shape {tuple(labels.shape)}, got "
+            f"{tuple(loss_weights.shape)}, requires_grad={loss_weights.requires_grad}"
+        )
+    heat = inverse_temperature(temperature, labels)
+    factor = torch.as_tensor(grad_scale, dtype=torch.float32, device=hidden.device)
+    options = dataclasses.replace(options, with_total=label_smoothing > 0)
+    return WeightedLoss(*_eager(hidden, weight, labels, loss_weights, heat, factor, options, loss))
+
+
+@torch.compiler.disable
+def _eager(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weights: Tensor,
+    heat: Tensor,
+    grad_scale: Tensor,
+    options: HeadOptions,
+    loss: TokenLoss,
+) -> tuple[Tensor, Tensor]:
+    wanted = torch.is_grad_enabled()
+    return _WeightedCrossEntropy.apply(hidden, weight, labels, loss_weights, heat, grad_scale, options, loss, wanted)
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_weights: Tensor,
+        heat: Tensor,
+        grad_scale: Tensor,
+        options: HeadOptions,
+        loss: TokenLoss,
+        wanted: bool,
+    ) -> tuple[Tensor, Tensor]:
+        flat = labels.reshape(-1)
+        ignored = flat == options.shard.ignore_index
+        weights = torch.where(ignored, 0.0, loss_weights.reshape(-1).float())
+        needs = (wanted and ctx.needs_input_grad[0], wanted and ctx.needs_input_grad[1])
+        step = _GradientInForward(hidden, weight, options, needs=needs)
+        result = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+        losses = result.view(-1)
+        for tokens in step.chunks:
+            kept = step.room(tokens)
+            statistics = token_statistics(
+                step.hidden[tokens],
+                weight,
+                flat[tokens],
+                heat[tokens],
+                options.shard,
+                with_total=options.with_total,
+                keep=kept,
+                chunk_size=options.chunk_size,
+            )
+            losses[tokens] = _loss_of(statistics, loss, ignored[tokens], options.shard.vocab_size)
+            if kept is None:
+                continue
+            upstream = loss.gradients(weights[tokens] * grad_scale, statistics.logsumexp)
+            vectors = gradient_vectors(statistics, heat[tokens], options.shard, **upstream)
+            step.accumulate(tokens, kept, vectors, flat[tokens])
+        ctx.weight_owner, ctx.target = weight, step.target
+        ctx.in_main_grad = step.target is not None and follows_main_grad(weight)
+        ctx.handed_out = False
+        dw = None if step.target is None or ctx.in_main_grad else step.target.target
+        ctx.save_for_backward(step.finish(), dw, grad_scale)
+        ctx.mark_non_differentiable(result)
+        return (losses * weights).sum(), result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_scale = ctx.saved_tensors
+        if ctx.in_main_grad:
+            if ctx.handed_out:
+                raise RuntimeError(
+                    "weighted_cross_entropy has added dW to main_grad in its forward pass: a second backward pass "
+                    "would need a second dW. Use linear_cross_entropy"
+                )
+            ctx.handed_out = True
+            torch._assert_async(
+                upstream == grad_scale,
+                "weighted_cross_entropy has added dW to main_grad with grad_scale; its total receives another gradient",
+            )
+            grad_weight = weight_grad_for_autograd(ctx.weight_owner, ctx.target)
+        else:
+            ratio = upstream / grad_scale
+            grad_hidden = None if grad_hidden is None else (grad_hidden * ratio).to(grad_hidden.dtype)
+            grad_weight = None if grad_weight is None else (grad_weight * ratio).to(grad_weight.dtype)
+        return grad_hidden, grad_weight, *([None] * 7)
+
+
+def _loss_of(statistics: TokenStatistics, loss: TokenLoss, ignored: Tensor, vocab_size: int) -> Tensor:
+    mean = None if statistics.total is None else statistics.total / vocab_size
+    return loss(statistics.logprob, statistics.logsumexp, mean, ignored)
+
+
+def _can_keep_exponentials(hidden: Tensor, weight: Tensor, options: HeadOptions) -> bool:
+    """Whether exp(z - top) in float16 is enough for dY, and there is a kernel for it."""
+    enough = options.pieces == 1 and options.shard.softcap is None and weight.dtype == torch.bfloat16
+    return enough and weight.is_cuda and why_not_fixed_order(hidden, weight) is None
+
+
+def _columns_of(dy: Tensor) -> Callable[[slice], Pieces]:
+    return lambda rows: Pieces((dy[:, rows],), None)
+
+
+class _GradientInForward:
+    """Chunks of tokens whose logits are kept until their gradients are computed."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, options: HeadOptions, *, needs: tuple[bool, bool]) -> None:
+        self._weight, self._options = weight, options
+        self._shape, self._dtype = hidden.shape, hidden.dtype
+        self.hidden = whole_hidden(hidden, options)
+        tokens, device = len(self.hidden), hidden.device
+        wanted = any(needs)
+        exponentials = _can_keep_exponentials(self.hidden, weight, options)
+        largest = options.chunk_size
+        if largest is None:
+            per_token = (2 if exponentials else 4) * weight.shape[0]
+            largest = workspace.workspace_bytes(device) // per_token if wanted else tokens
+        self.chunks = workspace.even_chunks(tokens, largest)
+        longest = max((c.stop - c.start for c in self.chunks), default=0)
+        self._pieces = options.pieces if weight.dtype != torch.float32 else 1
+        self._kept = KeptLogits.allocate(longest, weight, exponentials=exponentials) if wanted else None
+        self.target = weight_grad_target(weight) if needs[1] else None
+        self._sums = FloatWeightGrad(self.target, blocks=max(1, len(self.chunks)))
+        self._dx: Tensor | None = None
+        if needs[0]:
+            # Over several ranks dX stays fp32 until it is summed.
+            dtype = torch.float32 if options.shard.group is not None else hidden.dtype
+            self._dx = torch.empty(tokens, weight.shape[1], dtype=dtype, device=device)
+
+    def room(self, tokens: slice) -> KeptLogits | None:
+        """Room for the chunk's logits; None when nobody asks for gradients."""
+        return None if self._kept is None else self._kept.rows(slice(0, tokens.stop - tokens.start))
+
+    def accumulate(self, tokens: slice, kept: KeptLogits, vectors: Tensor, labels: Tensor) -> None:
+        shard = self._options.shard
+        local = shard.local_labels(labels)
+        weight_grad = self._sums.part(first=tokens is self.chunks[0])
+        if kept.tops is None:
+            grad = LogitsGradient(
+                self.hidden[tokens], self._weight, labels=local, vectors=vectors, kept=kept, shard=shard,
+                pieces=self._pieces,
+            )  # fmt: skip
+            columns = workspace.GRADIENT_COLUMNS // self._pieces // 128 * 128
+            self._products(grad, tokens, weight_grad, with_dx=True, columns=columns)
+            return
+        # All of dY is there, in the memory of the exponentials: dX of fewer tokens needs less of it in fp32.
+        dy = exponentials_gradient(kept, vectors, local, shard)
+        for part in workspace.even_chunks(len(dy), workspace.HIDDEN_GRAD_TOKENS):
+            rows = slice(tokens.start + part.start, tokens.start + part.stop)
+            self._products(_columns_of(dy[part]), rows, None, with_dx=True)
+        self._products(_columns_of(dy), tokens, weight_grad, with_dx=False)
+
+    def _products(
+        self,
+        grad: Callable[[slice], Pieces],
+        tokens: slice,
+        weight_grad: WeightGrad | None,
+        *,
+        with_dx: bool,
+        columns: int | None = None,
+    ) -> None:
+        dx = None
+        if with_dx and self._dx is not None:
+            dx = self._dx[tokens]
+            dx = dx if dx.dtype == torch.float32 else torch.empty_like(dx, dtype=torch.float32)
+        if dx is None and weight_grad is None:
+            return
+        accumulate_gradients(
+            grad,
+            weight=self._weight,
+            pieces=self._options.pieces,
+            chunk=columns,
+            hidden_grad=dx,
+            hidden=lambda: self.hidden[tokens],
+            weight_grad=weight_grad,
+            hidden_grad_done=lambda: None,
+        )
+        if dx is not None and self._dx is not None and self._dx.dtype != torch.float32:
+            self._dx[tokens] = dx
+
+    def finish(self) -> Tensor | None:
+        """dX in the shape and dtype of the hidden states, summed over the ranks; dW is where it belongs."""
+        if not self.chunks and self.target is not None and not self.target.accumulate:
+            self.target.target.zero_()
+        self._sums.finish()
+        if self._dx is None:
+            return None
+        options = self._options
+        reduction = HiddenGrad(
+            self._dx,
+            group=options.shard.group,
+            scatter=options.sequence_parallel,
+            reduce=options.reduce_hidden_grad,
+        )
+        reduction.start()
+        return reduction.finish().view(self._shape).to(self._dtype)
