@@ -23,6 +23,7 @@ from torch import nn
 
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.ssm.gated_delta_net import VARIANTS, check_gated_delta_net, to_fp32_gated_delta_net
+from megatron_fp32.tensor_parallel.fused_loss import check_owner, set_fused_loss
 from megatron_fp32.tensor_parallel.output_layer import check_output_layer, to_fp32_output_layer
 from megatron_fp32.transformer.keep_in_fp32 import KeptParameter
 
@@ -84,19 +85,21 @@ def apply_fp32(model: Model, config: Fp32Config | None = None, *, draw: bool = T
     heads, left = _find_heads(chunks) if config.logits else ([], [])
     if config.logits and not heads and not left:
         left += expected_heads(chunks)
-    for _, head in heads:
+    for name, owner, head in heads:
         check_output_layer(head, config)
+        check_owner(name, owner, config)
     layers = _find_gated_delta_nets(chunks, config.gated_delta_net) if config.gated_delta_net else []
     if config.gated_delta_net:
         left += _unknown_a_logs(chunks)
-    for _, head in heads:
+    for _, owner, head in heads:
         to_fp32_output_layer(head, config)
+        set_fused_loss(owner, config)
     parameters = [
         dataclasses.replace(kept, name=f"{name}.{kept.name}")
         for name, layer in layers
         for kept in to_fp32_gated_delta_net(layer, config.gated_delta_net, draw=draw)
     ]
-    return Fp32Report(output_layers=tuple(name for name, _ in heads), parameters=tuple(parameters), left=tuple(left))
+    return Fp32Report(output_layers=tuple(name for name, _, _ in heads), parameters=tuple(parameters), left=tuple(left))
 
 
 def pre_wrap_hook(config: Fp32Config | None = None, *, draw: bool = True) -> Callable[[list[Any]], list[Any]]:
@@ -176,7 +179,7 @@ def why_no_vocabulary_head(layer: nn.Module, owner: nn.Module) -> str | None:
 
 def _find_heads(
     chunks: list[tuple[str, nn.Module]],
-) -> tuple[list[tuple[str, ColumnParallelLinear]], list[tuple[str, str]]]:
+) -> tuple[list[tuple[str, nn.Module, ColumnParallelLinear]], list[tuple[str, str]]]:
     heads, left = [], []
     for prefix, chunk in chunks:
         for name, owner, layer in find_output_layers(chunk):
@@ -191,7 +194,7 @@ def _find_heads(
                     f"{prefix}{name} is a {kind}, which{why or ' is no ColumnParallelLinear'}: its logits cannot be "
                     "fp32. Build the model without it, or use Fp32Config(logits=False)"
                 )
-            heads.append((prefix + name, layer))
+            heads.append((prefix + name, owner, layer))
     return heads, left
 
 

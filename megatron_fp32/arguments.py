@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TypeVar, get_args
 
-from megatron_fp32.config import DEFAULT_KEPT_PARAMETERS, Fp32Config, GradPrecision
+from megatron_fp32.config import DEFAULT_KEPT_PARAMETERS, Fp32Config, FusedLoss, GradPrecision
 
 Parser = TypeVar("Parser", bound=argparse.ArgumentParser)
 
@@ -31,6 +31,18 @@ def add_fp32_arguments(parser: Parser) -> Parser:
         help="logits whose bits do not depend on the batch, its padding or the tensor-parallel size",
     )
     group.add_argument(
+        "--fp32-fused-loss",
+        choices=get_args(FusedLoss),
+        default=Fp32Config().fused_loss,
+        help="compute the loss without storing logits; the backward pass computes them again, or finds them saved",
+    )
+    group.add_argument(
+        "--fp32-vocab-size",
+        type=int,
+        metavar="TOKENS",
+        help="tokens of the vocabulary without padding, to which the fused loss gives all probability",
+    )
+    group.add_argument(
         "--fp32-gated-delta-net",
         nargs="*",
         metavar="PARAMETER",
@@ -52,5 +64,7 @@ def fp32_config_from_args(args: argparse.Namespace) -> Fp32Config:
         logits=args.fp32_logits,
         grad_precision=args.fp32_logits_grad_precision,
         invariant=args.fp32_logits_invariant,
+        fused_loss=args.fp32_fused_loss,
+        vocab_size=args.fp32_vocab_size,
         gated_delta_net=tuple(args.fp32_gated_delta_net),
     )

@@ -13,6 +13,7 @@ from megatron_fp32.apply import Model, expected_heads, find_output_layers, named
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.optimizer.native_fp32 import pending_repairs
 from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
+from megatron_fp32.tensor_parallel.fused_loss import has_fused_loss
 from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
 
 Chunks = list[tuple[str, nn.Module]]
@@ -70,6 +71,8 @@ def _output_layer_problems(chunks: Chunks, config: Fp32Config, after_forward: bo
         for method in ("forward", "_forward_impl"):
             if method in vars(layer):
                 yield f"{name}.{method} was replaced on the instance"
+        if config.fused_loss != "off" and not has_fused_loss(owner):
+            yield f"{type(owner).__name__}.compute_language_model_loss was replaced: it would not know deferred logits"
         if after_forward and layer.fp32_calls == 0:
             yield f"{name} never computed fp32 logits: something else computes the loss, or reads the weight alone"
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
+FusedLoss = Literal["off", "recompute", "saved"]
+"""How a model's loss is computed: from logits; or without them, computed again or saved for the backward pass."""
+
 GradPrecision = Literal["bf16", "bf16x2", "bf16x3"]
 """How the gradient of the logits enters the backward matrix products."""
 
@@ -42,11 +45,29 @@ class Fp32Config:
     on CUDA a device of compute capability 9.0 or newer. Gradients are not included.
     """
 
+    fused_loss: FusedLoss = "off"
+    """Compute the loss from hidden states and weight, without `[tokens, vocab]` in memory.
+
+    `"recompute"` multiplies again in the backward pass, `"saved"` keeps this rank's fp32 logits for it. Where the model
+    is called without labels, or logits are gathered, they are computed. Needs `logits`, and an output layer without a
+    bias.
+    """
+
+    vocab_size: int | None = None
+    """Tokens of the vocabulary without Megatron's padding: `fused_loss` gives the rest no probability. None takes
+    padding for tokens, as Megatron's cross entropy does."""
+
     gated_delta_net: tuple[str, ...] = DEFAULT_KEPT_PARAMETERS
     """Parameters of every gated-delta-net layer that stay fp32, named relative to the layer. Empty keeps none."""
 
     def __post_init__(self) -> None:
         check_grad_precision(self.grad_precision)
+        if self.fused_loss not in get_args(FusedLoss):
+            raise ValueError(f"fused_loss must be one of {get_args(FusedLoss)}, got {self.fused_loss!r}")
+        if self.fused_loss != "off" and not self.logits:
+            raise ValueError("fused_loss needs logits=True: it is the fp32 output layer that computes it")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be positive or None, got {self.vocab_size}")
         if isinstance(self.gated_delta_net, list):
             object.__setattr__(self, "gated_delta_net", tuple(self.gated_delta_net))
         if isinstance(self.gated_delta_net, str) or not all(

@@ -15,6 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models.qwen3_5 import Qwen35Config
 from megatron_fp32.models.specs import gated_delta_net_block_spec
+from megatron_fp32.tensor_parallel.fused_loss import set_fused_loss
 from megatron_fp32.tensor_parallel.output_layer import to_fp32_output_layer
 
 
@@ -129,6 +130,7 @@ def build_qwen3_5(
     )
     if post_process and fp32.logits:
         to_fp32_output_layer(gpt.output_layer, fp32)
+        set_fused_loss(gpt, fp32)
     return gpt
 
 

@@ -16,6 +16,7 @@ from megatron_fp32.config import Fp32Config
 from megatron_fp32.ops.logits import fp32_logits
 from megatron_fp32.ops.logits.autograd import DeferredWeightGrad
 from megatron_fp32.ops.logits.main_grad import follows_main_grad
+from megatron_fp32.tensor_parallel.fused_loss import DeferredLogits, Use
 from megatron_fp32.transformer.counter import count_fp32_call
 
 try:
@@ -49,21 +50,52 @@ class Fp32OutputLayer(ColumnParallelLinear):
         _take_over(self, config)
 
     def forward(
-        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """As the parent: (logits, bias or None).
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        use: Use | None = None,
+    ) -> Any:
+        """As the parent: (logits, bias or None); with `Fp32Config.fused_loss`, (DeferredLogits, None).
+
+        Gathered logits are always computed: who asks for them is no loss.
 
         Args:
             input_: [s, b, hidden], or [s / tp, b, hidden] with sequence parallel.
             weight: tied weight, [vocab / tp, hidden]; required when the layer has none of its own.
             runtime_gather_output: overrides `gather_output`.
+            use: return `use(layer, input_, weight)` instead; it runs between the hooks of this module.
         """
+        if use is not None:
+            return use(self, input_, weight)
+        gather = self.gather_output if runtime_gather_output is None else runtime_gather_output
+        if self.fp32_config.fused_loss != "off" and not gather:
+            return DeferredLogits(self, input_, weight), None
+        return self.compute_logits(input_, weight, runtime_gather_output)
+
+    def compute_logits(
+        self, input_: Tensor, weight: Tensor | None, runtime_gather_output: bool | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(logits, bias or None), whatever `fused_loss` is; arguments as of `forward`."""
         _refuse_rounding_inference(self)
         if self.output_size_per_partition == self.output_size:
             # megatron-core's gather over one rank returns its input from within an autograd Function. That is a view
             # which must not be changed in place, and megatron-core's own cross entropy does that to fp32 logits.
             runtime_gather_output = False
         return super().forward(input_, weight=weight, runtime_gather_output=runtime_gather_output)
+
+    def weight_for_products(self, weight: Tensor | None) -> Tensor:
+        """The weight to multiply with, ready for Megatron's protocol of `main_grad`; None for the layer's own."""
+        if weight is None:
+            if self.weight is None:
+                raise ValueError("the output layer has no weight of its own, and none came with the call")
+            return self.weight
+        if weight is not self.weight and follows_main_grad(weight):
+            # The weight of an embedding, whose own gradient comes through autograd. megatron-core says this of tied
+            # weights without pipeline parallelism; with it, an embedding for MTP lies on the last stage too.
+            weight.zero_out_wgrad = True  # type: ignore[attr-defined]
+        return weight
 
     def _forward_impl(
         self,
@@ -83,10 +115,7 @@ class Fp32OutputLayer(ColumnParallelLinear):
         unknown = {k: v for k, v in newer.items() if k not in _NEUTRAL_ARGUMENTS or v not in _NEUTRAL_ARGUMENTS[k]}
         if unknown:
             raise ValueError(f"Fp32OutputLayer does not know these arguments of this megatron-core: {unknown}")
-        if weight is not self.weight and follows_main_grad(weight):
-            # The weight of an embedding, whose own gradient comes through autograd. megatron-core says this of tied
-            # weights without pipeline parallelism; with it, an embedding for MTP lies on the last stage too.
-            weight.zero_out_wgrad = True  # type: ignore[attr-defined]
+        weight = self.weight_for_products(weight)
         deferred = None
         if grad_output_buffer is not None:
             deferred = DeferredWeightGrad(buffer=grad_output_buffer, limit=wgrad_deferral_limit or 0)
@@ -235,6 +264,26 @@ def _check_convertible(layer: ColumnParallelLinear, fp32: Fp32Config) -> None:
             )
     if config.defer_embedding_wgrad_compute:
         _check_deferrable(layer, fp32)
+    if fp32.fused_loss != "off":
+        _check_fusible(layer)
+
+
+def _check_fusible(layer: ColumnParallelLinear) -> None:
+    config = layer.config
+    stock = getattr(type(layer), "_stock_class", type(layer))
+    if stock.forward not in (ColumnParallelLinear.forward, Fp32OutputLayer.forward):
+        raise ValueError(
+            f"fused_loss takes hidden states and weight: what {stock.__module__}.{stock.__qualname__}.forward does to "
+            "logits would be lost"
+        )
+    if layer.bias is not None:
+        raise ValueError("fused_loss does not support an output layer with a bias")
+    if getattr(config, "cross_entropy_loss_fusion", False):
+        raise ValueError("fused_loss computes the cross entropy itself: turn cross_entropy_loss_fusion off")
+    if config.defer_embedding_wgrad_compute:
+        raise ValueError(
+            "fused_loss computes dW with the rest of its gradients: turn defer_embedding_wgrad_compute off"
+        )
 
 
 def _check_deferrable(layer: ColumnParallelLinear, fp32: Fp32Config) -> None:

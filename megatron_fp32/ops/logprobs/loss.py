@@ -5,7 +5,7 @@ With log p and logsumexp of `linear_logprobs`, epsilon the label smoothing, and 
     loss = -(1 - epsilon) log p[label] + epsilon (logsumexp - mean logit) + z_loss * logsumexp^2
 
 The smoothing is that of `torch.nn.functional.cross_entropy`: the label's target is 1 - epsilon + epsilon / K.
-Megatron's `vocab_parallel_cross_entropy` spreads epsilon over the other K - 1 tokens: pass epsilon K / (K - 1) for that.
+Megatron's `vocab_parallel_cross_entropy` spreads epsilon over the other K - 1: pass epsilon K / (K - 1) for that.
 The z-loss is that of PaLM (arXiv 2204.02311, section 5).
 """
 
