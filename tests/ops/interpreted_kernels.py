@@ -38,7 +38,7 @@ def product_and_statistics(softcap: float | None) -> None:
     """The fused product, with an odd and an even number of blocks, against products in float64."""
     c, part = case(), shard(softcap=softcap)
     heat = torch.rand(TOKENS) + 0.5
-    for rows in (ROWS, 256):
+    for rows in (ROWS, 384):
         x, w = c.hidden.detach(), c.weight.detach()[:rows].contiguous()
         part = shard(softcap=softcap, valid_columns=min(VOCAB, rows))
         labels = part.local_labels(c.labels)
