@@ -159,8 +159,12 @@ def _weight_products(grads: tuple[Tensor, ...], hiddens: tuple[Tensor, ...]) -> 
 
 
 def _add_by_kernel(target: Tensor, grads: tuple[Tensor, ...], hiddens: tuple[Tensor, ...]) -> bool:
-    """Add dW with the kernel made for it; False, and nothing is added, where it does not apply."""
-    if not target.is_cuda or (len(grads) > 1 and len(grads[0]) > CHUNK):
+    """Add dW with the kernel made for it; False, and nothing is added, where it does not apply, or a library is better.
+
+    It forms the sum over the pieces before it touches memory. That pays while few tokens make memory the bottleneck;
+    with more, it would only make one long chain of sums, which a tensor core truncates.
+    """
+    if not target.is_cuda or len(grads) == 1 or len(grads[0]) > CHUNK // 2:
         return False
     from megatron_fp32.ops.logits.weight_grad_triton import add_weight_grad, can_add_weight_grad
 

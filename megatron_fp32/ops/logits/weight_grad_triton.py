@@ -1,8 +1,8 @@
-"""dW added to an fp32 gradient buffer by the memory system itself.
+"""dW of a dY in pieces, added to an fp32 gradient buffer by the memory system itself.
 
-A library's product with `beta=1` reads a tile of the buffer, waits, adds and writes. Here the tile leaves through the
-tensor memory accelerator as a reduction: the sum is formed on the way to memory, while the next tile is multiplied.
-Each element is added to once per call, so the result does not depend on any order.
+A library's products with `beta=1` read and write the buffer once for each piece. Here a tile sums over the pieces
+before it leaves through the tensor memory accelerator as a reduction: added on the way to memory, while the next tile is
+multiplied. Each element is added to once per call, so the result does not depend on any order.
 """
 
 from __future__ import annotations
