@@ -1,8 +1,8 @@
 """dW of a dY in pieces, added to an fp32 gradient buffer by the memory system itself.
 
 A library's products with `beta=1` read and write the buffer once for each piece. Here a tile sums over the pieces
-before it leaves through the tensor memory accelerator as a reduction: added on the way to memory, while the next tile is
-multiplied. Each element is added to once per call, so the result does not depend on any order.
+before it leaves through the tensor memory accelerator as a reduction: added on the way to memory, while the next tile
+is multiplied. Each element is added to once per call, so the result does not depend on any order.
 """
 
 from __future__ import annotations
