@@ -12,11 +12,11 @@ from megatron_fp32.ops.logits.fixed_order import fixed_order_product
 from megatron_fp32.ops.logits.reference import relative_error
 from megatron_fp32.ops.logprobs import linear_logprobs, weighted_cross_entropy
 from megatron_fp32.ops.logprobs.gradient import gradient_torch, gradient_vectors
-from megatron_fp32.ops.logprobs.kernels import combine_triton, gradient_triton, statistics_triton
 from megatron_fp32.ops.logprobs.statistics import (
     BLOCK,
     Shard,
     block_statistics,
+    combine,
     combine_torch,
     statistics_torch,
 )
@@ -103,6 +103,8 @@ def test_a_gradient_that_was_not_announced_is_followed_without_main_grad() -> No
 class TestKernels:
     @pytest.mark.parametrize("softcap", [None, 5.0])
     def test_statistics(self, softcap: float | None) -> None:
+        from megatron_fp32.ops.logprobs.kernels import combine_triton, statistics_triton
+
         raw = torch.randn(150, ROWS := 700, device="cuda") * 4
         labels = torch.randint(VOCAB, (150,), device="cuda").int()
         heat = torch.rand(150, device="cuda") + 0.5
@@ -121,6 +123,8 @@ class TestKernels:
     @pytest.mark.parametrize("count", [1, 2, 3])
     @pytest.mark.parametrize("softcap", [None, 5.0])
     def test_gradient(self, softcap: float | None, count: int) -> None:
+        from megatron_fp32.ops.logprobs.kernels import gradient_triton
+
         c = case(device="cuda")
         part = shard(700, valid_columns=VOCAB, vocab_size=VOCAB, scale=1.1, softcap=softcap)
         heat = torch.rand(150, device="cuda") + 0.5
@@ -173,7 +177,7 @@ class TestInvariance:
                         x, w[first : first + columns], part.local_labels(y), heat, part, with_total=True, keep=None
                     )
                 )
-            statistics = combine_triton(torch.cat([statistics for statistics, _ in parts]))
+            statistics = combine(torch.cat([statistics for statistics, _ in parts]))
             results.append((statistics, torch.stack([label for _, label in parts]).sum(0)))
         for statistics, label in results[1:]:
             assert torch.equal(statistics, results[0][0])
@@ -181,11 +185,11 @@ class TestInvariance:
 
     def test_the_last_tile_writes_nothing_beyond_its_blocks(self) -> None:
         """An odd number of blocks: the last tile is two blocks wide."""
+        from megatron_fp32.ops.logits.project_triton import project_triton
+
         x = torch.randn(64, 256, device="cuda").bfloat16()
         w = torch.randn(3 * BLOCK, 256, device="cuda").bfloat16()
         room = torch.full((4, 3, 64), torch.nan, device="cuda")
-        from megatron_fp32.ops.logits.project_triton import project_triton
-
         project_triton(
             x, w, statistics=room[:3], labels=torch.zeros(64, device="cuda").int(),
             label_logits=torch.zeros(64, device="cuda"), inverse_temperature=torch.ones(64, device="cuda"),
