@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_fp32.config import Fp32Config
 from megatron_fp32.models.provider import cpu_overrides
 from megatron_fp32.ops.logits.reference import relative_error
 from megatron_fp32.tensor_parallel.fused_loss import has_fused_loss
+from megatron_fp32.tensor_parallel.logprobs import logprobs_processor
 from megatron_fp32.tensor_parallel.output_layer import to_fp32_output_layer
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
@@ -243,6 +245,44 @@ def test_a_hybrid_model() -> None:
     apply_fp32(model, FUSED[0])
     assert relative_error(model(**inputs()).detach(), expected.detach()) < 1e-6
     assert model(**inputs(labels=False)).shape == (2, LENGTH, VOCAB)
+
+
+OFFERED = "output_processor" in inspect.signature(GPTModel.forward).parameters
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.skipif(not OFFERED, reason="megatron-core < 0.18 has no output_processor")
+class TestLogprobsProcessor:
+    @pytest.mark.parametrize("config", [Fp32Config(gated_delta_net=()), FUSED[0]], ids=["logits", "fused"])
+    @pytest.mark.parametrize("mtp", [None, 1])
+    def test_log_probs_entropy_and_top_k(self, config: Fp32Config, mtp: int | None) -> None:
+        model, batch, temperature = gpt(mtp=mtp), inputs(), torch.rand(2, LENGTH) + 0.5
+        model.eval()
+        apply_fp32(model, config)
+        out = model(**batch, output_processor=logprobs_processor(temperature=temperature, top_k=3))
+        logits = model(**{**batch, "labels": None}).detach().double() / temperature[..., None]
+        logp = logits.log_softmax(-1)
+        assert relative_error(out.logprobs.detach(), logp.gather(2, batch["labels"][..., None])[..., 0]) < 1e-6
+        assert relative_error(out.entropy.detach(), torch.special.entr(logp.exp()).sum(-1)) < 1e-6
+        assert relative_error(out.top_logprobs, logp.topk(3).values) < 1e-6
+        out.logprobs.sum().backward()
+        assert model.output_layer.weight.grad.abs().sum() > 0
+
+    def test_what_it_needs(self) -> None:
+        model = gpt()
+        with pytest.raises(TypeError, match="expected an Fp32OutputLayer, got ColumnParallelLinear"):
+            model(**inputs(), output_processor=logprobs_processor())
+        apply_fp32(model, FUSED[0])
+        with pytest.raises(ValueError, match="log-probs need labels"):
+            model(**inputs(labels=False), output_processor=logprobs_processor())
+
+    def test_mup(self) -> None:
+        layer = to_fp32_output_layer(head(), FUSED[0])
+        hidden, labels = torch.randn(5, 2, HIDDEN).bfloat16(), torch.randint(VOCAB, (2, 5))
+        given = {"hidden_states": hidden, "output_layer": layer, "output_weight": None, "labels": labels}
+        out = logprobs_processor()(**given, scale_logits=lambda logits: logits * 0.5, config=None)
+        exact = (hidden.double() @ layer.weight.double().t() * 0.5).log_softmax(-1).transpose(0, 1)
+        assert relative_error(out.logprobs.detach(), exact.gather(2, labels[..., None])[..., 0]) < 1e-6
 
 
 @pytest.mark.usefixtures("megatron")

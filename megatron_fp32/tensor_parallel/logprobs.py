@@ -1,0 +1,84 @@
+"""Log-probs, entropy and top-k out of GPTModel's forward pass, by its `output_processor` (megatron-core >= 0.18)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from megatron_fp32.ops.logprobs import Logprobs, linear_logprobs
+from megatron_fp32.ops.logprobs.autograd import Backward
+from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
+from megatron_fp32.transformer.counter import count_fp32_call
+
+
+def logprobs_processor(
+    *,
+    temperature: float | Tensor = 1.0,
+    mean_logit: bool = False,
+    top_k: int = 0,
+    backward: Backward = "recompute",
+    chunk_size: int | None = None,
+) -> Callable[..., Logprobs]:
+    """An `output_processor` for `GPTModel.forward`, which then returns `Logprobs` of shape [b, s] instead of a loss.
+
+    `model(input_ids, position_ids, attention_mask, labels=labels, output_processor=logprobs_processor())`. The output
+    layer must be an `Fp32OutputLayer`, whose configuration says the rest: `grad_precision`, `invariant`, `vocab_size`.
+    Earlier releases have no such argument; there the loss with `fused_loss` is the negative log-prob.
+
+    Args:
+        temperature: a positive number, or one for each token, [b, s].
+        mean_logit: see `linear_logprobs`.
+        top_k: see `linear_logprobs`; [b, s, top_k].
+        backward: see `linear_logprobs`.
+        chunk_size: see `linear_logprobs`.
+
+    Raises:
+        TypeError: from the forward pass, for another output layer.
+        ValueError: from the forward pass, without labels; and what `linear_logprobs` raises.
+    """
+
+    def process(
+        *,
+        hidden_states: Tensor,
+        output_layer: nn.Module,
+        output_weight: Tensor | None,
+        labels: Tensor | None,
+        scale_logits: Callable[[Any], Any] | None = None,
+        **others: Any,
+    ) -> Logprobs:
+        if not isinstance(output_layer, Fp32OutputLayer):
+            raise TypeError(
+                f"expected an Fp32OutputLayer, got {type(output_layer).__qualname__}: call apply_fp32 first"
+            )
+        if labels is None:
+            raise ValueError("log-probs need labels, got None")
+        heat = temperature.t().contiguous() if isinstance(temperature, Tensor) else temperature
+
+        def use(layer: Any, hidden: Tensor, weight: Tensor | None) -> Logprobs:
+            count_fp32_call(layer)
+            return linear_logprobs(
+                hidden,
+                layer.weight_for_products(weight),
+                labels.t().contiguous(),
+                tp_group=layer.tp_group,
+                sequence_parallel=layer.sequence_parallel,
+                reduce_hidden_grad=layer.allreduce_dgrad,
+                vocab_size=layer.fp32_config.vocab_size,
+                temperature=heat,
+                # MuP's scale, which Megatron gives as a function of the logits.
+                scale=1.0 if scale_logits is None else float(scale_logits(1.0)),
+                grad_precision=layer.fp32_config.grad_precision,
+                backward=backward,
+                invariant=layer.fp32_config.invariant,
+                mean_logit=mean_logit,
+                top_k=top_k,
+                chunk_size=chunk_size,
+            )
+
+        result = output_layer(hidden_states, weight=output_weight, use=use)
+        columns = [None if x is None else x.transpose(0, 1).contiguous() for x in result]
+        return Logprobs(*columns)  # type: ignore[arg-type]
+
+    return process
