@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, g
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from megatron_fp32.apply import apply_fp32
 from megatron_fp32.check import check_fp32
@@ -68,6 +69,8 @@ def inputs(labels: bool = True) -> dict[str, Any]:
 
 def step(config: Fp32Config, fields: dict[str, Any], overlap: bool = False) -> dict[str, Any]:
     """Loss and gradients of one micro-batch under DDP."""
+    # megatron-core sizes this for the first model of a process.
+    MTPLossLoggingHelper.tracker = {}
     with model_parallel(tensor=fields.get("tensor", 1)):
         if fields.get("sequence_parallel"):
             # The norms of the other model do not support it.
