@@ -146,6 +146,12 @@ def check_owner(name: str, owner: nn.Module, config: Fp32Config) -> None:
     if wrapped or not isinstance(owner, LanguageModule):
         what = "is wrapped by a LoRA layer" if wrapped else f"belongs to a {type(owner).__name__}, no LanguageModule"
         raise ValueError(f"fused_loss needs the output layer of a megatron-core language model: {name} {what}")
+    own = "compute_language_model_loss" in vars(owner) and not has_fused_loss(owner)
+    if own or type(owner).compute_language_model_loss is not LanguageModule.compute_language_model_loss:
+        raise ValueError(
+            f"fused_loss replaces compute_language_model_loss, and that of this {type(owner).__name__} is not "
+            "megatron-core's: what it adds to the loss would be lost"
+        )
 
 
 def set_fused_loss(owner: Any, config: Fp32Config) -> None:
@@ -157,7 +163,7 @@ def set_fused_loss(owner: Any, config: Fp32Config) -> None:
 
 
 def has_fused_loss(owner: Any) -> bool:
-    """Whether `fuse_loss` has been called on this model."""
+    """Whether `set_fused_loss` has made this model ask deferred logits for their loss."""
     own = vars(owner).get("compute_language_model_loss")
     return getattr(own, "__func__", None) is _compute_language_model_loss
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron_fp32.ops.logprobs import Logprobs, linear_logprobs
 from megatron_fp32.ops.logprobs.autograd import Backward
-from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
+from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer, check_plain_product
 from megatron_fp32.transformer.counter import count_fp32_call
 
 
@@ -36,7 +36,8 @@ def logprobs_processor(
 
     Raises:
         TypeError: from the forward pass, for another output layer.
-        ValueError: from the forward pass, without labels; and what `linear_logprobs` raises.
+        ValueError: from the forward pass, without labels, or for an output layer with a bias or a subclass that changes
+            logits; and what `linear_logprobs` raises.
     """
 
     def process(
@@ -54,6 +55,7 @@ def logprobs_processor(
             )
         if labels is None:
             raise ValueError("log-probs need labels, got None")
+        check_plain_product(output_layer)
         heat = temperature.t().contiguous() if isinstance(temperature, Tensor) else temperature
 
         def use(layer: Any, hidden: Tensor, weight: Tensor | None) -> Logprobs:

@@ -268,16 +268,20 @@ def _check_convertible(layer: ColumnParallelLinear, fp32: Fp32Config) -> None:
         _check_fusible(layer)
 
 
-def _check_fusible(layer: ColumnParallelLinear) -> None:
-    config = layer.config
+def check_plain_product(layer: ColumnParallelLinear) -> None:
+    """Raise ValueError unless the layer's logits are the product of hidden states and weight and nothing more."""
     stock = getattr(type(layer), "_stock_class", type(layer))
     if stock.forward not in (ColumnParallelLinear.forward, Fp32OutputLayer.forward):
         raise ValueError(
-            f"fused_loss takes hidden states and weight: what {stock.__module__}.{stock.__qualname__}.forward does to "
-            "logits would be lost"
+            f"without logits, what {stock.__module__}.{stock.__qualname__}.forward does to them would be lost"
         )
     if layer.bias is not None:
-        raise ValueError("fused_loss does not support an output layer with a bias")
+        raise ValueError("the head without logits does not support an output layer with a bias")
+
+
+def _check_fusible(layer: ColumnParallelLinear) -> None:
+    check_plain_product(layer)
+    config = layer.config
     if getattr(config, "cross_entropy_loss_fusion", False):
         raise ValueError("fused_loss computes the cross entropy itself: turn cross_entropy_loss_fusion off")
     if config.defer_embedding_wgrad_compute:

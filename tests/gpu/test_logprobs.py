@@ -90,16 +90,6 @@ def test_weighted_loss(precision: Any, smooth: dict[str, float]) -> None:
         assert relative_error(c.hidden.grad, x.grad) < 1.1 * relative_error(rounded, x.grad)
 
 
-def test_a_gradient_that_was_not_announced_is_followed_without_main_grad() -> None:
-    """With it, a device-side assertion would end the process."""
-    c = case(device="cuda")
-    out = weighted_cross_entropy(c.hidden, c.weight, c.labels, torch.ones(len(c.labels), device="cuda"), **PLAIN)
-    (out.total * 3).backward()
-    _, dx, dw = c.truth([-3 * torch.ones(len(c.labels), device="cuda")], **PLAIN)
-    assert relative_error(c.hidden.grad, dx) < 6e-3
-    assert relative_error(c.weight.grad, dw) < 6e-3
-
-
 class TestKernels:
     @pytest.mark.parametrize("softcap", [None, 5.0])
     def test_statistics(self, softcap: float | None) -> None:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fp32.ops.logits.reference import relative_error
-from megatron_fp32.ops.logprobs import linear_logprobs
+from megatron_fp32.ops.logprobs import linear_logprobs, workspace
+from megatron_fp32.ops.logprobs.statistics import KeptLogits
 from tests.ops.logprobs_cases import HIDDEN, ROWS, TOKENS, VOCAB, Case, case, rounded_error, with_main_grad
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -165,6 +166,21 @@ class TestAdversarial:
         assert relative_error(out.logsumexp.detach(), truth.logsumexp) < FP32
         assert relative_error(c.hidden.grad[:, 1:], dx[:, 1:]) < 2 * FP32
 
+    @pytest.mark.parametrize("size", [4.0, 6.0, 8.0])
+    def test_a_soft_cap_that_is_reached_keeps_its_derivative(self, size: float) -> None:
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(8, 16), torch.randn(50, 16)
+        weight = weight * (size * 5.0 / (hidden @ weight.t()).abs().max())
+        c = Case(hidden=hidden, weight=weight, labels=(hidden @ weight.t()).argmax(1)).copy()
+        linear_logprobs(c.hidden, c.weight, c.labels, softcap=5.0).logprobs.sum().backward()
+        x = c.hidden.detach().double().requires_grad_()
+        raw = x @ c.weight.detach().double().t()
+        raw.retain_grad()
+        # The derivative of float64's tanh cancels, too, but from 16 digits.
+        logits = 5 * torch.tanh(raw / 5)
+        logits.log_softmax(1).gather(1, c.labels[:, None]).sum().backward()
+        assert relative_error(c.weight.grad, raw.grad.t() @ x.detach()) < 5e-6
+
     def test_poison_in_the_padding_reaches_nothing(self) -> None:
         c = case()
         clean, poisoned = c.copy(), c.copy()
@@ -198,6 +214,12 @@ class TestAdversarial:
         c.labels[11] = label
         out = linear_logprobs(c.hidden, c.weight, c.labels, **PLAIN)
         assert out.logprobs.isnan().nonzero().tolist() == [[11]]
+        torch.where(torch.arange(TOKENS) == 11, 0.0, out.logprobs).sum().backward(retain_graph=True)
+        assert c.hidden.grad.isfinite().all(), "a token that is masked has no gradient to spoil"
+        c.hidden.grad = None
+        out.logprobs.sum().backward()
+        assert c.hidden.grad.isnan().any(1).nonzero().tolist() == [[11]]
+        assert c.weight.grad.isnan().any()
 
     def test_nan_and_infinite_logits_do_not_hide(self) -> None:
         c = case(torch.float32)
@@ -285,6 +307,23 @@ class TestAutograd:
         assert torch.equal(c.hidden.grad, again.hidden.grad)
         assert torch.equal(c.weight.grad, again.weight.grad)
 
+    def test_saved_logits_are_for_a_backward_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        c = case()
+        monkeypatch.setattr(KeptLogits, "allocate", None)
+        with torch.no_grad():
+            linear_logprobs(c.hidden, c.weight, c.labels, backward="saved", **PLAIN)
+        with pytest.raises(TypeError):
+            linear_logprobs(c.hidden, c.weight, c.labels, backward="saved", **PLAIN)
+
+    def test_the_default_dtype_changes_nothing(self) -> None:
+        c = case(torch.float32)
+        torch.set_default_dtype(torch.float64)
+        try:
+            out = linear_logprobs(c.hidden, c.weight, c.labels, top_k=2, **PLAIN)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(x is None or x.dtype in (torch.float32, torch.int64) for x in out)
+
     def test_autocast_changes_nothing(self) -> None:
         c = case(torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -326,3 +365,9 @@ class TestRefusals:
         c = case(torch.float32)
         with pytest.raises(ValueError, match="invariant=True cannot be kept here: hidden and weight must both be bf"):
             linear_logprobs(c.hidden, c.weight, c.labels, invariant=True)
+
+
+def test_ranks_cut_alike_whatever_memory_they_have() -> None:
+    """Asked of a CUDA device that is not there: the answer must not look at one."""
+    assert workspace.workspace_bytes(torch.device("cuda", 7), parallel=True) == workspace.BYTES
+    assert workspace.workspace_bytes(torch.device("cpu"), parallel=False) == workspace.BYTES

@@ -279,6 +279,15 @@ class TestLogprobsProcessor:
         with pytest.raises(ValueError, match="log-probs need labels"):
             model(**inputs(labels=False), output_processor=logprobs_processor())
 
+    def test_layers_whose_logits_are_more_than_a_product(self) -> None:
+        soft, biased = head(), to_fp32_output_layer(head(bias=True, skip_bias_add=False))
+        soft.__class__ = SoftCapped
+        given = {"hidden_states": torch.randn(5, 2, HIDDEN).bfloat16(), "output_weight": None}
+        labels = torch.zeros(2, 5, dtype=torch.long)
+        for layer, message in ((to_fp32_output_layer(soft), "would be lost"), (biased, "with a bias")):
+            with pytest.raises(ValueError, match=message):
+                logprobs_processor()(**given, output_layer=layer, labels=labels)
+
     def test_mup(self) -> None:
         layer = to_fp32_output_layer(head(), FUSED[0])
         hidden, labels = torch.randn(5, 2, HIDDEN).bfloat16(), torch.randint(VOCAB, (2, 5))
@@ -297,7 +306,7 @@ class TestRefusals:
     def test_a_subclass_that_changes_logits(self) -> None:
         layer = head()
         layer.__class__ = SoftCapped
-        with pytest.raises(ValueError, match=r"what .*SoftCapped.forward does to logits would be lost"):
+        with pytest.raises(ValueError, match=r"what .*SoftCapped.forward does to them would be lost"):
             to_fp32_output_layer(layer, FUSED[0])
 
     @pytest.mark.parametrize("field", ["cross_entropy_loss_fusion", "defer_embedding_wgrad_compute"])
@@ -315,6 +324,16 @@ class TestRefusals:
         with pytest.raises(ValueError, match="belongs to a Module, no LanguageModule"):
             apply_fp32(outer, FUSED[0])
         assert type(outer.output_layer) is ColumnParallelLinear
+
+    def test_a_model_with_a_loss_of_its_own(self) -> None:
+        model = gpt()
+        model.__class__ = type("WithZLoss", (GPTModel,), {"compute_language_model_loss": lambda *_: None})
+        with pytest.raises(ValueError, match="that of this WithZLoss is not megatron-core's"):
+            apply_fp32(model, FUSED[0])
+        model = gpt()
+        model.compute_language_model_loss = lambda *_: None
+        with pytest.raises(ValueError, match="that of this GPTModel is not megatron-core's"):
+            apply_fp32(model, FUSED[0])
 
     def test_a_loss_that_someone_replaced_is_found(self) -> None:
         model = gpt()

@@ -102,10 +102,11 @@ def fp32_logits(
             with a split gradient or without `main_grad`, or `invariant` where it cannot be kept.
     """
     _check(hidden, weight, bias, grad_precision, deferred)
-    if invariant:
-        check_fixed_order(hidden, weight)
     parallel = tp_group is not None and dist.get_world_size(tp_group) > 1
     traced = torch.compiler.is_compiling() or isinstance(weight, FakeTensor)
+    if invariant and not traced:
+        # A compiler knows no addresses; there the operator checks as it runs.
+        check_fixed_order(hidden, weight)
     if traced and not parallel and not follows_main_grad(weight) and deferred is None:
         return custom_op.logits(hidden, weight, bias, PIECES[grad_precision], invariant)
     options = _Options(

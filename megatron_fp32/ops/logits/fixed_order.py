@@ -48,8 +48,11 @@ def fixed_order_product(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         hidden: [tokens, hidden], bfloat16 or float16; see `why_not_fixed_order`.
         weight: [columns, hidden], the dtype of `hidden`.
         out: [tokens, columns] float32 to write into.
+
+    Raises:
+        ValueError: see `why_not_fixed_order`.
     """
-    assert why_not_fixed_order(hidden, weight) is None
+    check_fixed_order(hidden, weight)
     if hidden.shape[0] == 0 or weight.shape[0] == 0:
         return out
     if not hidden.is_cuda:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_fp32.config import GradPrecision
+from megatron_fp32.ops.logits.gemm import check_operands
 from megatron_fp32.ops.logits.main_grad import weight_grad_for_autograd, weight_grad_target
 from megatron_fp32.ops.logits.products import WeightGrad, accumulate_gradients
 from megatron_fp32.ops.logits.ranks import HiddenGrad
@@ -133,7 +134,9 @@ def linear_logprobs(
 def _eager(
     hidden: Tensor, weight: Tensor, labels: Tensor, heat: Tensor, options: HeadOptions
 ) -> tuple[Tensor | None, ...]:
-    return _LinearLogprobs.apply(hidden, weight, labels, heat, options)
+    # Inside of forward, gradients are off in any case.
+    keep = options.keep_logits and torch.is_grad_enabled()
+    return _LinearLogprobs.apply(hidden, weight, labels, heat, dataclasses.replace(options, keep_logits=keep))
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -163,6 +166,8 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, heat, logits, *saved = ctx.saved_tensors
         options: HeadOptions = ctx.options
+        # TF32 may have been switched on since the forward pass.
+        check_operands(hidden, weight, names=("hidden", "weight"))
         flat = [None if g is None else g.reshape(-1).float() for g in upstream[:4]]
         if flat[0] is not None:
             flat[0] = torch.where(labels == options.shard.ignore_index, 0.0, flat[0])
@@ -207,7 +212,9 @@ def _statistics_and_top(
             x, weight, labels, heat, options.shard, with_total=with_total, keep=keep, chunk_size=chunk_size
         )
         return statistics, ()
-    largest = chunk_size or max(1, workspace.workspace_bytes(x.device) // (4 * weight.shape[0]))
+    largest = chunk_size or max(
+        1, workspace.workspace_bytes(x.device, parallel=options.shard.group is not None) // (4 * weight.shape[0])
+    )
     parts, tops = [], []
     for rows in workspace.even_chunks(len(x), largest) or [slice(0, 0)]:
         kept = (
@@ -236,7 +243,7 @@ def _accumulate(
     pieces = options.pieces if weight.dtype != torch.float32 else 1
     blocks = workspace.even_chunks(len(x), options.chunk_size or workspace.GRADIENT_TOKENS)
     per_element = (4 if logits is None else 0) + pieces * weight.element_size()
-    room = workspace.workspace_bytes(weight.device) // per_element
+    room = workspace.workspace_bytes(weight.device, parallel=options.shard.group is not None) // per_element
     sums = FloatWeightGrad(target, blocks=len(blocks))
     if not blocks:
         # Nothing to add, but other ranks and autograd expect their answers.

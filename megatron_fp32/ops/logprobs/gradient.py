@@ -45,7 +45,8 @@ def gradient_vectors(
     zeros = torch.zeros_like(statistics.top)
     g, s = (zeros if x is None else x for x in (logprob, logsumexp))
     constant = zeros if mean_logit is None else mean_logit / shard.vocab_size
-    of_all = g - s
+    # A label outside of the vocabulary has no element of its own to say so.
+    of_all = g - s + torch.where(g != 0, statistics.rest - statistics.rest, 0.0)
     at_label = s + of_all * statistics.rest + constant
     vectors = [statistics.top, statistics.log_sum, inverse_temperature, of_all, at_label, constant]
     if entropy is not None:
@@ -142,5 +143,7 @@ def gradient_torch(
     grad = torch.where(columns == labels[:, None], at_label, grad)
     grad = torch.where(columns < shard.valid_columns, grad * heat, 0.0)
     if shard.softcap is not None:
-        grad = grad * (1 - torch.tanh(raw * shard.scale / shard.softcap).square())
+        # 1 - tanh^2, without the cancellation.
+        e = torch.exp(-2 * (raw * shard.scale / shard.softcap).abs())
+        grad = grad * (4 * e / (1 + e).square())
     return split_torch(grad * shard.scale, count, dtype, scale)

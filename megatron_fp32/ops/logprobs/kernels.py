@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_fp32.ops.logits.project_triton import STATISTICS_BLOCK, store_statistics, tanh, transform
+from megatron_fp32.ops.logits.project_triton import STATISTICS_BLOCK, store_statistics, transform
 
 if TYPE_CHECKING:
     from megatron_fp32.ops.logprobs.statistics import Shard
@@ -143,8 +143,9 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     grad = tl.where((first + offsets)[None, :] == label, at_label, grad)
     grad = tl.where((first + offsets < valid_columns)[None, :], grad * inverse_temperature, 0.0)
     if CAPPED:
-        bend = tanh(x * scale / cap)
-        grad = grad * (1.0 - bend * bend)
+        # 1 - tanh^2, without the cancellation.
+        e = tl.exp(-2.0 * tl.abs(x * scale / cap))
+        grad = grad * (4.0 * e / ((1.0 + e) * (1.0 + e)))
     grad = grad * scale
     if SCALED:
         grad = grad * tl.load(split_scale)

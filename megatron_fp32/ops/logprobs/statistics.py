@@ -72,8 +72,8 @@ class KeptLogits:
     values: Tensor
     """[tokens, columns], rows aligned to 16 bytes: products in float32; or, in float16, exp(z - top of the block)."""
     tops: Tensor | None
-    """[blocks, tokens] float32, the maxima; the latter need them. In [0, 1], float16 has 11 bits, 8 times finer than
-    the bfloat16 that dY will be rounded to, in half of float32's bytes."""
+    """[blocks, tokens] float32, the maxima; the latter need them. float16 has 11 bits down to 6e-5 of the maximum, 8
+    times finer than the bfloat16 that dY will be rounded to, and steps of 6e-8 of it below."""
 
     @staticmethod
     def allocate(tokens: int, weight: Tensor, *, exponentials: bool = False, with_tops: bool = False) -> KeptLogits:
@@ -276,7 +276,7 @@ def finish(statistics: Tensor, label_logits: Tensor, labels: Tensor, shard: Shar
     own = distance.exp()
     log_sum = torch.where(distance == 0, others.log1p(), (others + own).log())
     total = others + own
-    wrong = torch.where(known | ignored, 0.0, torch.nan)
+    wrong = torch.zeros_like(top).masked_fill(~(known | ignored), torch.nan)
     return TokenStatistics(
         top=top,
         log_sum=log_sum,

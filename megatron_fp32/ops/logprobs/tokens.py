@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_fp32.ops.logits.fixed_order import ROWS
+from megatron_fp32.ops.logits.fixed_order import ROWS, why_not_fixed_order
 from megatron_fp32.ops.logprobs import workspace
 from megatron_fp32.ops.logprobs.statistics import (
     KeptLogits,
@@ -43,6 +43,9 @@ def token_statistics(
     tokens = hidden.shape[0]
     # On the CPU the width of a vector operation, and with it a bit, could depend on the number of tokens.
     largest = ROWS if not hidden.is_cuda else chunk_size or workspace.STATISTICS_TOKENS
+    if why_not_fixed_order(hidden, weight) is not None:
+        # The products are stored on the way to their statistics.
+        largest = min(largest, max(1, workspace.BYTES // (4 * weight.shape[0])))
     parts = []
     for rows in workspace.even_chunks(tokens, largest) if hidden.is_cuda else _fixed_chunks(tokens):
         x, y, heat = hidden[rows], labels[rows], inverse_temperature[rows]

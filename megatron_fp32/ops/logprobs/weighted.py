@@ -60,8 +60,9 @@ def weighted_cross_entropy(
 
     A softmax needs all of its logits before the first gradient. Who knows the weights of the losses beforehand (a loss
     mask over a number of tokens, say) can have the gradients while a chunk of logits is still there. dW goes into
-    `weight.main_grad` at once, where there is one; then nothing can scale it later, so the gradient that `total` will
-    receive must be known, too: it is `grad_scale`, and a backward pass with another one fails.
+    `weight.main_grad` at once, where there is one, and dX is rounded. Nothing can scale them later without losing bits,
+    so the gradient that `total` will receive must be known, too: it is `grad_scale`, and a backward pass with another
+    one fails.
 
     Arguments are those of `linear_cross_entropy`, and:
 
@@ -71,8 +72,8 @@ def weighted_cross_entropy(
 
     Raises:
         As `linear_cross_entropy`; and ValueError for `loss_weights` of another shape, or that require a gradient.
-        RuntimeError in the backward pass, when the gradient is not `grad_scale` although dW is in `main_grad` already
-        (on CUDA as a device-side assertion), or when it is run twice then.
+        RuntimeError in the backward pass, when the gradient is not `grad_scale` (on CUDA as a device-side assertion),
+        or when it is run twice with a `main_grad`; in the forward pass, when saved-tensor hooks may run it twice then.
     """
     loss = TokenLoss(label_smoothing=label_smoothing, z_loss=z_loss)
     options = head_options(
@@ -96,9 +97,11 @@ def weighted_cross_entropy(
             f"{tuple(loss_weights.shape)}, requires_grad={loss_weights.requires_grad}"
         )
     heat = inverse_temperature(temperature, labels)
-    factor = torch.as_tensor(grad_scale, dtype=torch.float32, device=hidden.device)
+    if not isinstance(grad_scale, Tensor):
+        # A tensor made from a number on the host would make the host wait.
+        grad_scale = torch.full((), grad_scale, dtype=torch.float32, device=hidden.device)
     options = dataclasses.replace(options, with_total=label_smoothing > 0)
-    return WeightedLoss(*_eager(hidden, weight, labels, loss_weights, heat, factor, options, loss))
+    return WeightedLoss(*_eager(hidden, weight, labels, loss_weights, heat, grad_scale.float(), options, loss))
 
 
 @torch.compiler.disable
@@ -134,6 +137,12 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         ignored = flat == options.shard.ignore_index
         weights = torch.where(ignored, 0.0, loss_weights.reshape(-1).float())
         needs = (wanted and ctx.needs_input_grad[0], wanted and ctx.needs_input_grad[1])
+        ctx.in_main_grad = needs[1] and follows_main_grad(weight)
+        if ctx.in_main_grad and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            raise RuntimeError(
+                "weighted_cross_entropy adds dW to main_grad in its forward pass, which saved-tensor hooks may run "
+                "twice (torch.utils.checkpoint with use_reentrant=False does). Use linear_cross_entropy there"
+            )
         step = _GradientInForward(hidden, weight, options, needs=needs)
         result = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
         losses = result.view(-1)
@@ -155,8 +164,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             upstream = loss.gradients(weights[tokens] * grad_scale, statistics.logsumexp)
             vectors = gradient_vectors(statistics, heat[tokens], options.shard, **upstream)
             step.accumulate(tokens, kept, vectors, flat[tokens])
-        ctx.weight_owner, ctx.target = weight, step.target
-        ctx.in_main_grad = step.target is not None and follows_main_grad(weight)
+        ctx.weight_owner, ctx.target = weight, step.target if ctx.in_main_grad else None
         ctx.handed_out = False
         dw = None if step.target is None or ctx.in_main_grad else step.target.target
         ctx.save_for_backward(step.finish(), dw, grad_scale)
@@ -167,22 +175,18 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_scale = ctx.saved_tensors
-        if ctx.in_main_grad:
-            if ctx.handed_out:
-                raise RuntimeError(
-                    "weighted_cross_entropy has added dW to main_grad in its forward pass: a second backward pass "
-                    "would need a second dW. Use linear_cross_entropy"
-                )
-            ctx.handed_out = True
-            torch._assert_async(
-                upstream == grad_scale,
-                "weighted_cross_entropy has added dW to main_grad with grad_scale; its total receives another gradient",
+        if ctx.in_main_grad and ctx.handed_out:
+            raise RuntimeError(
+                "weighted_cross_entropy has added dW to main_grad in its forward pass: a second backward pass would "
+                "need a second dW. Use linear_cross_entropy"
             )
+        torch._assert_async(
+            upstream == grad_scale,
+            "weighted_cross_entropy has computed its gradients for grad_scale; its total receives another gradient",
+        )
+        if ctx.in_main_grad:
+            ctx.handed_out = True
             grad_weight = weight_grad_for_autograd(ctx.weight_owner, ctx.target)
-        else:
-            ratio = upstream / grad_scale
-            grad_hidden = None if grad_hidden is None else (grad_hidden * ratio).to(grad_hidden.dtype)
-            grad_weight = None if grad_weight is None else (grad_weight * ratio).to(grad_weight.dtype)
         return grad_hidden, grad_weight, *([None] * 7)
 
 
@@ -214,7 +218,8 @@ class _GradientInForward:
         largest = options.chunk_size
         if largest is None:
             per_token = (2 if exponentials else 4) * weight.shape[0]
-            largest = workspace.workspace_bytes(device) // per_token if wanted else tokens
+            parallel = options.shard.group is not None
+            largest = workspace.workspace_bytes(device, parallel=parallel) // per_token if wanted else tokens
         self.chunks = workspace.even_chunks(tokens, largest)
         longest = max((c.stop - c.start for c in self.chunks), default=0)
         self._pieces = options.pieces if weight.dtype != torch.float32 else 1

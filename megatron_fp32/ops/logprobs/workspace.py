@@ -21,9 +21,12 @@ GRADIENT_COLUMNS = 8192
 """Columns of dY pieces that exist at a time beside a chunk of logits."""
 
 
-def workspace_bytes(device: torch.device) -> int:
-    """`BYTES`, or half of what is free on the device where that is less."""
-    if device.type != "cuda":
+def workspace_bytes(device: torch.device, *, parallel: bool) -> int:
+    """`BYTES`, or half of what is free on the device where that is less.
+
+    With `parallel` ranks it is always `BYTES`: each chunk takes part in collectives, and all must cut alike.
+    """
+    if device.type != "cuda" or parallel:
         return BYTES
     free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
