@@ -103,20 +103,14 @@ def _logits(layer: Any, hidden: Tensor, weight: Tensor | None) -> Tensor:
 
 def _loss(labels: Tensor, scale: float) -> Use:
     def use(layer: Any, hidden: Tensor, weight: Tensor | None) -> Tensor:
-        config = layer.fp32_config
         count_fp32_call(layer)
         return linear_cross_entropy(
             hidden,
             layer.weight_for_products(weight),
             labels,
-            tp_group=layer.tp_group,
-            sequence_parallel=layer.sequence_parallel,
-            reduce_hidden_grad=layer.allreduce_dgrad,
-            vocab_size=config.vocab_size,
             scale=scale,
-            grad_precision=config.grad_precision,
-            backward=config.fused_loss,
-            invariant=config.invariant,
+            backward=layer.fp32_config.fused_loss,
+            **layer.head_arguments(),
         )
 
     return use

@@ -64,19 +64,14 @@ def logprobs_processor(
                 hidden,
                 layer.weight_for_products(weight),
                 labels.t().contiguous(),
-                tp_group=layer.tp_group,
-                sequence_parallel=layer.sequence_parallel,
-                reduce_hidden_grad=layer.allreduce_dgrad,
-                vocab_size=layer.fp32_config.vocab_size,
                 temperature=heat,
                 # MuP's scale, which Megatron gives as a function of the logits.
                 scale=1.0 if scale_logits is None else float(scale_logits(1.0)),
-                grad_precision=layer.fp32_config.grad_precision,
                 backward=backward,
-                invariant=layer.fp32_config.invariant,
                 mean_logit=mean_logit,
                 top_k=top_k,
                 chunk_size=chunk_size,
+                **layer.head_arguments(),
             )
 
         result = output_layer(hidden_states, weight=output_weight, use=use)

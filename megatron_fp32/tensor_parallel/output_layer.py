@@ -97,6 +97,17 @@ class Fp32OutputLayer(ColumnParallelLinear):
             weight.zero_out_wgrad = True  # type: ignore[attr-defined]
         return weight
 
+    def head_arguments(self) -> dict[str, Any]:
+        """What the operators of `ops.logprobs` take from the layer and its configuration."""
+        return {
+            "tp_group": self.tp_group,
+            "sequence_parallel": self.sequence_parallel,
+            "reduce_hidden_grad": self.allreduce_dgrad,
+            "vocab_size": self.fp32_config.vocab_size,
+            "grad_precision": self.fp32_config.grad_precision,
+            "invariant": self.fp32_config.invariant,
+        }
+
     def _forward_impl(
         self,
         input: Tensor,
