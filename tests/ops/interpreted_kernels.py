@@ -16,10 +16,17 @@ from megatron_fp32.ops.logprobs.gradient import gradient_torch, gradient_vectors
 from megatron_fp32.ops.logprobs.kernels import (
     combine_triton,
     exponentials_gradient_triton,
+    finish_triton,
     gradient_triton,
     statistics_triton,
 )
-from megatron_fp32.ops.logprobs.statistics import KeptLogits, Shard, combine_torch, statistics_torch
+from megatron_fp32.ops.logprobs.statistics import (
+    KeptLogits,
+    Shard,
+    combine_torch,
+    finish_torch,
+    statistics_torch,
+)
 from megatron_fp32.ops.logprobs.tokens import token_statistics
 from tests.ops.logprobs_cases import ROWS, TOKENS, VOCAB, case
 
@@ -76,6 +83,34 @@ def stored_statistics(softcap: float | None) -> None:
     assert torch.equal(combine_triton(many), combine_triton(longer)), "blocks of padding changed a bit"
 
 
+def tokens_finished() -> None:
+    """Every kind of label, from e^-100 to all but e^-100 of the probability."""
+    labels = torch.tensor([0, 5, 9, -100, 10, -1]).repeat(40)
+    part = shard(vocab_size=10, valid_columns=10)
+    statistics = torch.stack([torch.randn(240), torch.rand(240) * 9 + 1, -torch.rand(240)])[None]
+    label_logits = statistics[0, 0] + torch.linspace(-100, 100, 240)
+    label_logits[::7] = statistics[0, 0, ::7]
+    got = finish_triton(statistics, label_logits, labels, part)
+    expected = finish_torch(statistics.double(), label_logits.double(), labels, part)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6, equal_nan=True)
+    sure = (expected[3] < 1e-3) & (expected[3] > 1e-30)
+    assert sure.sum() > 20
+    torch.testing.assert_close(got[2][sure].double(), expected[2][sure], rtol=1e-5, atol=0)
+    torch.testing.assert_close(got[3][sure].double(), expected[3][sure], rtol=1e-5, atol=0)
+    assert got[2].isnan().sum() == 80
+    # With the label among equals, the logarithm's own error is all that there is.
+    labels = torch.zeros(240, dtype=torch.int64)
+    for place, lowest in ((0.0, -30), (-1.0, 0)):
+        statistics = torch.stack([torch.zeros(240), torch.logspace(lowest, 6, 240), torch.zeros(240)])[None]
+        label_logits = torch.full((240,), place)
+        got = finish_triton(statistics, label_logits, labels, part)
+        expected = finish_torch(statistics.double(), label_logits.double(), labels, part)
+        torch.testing.assert_close(got[2].double(), expected[2], rtol=4e-7, atol=0)
+    alone = finish_triton(torch.tensor([-torch.inf, 0, 0])[None, :, None], torch.tensor([3.0]), labels[:1], part)
+    assert [float(x) for x in alone] == [3, 0, 0, 0, 0]
+
+
 def gradients(softcap: float | None, *, entropy: bool) -> None:
     c, part, heat = case(), shard(softcap=softcap), torch.rand(TOKENS) + 0.5
     x, w = c.hidden.detach(), c.weight.detach()
@@ -90,11 +125,31 @@ def gradients(softcap: float | None, *, entropy: bool) -> None:
         expected = gradient_torch(raw[:, 128:ROWS], vectors, labels, part, 128, count, torch.bfloat16, None)
         error = relative_error(sum(p.double() for p in got), sum(p.double() for p in expected))
         assert error < 2.0 ** (-7 * count) + 1e-5, error
+    gradient_in_place(raw, vectors, labels, part)
 
 
-def kept_exponentials() -> None:
+def gradient_in_place(raw: torch.Tensor, vectors: torch.Tensor, labels: torch.Tensor, part: Shard) -> None:
+    """Two pieces of some columns take the place of those logits, and of nothing else."""
+    room = torch.full((TOKENS, -(-ROWS // 8) * 8 + 8), torch.nan)
+    room[:, :ROWS] = raw
+    for first, last in ((0, 256), (256, ROWS)):
+        expected = gradient_triton(room[:, first:last], vectors, labels, part, first, 2, torch.bfloat16, None)
+        before = room.clone()
+        got = gradient_triton(room[:, first:last], vectors, labels, part, first, 2, torch.bfloat16, None, True)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert got[0].data_ptr() == room[:, first].data_ptr()
+        aligned_end = first + -(-(last - first) // 8) * 8
+        for rest in (slice(0, first), slice(aligned_end, None)):
+            assert torch.equal(before[:, rest].view(torch.int32), room[:, rest].view(torch.int32))
+
+
+def kept_exponentials(*, peaked: bool) -> None:
     c, part, heat = case(), shard(), torch.rand(TOKENS) + 0.5
     x, w, labels = c.hidden.detach(), c.weight.detach(), part.local_labels(c.labels)
+    if peaked:
+        # Labels e^40 above their block: float16 would have nothing left for the others.
+        inside = labels >= 0
+        x[inside] += (40 / w.float().square().sum(1).mean() * w[labels[inside]].float()).bfloat16()
     kept = KeptLogits.allocate(TOKENS, w, exponentials=True)
     statistics, label_logits = torch.empty(BLOCKS, 3, TOKENS), torch.zeros(TOKENS)
     project_triton(
@@ -130,11 +185,13 @@ def weight_gradient() -> None:
 
 
 if __name__ == "__main__":
+    tokens_finished()
     weight_gradient()
     for cap in (None, 5.0):
         product_and_statistics(cap)
         stored_statistics(cap)
         gradients(cap, entropy=False)
         gradients(cap, entropy=True)
-    kept_exponentials()
+    kept_exponentials(peaked=False)
+    kept_exponentials(peaked=True)
     print("done")

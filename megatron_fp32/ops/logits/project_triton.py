@@ -52,8 +52,8 @@ def store_statistics(  # type: ignore[no-untyped-def]
     """Of a tile [rows, WIDTH] of logits: the maximum, the sums over e = exp(z - maximum) of e and e * (z - maximum),
     the sum of z, and the label's logit. Returns the e.
 
-    The label takes part in the maximum and in the sum of z only: what remains is the probability that it lacks, without
-    the cancellation of 1 - p.
+    The label takes part in the sum of z only: what remains is the probability that it lacks, without the cancellation
+    of 1 - p, and however far the label is above the rest.
     """
     # Finite, so that 0 times its distance is 0.
     lowest: tl.constexpr = -3.0e38
@@ -62,10 +62,10 @@ def store_statistics(  # type: ignore[no-untyped-def]
     valid = (offsets < valid_columns)[None, :]
     label = tl.load(labels + rows, mask=inside, other=-1)
     is_label = offsets[None, :] == label[:, None]
-    masked = tl.where(valid, z, lowest)
-    top = tl.max(masked, 1)
-    distance = masked - top[:, None]
-    e = tl.where(is_label, 0.0, tl.exp(distance))
+    others = tl.where(valid & ~is_label, z, lowest)
+    top = tl.max(others, 1)
+    distance = others - top[:, None]
+    e = tl.exp(distance)
     padding = top == lowest
     out = statistics + tl.cast(column // WIDTH * (4 if SUM else 3), tl.int64) * tokens + rows
     tl.store(out, tl.where(padding, float("-inf"), top), mask=inside)

@@ -15,7 +15,18 @@ from megatron_fp32.ops.logprobs.statistics import KeptLogits, Shard, product
 
 
 class LogitsGradient:
-    """dY of a block of tokens, columns at a time, as `accumulate_gradients` asks for it."""
+    """dY of a block of tokens, columns at a time, as `accumulate_gradients` asks for it.
+
+    Args:
+        hidden: [tokens, hidden].
+        weight: [columns, hidden], this rank's rows.
+        labels: [tokens] int32, from `Shard.local_labels`.
+        vectors: from `gradient_vectors`.
+        kept: the logits of the tokens; None to multiply again.
+        consume: the kept logits may be overwritten.
+        shard: this rank's part.
+        pieces: how many stand for dY.
+    """
 
     def __init__(
         self,
@@ -25,12 +36,14 @@ class LogitsGradient:
         labels: Tensor,
         vectors: Tensor,
         kept: KeptLogits | None,
+        consume: bool = False,
         shard: Shard,
         pieces: int,
     ) -> None:
         self._hidden, self._weight, self._labels = hidden, weight, labels
         self._vectors, self._kept = vectors.contiguous(), kept
         self._shard, self._pieces = shard, pieces
+        self._consume = consume or kept is None
         self._scale = gradient_scale(self._vectors, shard, count=pieces, dtype=weight.dtype)
         self._fixed = shard.invariant and why_not_fixed_order(hidden, weight) is None
 
@@ -50,6 +63,7 @@ class LogitsGradient:
             count=self._pieces,
             dtype=self._weight.dtype,
             scale=self._scale,
+            consume=self._consume,
         )
 
 

@@ -80,6 +80,7 @@ def softmax_gradient(
     count: int,
     dtype: torch.dtype,
     scale: Tensor | None,
+    consume: bool = False,
 ) -> Pieces:
     """dY of some columns, through the temperature, the soft cap and the scale to the products.
 
@@ -92,12 +93,15 @@ def softmax_gradient(
         count: how many pieces.
         dtype: of the pieces; float32 knows one.
         scale: from `gradient_scale`.
+        consume: nobody needs `raw` after this; two pieces take its place.
     """
     if raw.is_cuda:
-        from megatron_fp32.ops.logprobs.kernels import gradient_triton
+        from megatron_fp32.ops.logprobs.kernels import IN_PLACE_COLUMNS, gradient_triton
 
+        fits = raw.shape[1] <= IN_PLACE_COLUMNS and raw.stride(0) % 8 == 0
+        in_place = consume and count == 2 and dtype.itemsize == 2 and fits
         with torch.cuda.device(raw.device):
-            parts = gradient_triton(raw, vectors, labels, shard, first, count, dtype, scale)
+            parts = gradient_triton(raw, vectors, labels, shard, first, count, dtype, scale, in_place)
     else:
         parts = gradient_torch(raw, vectors, labels, shard, first, count, dtype, scale)
     return Pieces(parts, None if scale is None else scale.reciprocal())

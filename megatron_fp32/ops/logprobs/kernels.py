@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _STATISTICS_ROWS = 16
 _COMBINE_LANES, _COMBINE_TOKENS = 64, 64
 _GRADIENT_ROWS, _GRADIENT_COLUMNS = 8, 256
+IN_PLACE_COLUMNS = 8192
+"""Columns at most of a gradient that is written over its logits."""
 
 
 @triton.jit
@@ -108,11 +110,80 @@ def combine_triton(statistics: Tensor) -> Tensor:
 
 
 @triton.jit
+def _twice_atanh(s):  # type: ignore[no-untyped-def]
+    """log((1 + s) / (1 - s)) for |s| <= 0.18, to a few units in the last place."""
+    y = s * s
+    return 2.0 * s * (1.0 + y * (1.0 / 3 + y * (1.0 / 5 + y * (1.0 / 7 + y * (1.0 / 9)))))
+
+
+@triton.jit
+def _log(x):  # type: ignore[no-untyped-def]
+    """log of a normal number, to a few units in the last place, which the device's approximation is not."""
+    bits = x.to(tl.int32, bitcast=True)
+    # x = 2^exponent times something between sqrt(1/2) and sqrt(2), whose bits are 0x3F3504F3.
+    exponent = (bits - 0x3F3504F3) >> 23
+    rest = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+    power = exponent.to(tl.float32)
+    # log(2) in two parts, the first of few enough bits for an exact product.
+    return power * 0.693145751953125 + (power * 1.42860682030941723e-6 + _twice_atanh((rest - 1.0) / (rest + 1.0)))
+
+
+@triton.jit
+def _log1p(x):  # type: ignore[no-untyped-def]
+    """log(1 + x) of x >= 0."""
+    return tl.where(x < 0.4, _twice_atanh(x / (2.0 + x)), _log(1.0 + x))
+
+
+@triton.jit
+def _finish_kernel(  # type: ignore[no-untyped-def]
+    statistics, label_logits, labels, out, tokens, vocab_size, ignore_index, TOKENS: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside = columns < tokens
+    here = statistics + columns
+    rival = tl.load(here, mask=inside, other=0.0)
+    others = tl.load(here + tokens, mask=inside, other=0.0)
+    weighted = tl.load(here + 2 * tokens, mask=inside, other=0.0)
+    index = tl.load(labels + columns, mask=inside, other=0)
+    ignored = index == ignore_index
+    known = (index >= 0) & (index < vocab_size) & (index != ignore_index)
+    label = tl.where(known, tl.load(label_logits + columns, mask=inside, other=0.0), float("-inf"))
+    top = tl.maximum(rival, label)
+    below = rival - top
+    factor = tl.exp(below)
+    weighted = tl.where(factor == 0.0, 0.0, (weighted + others * below) * factor)
+    others = others * factor
+    distance = label - top
+    own = tl.exp(distance)
+    total = others + own
+    log_sum = tl.where(distance == 0.0, _log1p(others), _log(total))
+    wrong = tl.where(known | ignored, 0.0, float("nan"))
+    entropy = log_sum - (weighted + tl.where(known, own * distance, 0.0)) / total
+    out = out + columns
+    tl.store(out, top, mask=inside)
+    tl.store(out + tokens, log_sum, mask=inside)
+    tl.store(out + 2 * tokens, tl.where(known, distance - log_sum, wrong), mask=inside)
+    tl.store(out + 3 * tokens, others / total + wrong, mask=inside)
+    tl.store(out + 4 * tokens, entropy, mask=inside)
+
+
+def finish_triton(statistics: Tensor, label_logits: Tensor, labels: Tensor, shard: Shard) -> tuple[Tensor, ...]:
+    """As `finish_torch`."""
+    tokens = statistics.shape[2]
+    out = statistics.new_empty(5, tokens)
+    _finish_kernel[(triton.cdiv(tokens, 128),)](
+        statistics.contiguous(), label_logits, labels.contiguous(), out, tokens, shard.vocab_size, shard.ignore_index,
+        TOKENS=128,
+    )  # fmt: skip
+    return tuple(out.unbind(0))
+
+
+@triton.jit
 def _gradient_kernel(  # type: ignore[no-untyped-def]
-    raw, raw_stride, tokens, first, columns, valid_columns, vectors, labels, pieces, piece_stride, split_scale, scale,
-    cap,
-    ENTROPY: tl.constexpr, CAPPED: tl.constexpr, COUNT: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    raw, raw_stride, tokens, first, columns, valid_columns, vectors, labels, pieces, pieces_stride, piece_stride,
+    split_scale, scale, cap,
+    ENTROPY: tl.constexpr, CAPPED: tl.constexpr, COUNT: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of products, written as `COUNT` pieces; `vectors` are the rows of `gradient_vectors`."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -129,6 +200,9 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     label = tl.load(labels + rows, mask=row_inside, other=-1)[:, None]
 
     x = tl.load(raw + rows.to(tl.int64)[:, None] * raw_stride + offsets[None, :], mask=inside, other=0.0)
+    if IN_PLACE:
+        # One thread's piece lies where another one's logit was.
+        tl.debug_barrier()
     z = transform(x, scale, cap, inverse_temperature, CAPPED)
     log_p = (z - top) - log_sum
     slope = of_all
@@ -149,7 +223,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     grad = grad * scale
     if SCALED:
         grad = grad * tl.load(split_scale)
-    out = pieces + rows.to(tl.int64)[:, None] * columns + offsets[None, :]
+    out = pieces + rows.to(tl.int64)[:, None] * pieces_stride + offsets[None, :]
     for index in tl.static_range(COUNT):
         part = grad.to(pieces.dtype.element_ty)
         tl.store(out + index * piece_stride, part, mask=inside)
@@ -159,17 +233,29 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
 
 def gradient_triton(
     raw: Tensor, vectors: Tensor, labels: Tensor, shard: Shard, first: int, count: int, dtype: torch.dtype,
-    split_scale: Tensor | None,
+    split_scale: Tensor | None, in_place: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """As `gradient_torch`."""
+    """As `gradient_torch`; `in_place` writes two pieces of up to `IN_PLACE_COLUMNS` columns where `raw` was."""
     tokens, columns = raw.shape
-    pieces = torch.empty(count, tokens, columns, dtype=dtype, device=raw.device)
-    grid = (triton.cdiv(tokens, _GRADIENT_ROWS), triton.cdiv(columns, _GRADIENT_COLUMNS))
+    rows, width = (1, triton.next_power_of_2(columns)) if in_place else (_GRADIENT_ROWS, _GRADIENT_COLUMNS)
+    if in_place:
+        # Rows have room for a multiple of 8 columns, which keeps the second piece aligned to 16 bytes, too.
+        step = -(-columns // 8) * 8
+        assert count == 2
+        assert dtype.itemsize == 2
+        assert columns <= IN_PLACE_COLUMNS
+        assert step <= raw.stride(0)
+        pieces = torch.empty(0, dtype=dtype, device=raw.device).set_(
+            raw.untyped_storage(), 2 * raw.storage_offset(), (count, tokens, columns), (step, 2 * raw.stride(0), 1)
+        )
+    else:
+        pieces = torch.empty(count, tokens, columns, dtype=dtype, device=raw.device)
+    grid = (triton.cdiv(tokens, rows), triton.cdiv(columns, width))
     _gradient_kernel[grid](
-        raw, raw.stride(0), tokens, first, columns, shard.valid_columns, vectors, labels, pieces, pieces.stride(0),
-        vectors if split_scale is None else split_scale, shard.scale, shard.softcap or 0.0,
+        raw, raw.stride(0), tokens, first, columns, shard.valid_columns, vectors, labels, pieces, pieces.stride(1),
+        pieces.stride(0), vectors if split_scale is None else split_scale, shard.scale, shard.softcap or 0.0,
         ENTROPY=len(vectors) == 8, CAPPED=shard.softcap is not None, COUNT=count, SCALED=split_scale is not None,
-        ROWS=_GRADIENT_ROWS, COLUMNS=_GRADIENT_COLUMNS,
+        IN_PLACE=in_place, ROWS=rows, COLUMNS=width, num_warps=8 if in_place else 4,
     )  # fmt: skip
     return tuple(pieces.unbind(0))
 

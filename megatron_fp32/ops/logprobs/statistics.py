@@ -1,10 +1,10 @@
 """What a softmax needs of its logits, block by block, and how blocks and ranks are put together.
 
-Per token and block of `BLOCK` columns: the maximum m; the sums of e = exp(z - m) and of e * (z - m), both without the
-label's term; and, on request, the sum of z. Such statistics of two blocks combine into those of their union, so the
-same function serves for the blocks of a shard and for the shards of all ranks. Leaving the label out keeps what a
-confident model is about: 1 - p is a sum of small numbers and log p its log1p; taken from p = 0.9999, both would have
-lost their digits.
+Per token and block of `BLOCK` columns: the maximum m and the sums of e = exp(z - m) and of e * (z - m), all three
+without the label; and, on request, the sum of z, with it. Such statistics of two blocks combine into those of their
+union, so the same function serves for the blocks of a shard and for the shards of all ranks. Leaving the label out
+keeps what a confident model is about: 1 - p is a sum of small numbers and log p its log1p; taken from p = 0.9999, both
+would have lost their digits.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ class KeptLogits:
     values: Tensor
     """[tokens, columns], rows aligned to 16 bytes: products in float32; or, in float16, exp(z - top of the block)."""
     tops: Tensor | None
-    """[blocks, tokens] float32, the maxima; the latter need them. float16 has 11 bits down to 6e-5 of the maximum, 8
-    times finer than the bfloat16 that dY will be rounded to, and steps of 6e-8 of it below."""
+    """[blocks, tokens] float32, the maxima: of the exponentials those that they refer to, without the label; of
+    products, kept for `top_k_of`, with it. float16 has 11 bits down to 6e-5 of the maximum, 8 times finer than the
+    bfloat16 that dY will be rounded to, and steps of 6e-8 of it below."""
 
     @staticmethod
     def allocate(tokens: int, weight: Tensor, *, exponentials: bool = False, with_tops: bool = False) -> KeptLogits:
@@ -167,7 +168,7 @@ def block_statistics(
                 scale=shard.scale,
                 softcap=shard.softcap,
             )
-        _keep_tops(keep, statistics)
+        _keep_tops(keep, statistics, labels, label_logits)
         return statistics, label_logits
     raw = product(hidden, weight, fixed_order=fixed)
     if keep is not None:
@@ -180,13 +181,18 @@ def block_statistics(
             statistics_triton(raw, labels, inverse_temperature, shard, statistics, label_logits)
     else:
         statistics_torch(raw, labels, inverse_temperature, shard, statistics, label_logits)
-    _keep_tops(keep, statistics)
+    _keep_tops(keep, statistics, labels, label_logits)
     return statistics, label_logits
 
 
-def _keep_tops(keep: KeptLogits | None, statistics: Tensor) -> None:
-    if keep is not None and keep.tops is not None:
-        keep.tops.copy_(statistics[:, 0])
+def _keep_tops(keep: KeptLogits | None, statistics: Tensor, labels: Tensor, label_logits: Tensor) -> None:
+    if keep is None or keep.tops is None:
+        return
+    keep.tops.copy_(statistics[:, 0])
+    if keep.values.dtype == torch.float32:
+        block = (labels.clamp(min=0) // BLOCK).long()[None]
+        own = torch.where(labels >= 0, label_logits, -torch.inf)[None]
+        keep.tops.scatter_(0, block, keep.tops.gather(0, block).maximum(own))
 
 
 def statistics_torch(
@@ -197,11 +203,11 @@ def statistics_torch(
         z = raw.new_full((raw.shape[0], BLOCK), -torch.inf)
         width = min(BLOCK, max(0, min(raw.shape[1], shard.valid_columns) - column))
         z[:, :width] = shard.logits(raw[:, column : column + width], inverse_temperature)
-        top = z.amax(1)
-        distance = z - torch.where(top.isneginf(), 0.0, top)[:, None]
-        local = labels - column
-        is_label = torch.arange(BLOCK, device=raw.device) == local[:, None]
-        e = torch.where(is_label, 0.0, distance.exp())
+        is_label = torch.arange(BLOCK, device=raw.device) == (labels - column)[:, None]
+        others = z.masked_fill(is_label, -torch.inf)
+        top = others.amax(1)
+        distance = others - torch.where(top.isneginf(), 0.0, top)[:, None]
+        e = distance.exp()
         statistics[index, 0] = top
         statistics[index, 1] = _tree_sum(e)
         statistics[index, 2] = _tree_sum(torch.where(e == 0, 0.0, e * distance))
@@ -269,19 +275,34 @@ def finish(statistics: Tensor, label_logits: Tensor, labels: Tensor, shard: Shar
         labels: [tokens], indices into the whole vocabulary.
         shard: for its `vocab_size` and `ignore_index`.
     """
-    top, others, weighted = statistics[0, :3]
+    if statistics.is_cuda:
+        from megatron_fp32.ops.logprobs.kernels import finish_triton
+
+        with torch.cuda.device(statistics.device):
+            top, log_sum, logprob, rest, entropy = finish_triton(statistics, label_logits, labels, shard)
+    else:
+        top, log_sum, logprob, rest, entropy = finish_torch(statistics, label_logits, labels, shard)
+    total = statistics[0, 3] if statistics.shape[1] == 4 else None
+    return TokenStatistics(top=top, log_sum=log_sum, logprob=logprob, rest=rest, entropy=entropy, total=total)
+
+
+def finish_torch(statistics: Tensor, label_logits: Tensor, labels: Tensor, shard: Shard) -> tuple[Tensor, ...]:
+    """The definition of `finish`: the first five fields."""
+    rival, others, weighted = statistics[0, :3]
     ignored = labels == shard.ignore_index
     known = (labels >= 0) & (labels < shard.vocab_size) & ~ignored
-    distance = torch.where(known, label_logits - top, -torch.inf)
+    label = torch.where(known, label_logits, -torch.inf)
+    # From the largest of the others to the largest of all.
+    top = rival.maximum(label)
+    below = rival - top
+    factor = below.exp()
+    weighted = torch.where(factor == 0, 0.0, (weighted + others * below) * factor)
+    others = others * factor
+    distance = label - top
     own = distance.exp()
     log_sum = torch.where(distance == 0, others.log1p(), (others + own).log())
     total = others + own
     wrong = torch.zeros_like(top).masked_fill(~(known | ignored), torch.nan)
-    return TokenStatistics(
-        top=top,
-        log_sum=log_sum,
-        logprob=torch.where(known, distance - log_sum, wrong),
-        rest=others / total + wrong,
-        entropy=log_sum - (weighted + torch.where(known, own * distance, 0.0)) / total,
-        total=statistics[0, 3] if statistics.shape[1] == 4 else None,
-    )
+    logprob = torch.where(known, distance - log_sum, wrong)
+    entropy = log_sum - (weighted + torch.where(known, own * distance, 0.0)) / total
+    return top, log_sum, logprob, others / total + wrong, entropy

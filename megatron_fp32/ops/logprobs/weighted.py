@@ -242,10 +242,11 @@ class _GradientInForward:
         weight_grad = self._sums.part(first=tokens is self.chunks[0])
         if kept.tops is None:
             grad = LogitsGradient(
-                self.hidden[tokens], self._weight, labels=local, vectors=vectors, kept=kept, shard=shard,
+                self.hidden[tokens], self._weight, labels=local, vectors=vectors, kept=kept, consume=True, shard=shard,
                 pieces=self._pieces,
             )  # fmt: skip
-            columns = workspace.GRADIENT_COLUMNS // self._pieces // 128 * 128
+            # Two pieces take the place of the logits, three need some of their own.
+            columns = workspace.GRADIENT_COLUMNS // (1 if self._pieces == 2 else self._pieces) // 128 * 128
             self._products(grad, tokens, weight_grad, with_dx=True, columns=columns)
             return
         # All of dY is there, in the memory of the exponentials: dX of fewer tokens needs less of it in fp32.
