@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_fp32.ops.logits.hidden_grad_triton import add_hidden_grad
 from megatron_fp32.ops.logits.project_triton import project_triton
 from megatron_fp32.ops.logits.reference import relative_error
 from megatron_fp32.ops.logits.weight_grad_triton import add_weight_grad
@@ -184,7 +185,24 @@ def weight_gradient() -> None:
         assert relative_error(target, expected) < 1e-6
 
 
+def hidden_gradient() -> None:
+    """The chain of sums, in one go and in two, from pieces in rows of every alignment."""
+    tokens, columns, hidden = 150, 333, 264
+    weight = torch.randn(columns, hidden).bfloat16()
+    for count in (1, 2, 3):
+        grads = tuple((torch.randn(tokens, columns) * 2.0 ** (-8 * i)).bfloat16() for i in range(count))
+        expected = sum(g.double() for g in grads) @ weight.double()
+        whole = torch.full((tokens, hidden), torch.nan)
+        add_hidden_grad(whole, grads, weight, begin=True)
+        assert relative_error(whole, expected) < 1e-6
+        chained = torch.full((tokens, hidden), torch.nan)
+        add_hidden_grad(chained, tuple(g[:, :128] for g in grads), weight[:128], begin=True)
+        add_hidden_grad(chained, tuple(g[:, 128:] for g in grads), weight[128:], begin=False)
+        assert torch.equal(chained, whole)
+
+
 if __name__ == "__main__":
+    hidden_gradient()
     tokens_finished()
     weight_gradient()
     for cap in (None, 5.0):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -59,7 +61,7 @@ def test_logits_of_the_output_layer(with_bias: bool) -> None:
 @given(
     start=st.integers(0, TOKENS - 1), count=st.integers(1, TOKENS), first=st.integers(0, 5), blocks=st.integers(1, 6)
 )
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=30, derandomize=True)
 def test_any_part_of_the_product_has_the_bits_of_the_whole(start: int, count: int, first: int, blocks: int) -> None:
     x, w, _ = operands(700, hidden=256)
     rows, columns = slice(start, start + count), slice(first * 128, (first + blocks) * 128)
@@ -67,7 +69,7 @@ def test_any_part_of_the_product_has_the_bits_of_the_whole(start: int, count: in
 
 
 @given(start=st.integers(0, TOKENS - 1), count=st.integers(1, TOKENS))
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=20, derandomize=True)
 def test_a_token_is_the_same_in_every_batch(start: int, count: int) -> None:
     x, w, y = operands(700)
     rows = slice(start, start + count)
@@ -76,6 +78,42 @@ def test_a_token_is_the_same_in_every_batch(start: int, count: int) -> None:
     for a, b in zip(part, whole, strict=True):
         assert a is not None
         assert torch.equal(a, b[rows])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16x2"])
+def test_the_gradient_of_a_token_is_the_same_in_every_batch(precision: Any) -> None:
+    x, w, y = operands(700)
+    upstream = torch.randn(TOKENS)
+
+    def hidden_grad(rows: slice) -> torch.Tensor:
+        leaf = x[rows].clone().requires_grad_()
+        out = linear_logprobs(leaf, w, y[rows].clone(), invariant=True, grad_precision=precision)
+        out.logprobs.backward(upstream[rows])
+        assert leaf.grad is not None
+        return leaf.grad
+
+    whole = hidden_grad(slice(None))
+    for start, stop in ((0, 1), (TOKENS - 1, TOKENS), (3, 70), (60, 130)):
+        assert torch.equal(hidden_grad(slice(start, stop)), whole[start:stop])
+
+
+@pytest.mark.parametrize("bad", ["label", "weight", "huge"])
+def test_a_gradient_that_is_no_number_says_so(bad: str) -> None:
+    """Integers have no NaN: what must not be added as one is announced by its bound."""
+    x, w, y = operands(700)
+    leaf, upstream = x.clone().requires_grad_(), torch.ones(TOKENS)
+    if bad == "label":
+        y = y.index_fill(0, torch.tensor([4]), 5000)
+    elif bad == "weight":
+        w = w.clone()
+        w[3, 3] = torch.nan
+    else:
+        upstream[4] = 1e38
+        w = (w.float() * 100).bfloat16()
+    linear_logprobs(leaf, w, y, invariant=True).logprobs.backward(upstream)
+    assert leaf.grad is not None
+    wrong = leaf.grad.isnan().all(1)
+    assert wrong.all() if bad == "weight" else wrong.nonzero().flatten().tolist() == [4]
 
 
 @pytest.mark.parametrize("vocab", [1, 127, 128, 1000, 1187 * 8])

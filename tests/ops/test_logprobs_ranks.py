@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_fp32.ops.logits import invariant_grad
 from megatron_fp32.ops.logits.reference import relative_error
 from megatron_fp32.ops.logprobs import linear_cross_entropy, linear_logprobs, weighted_cross_entropy
 from megatron_fp32.testing.ranks import RankPool
@@ -32,7 +35,9 @@ def problem(dtype: torch.dtype, ranks: int) -> dict[str, Tensor]:
     hidden = (torch.randn(*TOKENS, HIDDEN) * 3).to(dtype)
     weight = (torch.randn(VOCAB, HIDDEN) / HIDDEN**0.5).to(dtype)
     # What lies in the padding must not matter.
-    weight = torch.cat([weight, torch.full((padded(ranks) - VOCAB, HIDDEN), 1e30, dtype=dtype)])
+    weight = torch.cat(
+        [weight, torch.full((padded(ranks) - VOCAB, HIDDEN), min(1e30, torch.finfo(dtype).max), dtype=dtype)]
+    )
     labels = torch.randint(VOCAB, TOKENS)
     labels[0, 0], labels[1, 1], labels[2, 2] = -100, 0, VOCAB - 1
     return {"hidden": hidden, "weight": weight, "labels": labels, "weights": torch.rand(TOKENS)}
@@ -41,7 +46,18 @@ def problem(dtype: torch.dtype, ranks: int) -> dict[str, Tensor]:
 def head(
     ranks: int, sequence_parallel: bool, operator: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """On one rank: outputs, this rank's dX and dW."""
+    """On one rank: outputs, this rank's dX and dW. `group_size` in the options is that of the invariant dX."""
+    with contextlib.ExitStack() as stack:
+        if "group_size" in options:
+            for name in ("CHUNK", "UNSPLIT_CHUNK"):
+                stack.enter_context(patch.object(invariant_grad, name, options["group_size"]))
+            options = {name: value for name, value in options.items() if name != "group_size"}
+        return unpatched_head(ranks, sequence_parallel, operator, dtype, options)
+
+
+def unpatched_head(
+    ranks: int, sequence_parallel: bool, operator: str, dtype: torch.dtype, options: dict[str, Any]
+) -> dict[str, Any]:
     p = problem(dtype, ranks)
     rank = dist.get_rank() if ranks > 1 else 0
     group = dist.group.WORLD if ranks > 1 else None
@@ -102,13 +118,28 @@ def test_ranks_agree_with_one(
         assert relative_error(dw, alone[2]) < 2e-6
 
 
+# One group over all ranks, groups that end within a rank, one that begins with each rank, several on each.
+@pytest.mark.parametrize("group_size", [2**15, 384, 256, 128])
 @LAYOUTS
-def test_invariant_over_ranks(ranks: Pool, size: int, sequence_parallel: bool) -> None:
-    options = {"invariant": True, "temperature": 0.9}
-    for operator in ("logprobs", "loss"):
-        alone, _, _ = whole(run(ranks, 1, False, operator, torch.bfloat16, options), False)
-        outputs, _, _ = whole(run(ranks, size, sequence_parallel, operator, torch.bfloat16, options), sequence_parallel)
+def test_invariant_over_ranks_with_the_gradient_of_the_hidden_states(
+    ranks: Pool, size: int, sequence_parallel: bool, group_size: int
+) -> None:
+    for operator, dtype, more in (
+        ("logprobs", torch.bfloat16, {"grad_precision": "bf16x2", "backward": "saved"}),
+        ("loss", torch.float16, {"grad_precision": "bf16x2"}),
+        ("weighted", torch.bfloat16, {"chunk_size": 48}),
+    ):
+        options = {"invariant": True, "temperature": 0.9, "group_size": group_size, **more}
+        alone, dx, _ = whole(run(ranks, 1, False, operator, dtype, options), False)
+        outputs, parallel_dx, _ = whole(
+            run(ranks, size, sequence_parallel, operator, dtype, options), sequence_parallel
+        )
         assert all(torch.equal(a, b) for a, b in zip(outputs, alone, strict=True))
+        assert torch.equal(dx, parallel_dx)
+        # dX was rounded to the dtype of the hidden states; whether it is right shows without that order.
+        usual = {**options, "invariant": False}
+        _, expected, _ = whole(run(ranks, 1, False, operator, dtype, usual), False)
+        assert relative_error(dx, expected.double()) < 2.0 ** (-9 if dtype == torch.bfloat16 else -12)
 
 
 def uneven(invariant: bool) -> str:

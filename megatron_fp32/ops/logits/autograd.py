@@ -198,7 +198,7 @@ class _Fp32Logits(torch.autograd.Function):
             pieces_of(grad, options.pieces, weight.dtype),
             weight=weight,
             pieces=options.pieces,
-            hidden_grad=reduction.partial if needs_hidden else None,
+            hidden_sum=reduction.of(slice(None)) if needs_hidden else None,
             hidden=lambda: _whole_hidden(hidden, options),
             weight_grad=target,
             hidden_grad_done=reduction.start,

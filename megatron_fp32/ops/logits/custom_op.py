@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fp32.ops.logits.products import WeightGrad, accumulate_gradients, bias_grad, logits_product, pieces_of
+from megatron_fp32.ops.logits.products import (
+    ChunkedHiddenSum,
+    WeightGrad,
+    accumulate_gradients,
+    bias_grad,
+    logits_product,
+    pieces_of,
+)
 
 
 @torch.library.custom_op("megatron_fp32::logits", mutates_args=())
@@ -38,7 +45,7 @@ def _logits_backward(
         pieces_of(grad_2d, pieces, weight.dtype),
         weight=weight,
         pieces=pieces,
-        hidden_grad=hidden_grad,
+        hidden_sum=None if hidden_grad is None else ChunkedHiddenSum(hidden_grad),
         hidden=lambda: hidden_2d,
         weight_grad=None if weight_grad is None else WeightGrad(target=weight_grad, accumulate=False),
         hidden_grad_done=lambda: None,

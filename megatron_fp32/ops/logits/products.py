@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +59,44 @@ class WeightGrad:
             target.copy_(part)
 
 
+class HiddenSum(Protocol):
+    """dX of some tokens, while chunks of the vocabulary are added to it."""
+
+    def chunks(self, columns: int, largest: int) -> list[slice]:
+        """Every one of `columns` rows of the weight once, at most `largest` at a time, in the order of the sum."""
+
+    def add(self, columns: slice, grad: Pieces, weight: Tensor) -> None:
+        """Add `grad @ weight` of one chunk: [tokens, columns] in pieces, and [columns, hidden]."""
+
+    def finish(self, inverse_scale: Tensor | None) -> None:
+        """All chunks were added; `inverse_scale` is that of their pieces."""
+
+
+class ChunkedHiddenSum:
+    """The usual `HiddenSum`: chunks from first to last.
+
+    Args:
+        out: [tokens, hidden] float32 to write into.
+    """
+
+    def __init__(self, out: Tensor) -> None:
+        self._out = out
+
+    def chunks(self, columns: int, largest: int) -> list[slice]:
+        """From first to last."""
+        return list(chunks_of(columns, largest))
+
+    def add(self, columns: slice, grad: Pieces, weight: Tensor) -> None:
+        """Small terms first."""
+        products = ((part, weight) for part in reversed(grad.parts))
+        sum_of_products_(self._out, products, accumulate=columns.start > 0)
+
+    def finish(self, inverse_scale: Tensor | None) -> None:
+        """Undo the scale."""
+        if inverse_scale is not None:
+            self._out.mul_(inverse_scale)
+
+
 def logits_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, fixed_order: bool = False) -> Tensor:
     """Logits [..., vocab] float32 of `hidden` [..., hidden].
 
@@ -95,7 +134,7 @@ def accumulate_gradients(
     weight: Tensor,
     pieces: int,
     chunk: int | None = None,
-    hidden_grad: Tensor | None,
+    hidden_sum: HiddenSum | None,
     hidden: Callable[[], Tensor] | None,
     weight_grad: WeightGrad | None,
     hidden_grad_done: Callable[[], None],
@@ -104,11 +143,11 @@ def accumulate_gradients(
 
     Args:
         grad: gives the columns of dY for a slice of the vocabulary, [tokens, columns] in pieces that share one scale;
-            called once for each, in ascending order.
+            called once for each.
         weight: [vocab / tp, hidden].
         pieces: how many 16-bit tensors stand for dY.
         chunk: vocabulary rows at a time, if fewer than usual.
-        hidden_grad: [tokens, hidden] float32 to write dX into; None when it is not needed.
+        hidden_sum: where dX goes; None when it is not needed.
         hidden: gives the [tokens, hidden] that were multiplied; called once, when dW needs them.
         weight_grad: where dW goes; None when it is not needed.
         hidden_grad_done: called when dX is complete, while products for dW are still to come: its reduction over the
@@ -116,16 +155,16 @@ def accumulate_gradients(
     """
     hidden_pieces: Pieces | None = None
     usual = CHUNK if pieces > 1 else UNSPLIT_CHUNK
-    chunks = list(chunks_of(weight.shape[0], usual if chunk is None else min(usual, chunk)))
+    largest = usual if chunk is None else min(usual, chunk)
+    chunks = list(chunks_of(weight.shape[0], largest))
+    if hidden_sum is not None:
+        chunks = hidden_sum.chunks(weight.shape[0], largest)
     for rows in chunks:
         dy = grad(rows)
-        if hidden_grad is not None:
-            products = [(part, weight[rows]) for part in reversed(dy.parts)]
-            sum_of_products_(hidden_grad, products, accumulate=rows.start > 0)
-            del products
-        if rows is chunks[-1] and hidden_grad is not None:
-            if dy.inverse_scale is not None:
-                hidden_grad.mul_(dy.inverse_scale)
+        if hidden_sum is not None:
+            hidden_sum.add(rows, dy, weight[rows])
+        if rows is chunks[-1] and hidden_sum is not None:
+            hidden_sum.finish(dy.inverse_scale)
             hidden_grad_done()
         if weight_grad is not None:
             assert hidden is not None

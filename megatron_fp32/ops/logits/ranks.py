@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_fp32.ops.logits.products import ChunkedHiddenSum, HiddenSum
 
 
 def gather_first_dim(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -17,7 +21,7 @@ class HiddenGrad:
     """dX on its way: this rank's part in fp32, then the sum over the ranks.
 
     Args:
-        partial: [tokens, hidden] float32, this rank's part, complete when `start` is called.
+        partial: [tokens, hidden] float32, for this rank's part, which is complete when `start` is called.
         group: the tensor-parallel ranks; None for one.
         scatter: every rank receives the sum of its own tokens (sequence parallel).
         reduce: every rank receives the whole sum.
@@ -28,6 +32,16 @@ class HiddenGrad:
         self.partial = partial
         self._group, self._scatter, self._reduce = group, scatter, reduce
         self._work: dist.Work | None = None
+
+    def of(self, tokens: slice, bounds: Callable[[], Tensor] | None = None) -> HiddenSum:
+        """This rank's part for some of the tokens.
+
+        Args:
+            tokens: which; nobody asks for one twice.
+            bounds: gives their [tokens] float32, at least the sum of |dY| over the whole vocabulary, to those who need
+                to know.
+        """
+        return ChunkedHiddenSum(self.partial[tokens])
 
     def start(self) -> None:
         """Begin the sum; it overlaps with what is still computed."""

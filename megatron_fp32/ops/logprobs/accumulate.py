@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.ops.logits.fixed_order import why_not_fixed_order
+from megatron_fp32.ops.logits.invariant_grad import Columns, InvariantHiddenGrad
 from megatron_fp32.ops.logits.products import WeightGrad
+from megatron_fp32.ops.logits.ranks import HiddenGrad
 from megatron_fp32.ops.logits.split import Pieces
-from megatron_fp32.ops.logprobs.gradient import gradient_scale, softmax_gradient
+from megatron_fp32.ops.logprobs.gradient import gradient_bounds, gradient_scale, softmax_gradient
+from megatron_fp32.ops.logprobs.options import HeadOptions
 from megatron_fp32.ops.logprobs.statistics import KeptLogits, Shard, product
 
 
@@ -47,6 +50,10 @@ class LogitsGradient:
         self._scale = gradient_scale(self._vectors, shard, count=pieces, dtype=weight.dtype)
         self._fixed = shard.invariant and why_not_fixed_order(hidden, weight) is None
 
+    def bounds(self) -> Tensor:
+        """[tokens] float32, at least the sum of |dY| over the whole vocabulary."""
+        return gradient_bounds(self._vectors, self._shard)
+
     def __call__(self, rows: slice) -> Pieces:
         """[tokens, columns] in pieces."""
         if self._kept is None:
@@ -65,6 +72,27 @@ class LogitsGradient:
             scale=self._scale,
             consume=self._consume,
         )
+
+
+def room_for_hidden_grad(tokens: int, weight: Tensor, options: HeadOptions) -> HiddenGrad:
+    """For dX [tokens, hidden] of all ranks' tokens, in the order of summation that the options ask for."""
+    shard = options.shard
+    reduced = shard.group is None or options.sequence_parallel or options.reduce_hidden_grad
+    if shard.invariant and reduced:
+        return InvariantHiddenGrad(
+            tokens,
+            weight,
+            part=Columns(first=shard.first_column, valid=shard.valid_columns, vocab_size=shard.vocab_size),
+            pieces=options.pieces,
+            group=shard.group,
+            scatter=options.sequence_parallel,
+        )
+    return HiddenGrad(
+        torch.empty(tokens, weight.shape[1], dtype=torch.float32, device=weight.device),
+        group=shard.group,
+        scatter=options.sequence_parallel,
+        reduce=options.reduce_hidden_grad,
+    )
 
 
 class FloatWeightGrad:

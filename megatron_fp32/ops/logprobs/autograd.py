@@ -22,7 +22,7 @@ from megatron_fp32.ops.logits.main_grad import weight_grad_for_autograd, weight_
 from megatron_fp32.ops.logits.products import WeightGrad, accumulate_gradients
 from megatron_fp32.ops.logits.ranks import HiddenGrad
 from megatron_fp32.ops.logprobs import workspace
-from megatron_fp32.ops.logprobs.accumulate import FloatWeightGrad, LogitsGradient
+from megatron_fp32.ops.logprobs.accumulate import FloatWeightGrad, LogitsGradient, room_for_hidden_grad
 from megatron_fp32.ops.logprobs.gradient import gradient_vectors
 from megatron_fp32.ops.logprobs.options import HeadOptions, head_options, inverse_temperature, whole_hidden
 from megatron_fp32.ops.logprobs.statistics import KeptLogits, TokenStatistics
@@ -92,8 +92,9 @@ def linear_logprobs(
         grad_precision: see `Fp32Config.grad_precision`.
         backward: `"recompute"` the logits in chunks, which costs a fourth product and a chunk of memory, or keep the
             `"saved"` ones, [tokens, vocab / tp] float32.
-        invariant: the results do not change by a bit with the batch, the padding or the number of ranks, given hidden
-            states that do not. Does not include gradients.
+        invariant: the results, and the gradient with respect to `hidden`, do not change by a bit with the batch, the
+            padding or the number of ranks, given hidden states and upstream gradients that do not. The gradient is what
+            it is on one rank only where this function sums it over the ranks.
         mean_logit: return the mean of the logits, too.
         top_k: return so many of the most probable tokens, too.
         chunk_size: tokens at a time; None chooses by the free memory.
@@ -183,15 +184,9 @@ class _LinearLogprobs(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         x = whole_hidden(hidden, options)
         target = weight_grad_target(ctx.weight_owner) if needs_weight else None
-        rows = len(x) if needs_hidden else 1
-        reduction = HiddenGrad(
-            torch.empty(rows, weight.shape[1], dtype=torch.float32, device=weight.device),
-            group=options.shard.group,
-            scatter=options.sequence_parallel,
-            reduce=options.reduce_hidden_grad,
-        )
-        _accumulate(x, weight, labels, vectors, logits, options, reduction if needs_hidden else None, target)
-        grad_hidden = reduction.finish().view(hidden.shape).to(hidden.dtype) if needs_hidden else None
+        reduction = room_for_hidden_grad(len(x), weight, options) if needs_hidden else None
+        _accumulate(x, weight, labels, vectors, logits, options, reduction, target)
+        grad_hidden = None if reduction is None else reduction.finish().view(hidden.shape).to(hidden.dtype)
         # Before the dummy gradient of a weight with main_grad, which is as large as the weight.
         del reduction
         grad_weight = weight_grad_for_autograd(ctx.weight_owner, target) if needs_weight else None
@@ -265,7 +260,7 @@ def _accumulate(
             weight=weight,
             pieces=options.pieces,
             chunk=columns,
-            hidden_grad=None if reduction is None else reduction.partial[tokens],
+            hidden_sum=None if reduction is None else reduction.of(tokens, grad.bounds),
             hidden=lambda tokens=tokens: x[tokens],  # type: ignore[misc]
             weight_grad=sums.part(first=tokens is blocks[0]),
             hidden_grad_done=reduction.start if last and reduction is not None else lambda: None,

@@ -70,6 +70,15 @@ def gradient_scale(vectors: Tensor, shard: Shard, *, count: int, dtype: torch.dt
     return split_scale(bounds * vectors[2] * abs(shard.scale), count, dtype)
 
 
+def gradient_bounds(vectors: Tensor, shard: Shard) -> Tensor:
+    """[tokens] float32, at least the sum of |dY| over the whole vocabulary."""
+    bounds = vectors[3].abs() + vectors[4].abs() + shard.vocab_size * vectors[5].abs()
+    if len(vectors) == 8:
+        # The sum of p |log p + H| is at most twice the entropy.
+        bounds = bounds + vectors[6].abs() * (2 * math.log(shard.vocab_size))
+    return bounds * (vectors[2] * abs(shard.scale))
+
+
 def softmax_gradient(
     raw: Tensor,
     vectors: Tensor,

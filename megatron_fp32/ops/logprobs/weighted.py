@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,12 +15,12 @@ from torch.autograd.function import once_differentiable
 from megatron_fp32.config import GradPrecision
 from megatron_fp32.ops.logits.fixed_order import why_not_fixed_order
 from megatron_fp32.ops.logits.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
-from megatron_fp32.ops.logits.products import WeightGrad, accumulate_gradients
+from megatron_fp32.ops.logits.products import ChunkedHiddenSum, WeightGrad, accumulate_gradients
 from megatron_fp32.ops.logits.ranks import HiddenGrad
 from megatron_fp32.ops.logits.split import Pieces
 from megatron_fp32.ops.logprobs import workspace
-from megatron_fp32.ops.logprobs.accumulate import FloatWeightGrad, LogitsGradient
-from megatron_fp32.ops.logprobs.gradient import exponentials_gradient, gradient_vectors
+from megatron_fp32.ops.logprobs.accumulate import FloatWeightGrad, LogitsGradient, room_for_hidden_grad
+from megatron_fp32.ops.logprobs.gradient import exponentials_gradient, gradient_bounds, gradient_vectors
 from megatron_fp32.ops.logprobs.loss import TokenLoss
 from megatron_fp32.ops.logprobs.options import HeadOptions, head_options, inverse_temperature, whole_hidden
 from megatron_fp32.ops.logprobs.statistics import KeptLogits, TokenStatistics
@@ -227,10 +228,11 @@ class _GradientInForward:
         self.target = weight_grad_target(weight) if needs[1] else None
         self._sums = FloatWeightGrad(self.target, blocks=max(1, len(self.chunks)))
         self._dx: Tensor | None = None
-        if needs[0]:
-            # Over several ranks dX stays fp32 until it is summed.
-            dtype = torch.float32 if options.shard.group is not None else hidden.dtype
-            self._dx = torch.empty(tokens, weight.shape[1], dtype=dtype, device=device)
+        self._reduction: HiddenGrad | None = None
+        if needs[0] and (options.shard.group is not None or options.shard.invariant):
+            self._reduction = room_for_hidden_grad(tokens, weight, options)
+        elif needs[0]:
+            self._dx = torch.empty(tokens, weight.shape[1], dtype=hidden.dtype, device=device)
 
     def room(self, tokens: slice) -> KeptLogits | None:
         """Room for the chunk's logits; None when nobody asks for gradients."""
@@ -247,13 +249,14 @@ class _GradientInForward:
             )  # fmt: skip
             # Two pieces take the place of the logits, three need some of their own.
             columns = workspace.GRADIENT_COLUMNS // (1 if self._pieces == 2 else self._pieces) // 128 * 128
-            self._products(grad, tokens, weight_grad, with_dx=True, columns=columns)
+            self._products(grad, tokens, weight_grad, with_dx=True, bounds=grad.bounds, columns=columns)
             return
         # All of dY is there, in the memory of the exponentials: dX of fewer tokens needs less of it in fp32.
         dy = exponentials_gradient(kept, vectors, local, shard)
         for part in workspace.even_chunks(len(dy), workspace.HIDDEN_GRAD_TOKENS):
             rows = slice(tokens.start + part.start, tokens.start + part.stop)
-            self._products(_columns_of(dy[part]), rows, None, with_dx=True)
+            bounds = functools.partial(gradient_bounds, vectors[:, part], shard)
+            self._products(_columns_of(dy[part]), rows, None, with_dx=True, bounds=bounds)
         self._products(_columns_of(dy), tokens, weight_grad, with_dx=False)
 
     def _products(
@@ -263,20 +266,24 @@ class _GradientInForward:
         weight_grad: WeightGrad | None,
         *,
         with_dx: bool,
+        bounds: Callable[[], Tensor] | None = None,
         columns: int | None = None,
     ) -> None:
-        dx = None
-        if with_dx and self._dx is not None:
+        dx, hidden_sum = None, None
+        if with_dx and self._reduction is not None:
+            hidden_sum = self._reduction.of(tokens, bounds)
+        elif with_dx and self._dx is not None:
             dx = self._dx[tokens]
             dx = dx if dx.dtype == torch.float32 else torch.empty_like(dx, dtype=torch.float32)
-        if dx is None and weight_grad is None:
+            hidden_sum = ChunkedHiddenSum(dx)
+        if hidden_sum is None and weight_grad is None:
             return
         accumulate_gradients(
             grad,
             weight=self._weight,
             pieces=self._options.pieces,
             chunk=columns,
-            hidden_grad=dx,
+            hidden_sum=hidden_sum,
             hidden=lambda: self.hidden[tokens],
             weight_grad=weight_grad,
             hidden_grad_done=lambda: None,
@@ -289,14 +296,7 @@ class _GradientInForward:
         if not self.chunks and self.target is not None and not self.target.accumulate:
             self.target.target.zero_()
         self._sums.finish()
-        if self._dx is None:
-            return None
-        options = self._options
-        reduction = HiddenGrad(
-            self._dx,
-            group=options.shard.group,
-            scatter=options.sequence_parallel,
-            reduce=options.reduce_hidden_grad,
-        )
-        reduction.start()
-        return reduction.finish().view(self._shape).to(self._dtype)
+        if self._reduction is not None:
+            self._reduction.start()
+            return self._reduction.finish().view(self._shape).to(self._dtype)
+        return None if self._dx is None else self._dx.view(self._shape)
