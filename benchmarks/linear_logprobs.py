@@ -50,9 +50,14 @@ class Problem:
         towards = torch.empty(tokens, 1, device="cuda").uniform_(4, 24)
         x = torch.randn(tokens, hidden, device="cuda") + towards * whole[self.labels].float()
         self.hidden = x.bfloat16().requires_grad_()
-        self._truth(whole, vocab // ranks * rank, vocab // ranks)
+        # Megatron's padding; one rank needs none.
+        self.vocab, columns = vocab, -(-vocab // (128 * ranks)) * 128 if ranks > 1 else vocab
+        first = columns * rank
+        self._truth(whole, first, min(columns, vocab - first))
         # A copy: the whole weight would stay in memory.
-        self.weight = whole[vocab // ranks * rank : vocab // ranks * (rank + 1)].clone().requires_grad_()
+        self.weight = torch.zeros(columns, hidden, device="cuda", dtype=torch.bfloat16)
+        self.weight[: vocab - first] = whole[first : first + columns]
+        self.weight.requires_grad_()
         self.main_grad = self.weight.main_grad = torch.zeros_like(self.weight, dtype=torch.float32)
         self.weight.grad_added_to_main_grad = False
         # The same memory, but nobody finds a main_grad there.
@@ -163,7 +168,7 @@ def forward_rows(table: Table) -> None:
     x, w = p.hidden.detach(), p.weight.detach()
 
     def logits_error(z: Tensor) -> dict[str, float]:
-        return {"error_logits": relative_error(z[p.sample], p.logits)}
+        return {"error_logits": relative_error(z[p.sample, : p.logits.shape[1]], p.logits)}
 
     def fixed(x: Tensor, w: Tensor) -> Tensor:
         return fixed_order_product(x, w, torch.empty(len(x), len(w), device="cuda"))
@@ -191,7 +196,7 @@ def forward_rows(table: Table) -> None:
 
     @torch.no_grad()
     def logprobs(invariant: bool) -> Any:
-        return linear_logprobs(x, w, p.labels, tp_group=p.group, invariant=invariant)
+        return linear_logprobs(x, w, p.labels, tp_group=p.group, vocab_size=p.vocab, invariant=invariant)
 
     table.add("log-probs and entropy", "logits", lambda: logprobs(False), probs_error)
     table.add("log-probs and entropy, invariant", "logits", lambda: logprobs(True), probs_error)
@@ -211,18 +216,19 @@ def gradient_error(p: Problem) -> dict[str, float]:
 def backward_rows(table: Table) -> None:
     p = table.problem
 
-    def weighted(precision: Any, hidden: Tensor | None = None) -> Tensor:
+    def weighted(precision: Any, hidden: Tensor | None = None, invariant: bool = False) -> Tensor:
         out = weighted_cross_entropy(
-            p.hidden if hidden is None else hidden, p.weight, p.labels, p.weights, tp_group=p.group,
-            grad_precision=precision,
+            p.hidden if hidden is None else hidden, p.weight, p.labels, p.weights, tp_group=p.group, vocab_size=p.vocab,
+            grad_precision=precision, invariant=invariant,
         )  # fmt: skip
         out.total.backward()
         return out.losses
 
-    def logprobs(backward: Any, precision: Any = "bf16") -> Tensor:
+    def logprobs(backward: Any, precision: Any = "bf16", invariant: bool = False) -> Tensor:
         out = linear_logprobs(
-            p.hidden, p.weight, p.labels, tp_group=p.group, backward=backward, grad_precision=precision
-        )
+            p.hidden, p.weight, p.labels, tp_group=p.group, vocab_size=p.vocab, backward=backward,
+            grad_precision=precision, invariant=invariant,
+        )  # fmt: skip
         out.logprobs.backward(-p.weights)
         return -out.logprobs.detach()
 
@@ -235,6 +241,9 @@ def backward_rows(table: Table) -> None:
         recompute = functools.partial(logprobs, "recompute", precision)
         table.add(f"log-probs, recompute, {precision}", "four", recompute, check)
         table.add(f"log-probs, saved, {precision}", "three", functools.partial(logprobs, "saved", precision), check)
+    table.add("weighted loss, bf16, invariant", "three", lambda: weighted("bf16", invariant=True), check)
+    table.add("weighted loss, bf16x2, invariant", "three", lambda: weighted("bf16x2", invariant=True), check)
+    table.add("log-probs, recompute, bf16, invariant", "four", lambda: logprobs("recompute", invariant=True), check)
     wide = p.hidden.detach().float().requires_grad_()
 
     def check_wide(_: Any) -> dict[str, float]:

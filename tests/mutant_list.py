@@ -347,13 +347,6 @@ MUTANTS = [
         test="tests/ops/test_logprobs_ranks.py::test_invariant_over_ranks_with_the_gradient_of_the_hidden_states",
     ),
     Mutant(
-        name="count groups of columns from each rank's first",
-        file="ops/logits/invariant_grad.py",
-        old="(start // size + 1) * size)",
-        new="start + size)",
-        test="tests/ops/test_logprobs_ranks.py::test_invariant_over_ranks_with_the_gradient_of_the_hidden_states",
-    ),
-    Mutant(
         name="forget what the rank before has summed",
         file="ops/logits/invariant_grad.py",
         old="begin = opens and segment.begins",

@@ -145,6 +145,43 @@ class TestInvariance:
             out = torch.empty(stop - start, 5000, device="cuda")
             assert torch.equal(fixed_order_product(x[rows], w, out), logits[rows])
 
+    @pytest.mark.parametrize("precision", ["bf16", "bf16x2", "bf16x3"])
+    @pytest.mark.parametrize("operator", ["recompute", "saved", "weighted"])
+    def test_the_gradient_of_a_token_is_the_same_in_every_batch(self, operator: Any, precision: Any) -> None:
+        torch.manual_seed(0)
+        x = torch.randn(600, 520, device="cuda").bfloat16()
+        w = (torch.randn(40003, 520, device="cuda") / 8).bfloat16()
+        y = torch.randint(40003, (600,), device="cuda")
+        g = torch.rand(600, device="cuda")
+
+        def hidden_grad(rows: slice, invariant: bool = True) -> torch.Tensor:
+            leaf = x[rows].clone().requires_grad_()
+            options: dict[str, Any] = {"grad_precision": precision, "invariant": invariant}
+            if operator == "weighted":
+                weighted_cross_entropy(leaf, w, y[rows], g[rows], **options).total.backward()
+            else:
+                linear_logprobs(leaf, w, y[rows], backward=operator, **options).logprobs.backward(g[rows])
+            return leaf.grad
+
+        whole = hidden_grad(slice(None))
+        assert relative_error(whole, hidden_grad(slice(None), invariant=False)) < 3e-3
+        for rows in (slice(0, 1), slice(599, 600), slice(37, 300)):
+            assert torch.equal(hidden_grad(rows), whole[rows])
+
+    @pytest.mark.parametrize("count", [1, 2, 3])
+    def test_the_chain_of_sums_can_be_interrupted(self, count: int) -> None:
+        from megatron_fp32.ops.logits.hidden_grad_triton import add_hidden_grad
+
+        torch.manual_seed(0)
+        w = (torch.randn(9003, 520, device="cuda") / 8).bfloat16()
+        grads = tuple((torch.randn(300, 9003, device="cuda") * 2.0 ** (-8 * i)).bfloat16() for i in range(count))
+        whole, chained = torch.full((2, 300, 520), torch.nan, device="cuda")
+        add_hidden_grad(whole, grads, w, begin=True)
+        assert relative_error(whole, sum(g.double() for g in grads) @ w.double()) < 3e-5
+        for first, last in ((0, 128), (128, 4096), (4096, 9003)):
+            add_hidden_grad(chained, tuple(g[:, first:last] for g in grads), w[first:last], begin=first == 0)
+        assert torch.equal(chained, whole)
+
     @pytest.mark.parametrize("vocab", [151936, 129280, 128256, 248320])
     def test_any_sharding_under_megatrons_padding(self, vocab: int) -> None:
         """What each rank would compute, put together as the ranks do."""

@@ -64,6 +64,75 @@ def test_two_ranks_err_no_more_than_one(pool: RankPool, sequence_parallel: bool)
         assert all(two <= 1.5 * single for two, single in zip(errors, one, strict=True)), (errors, one)
 
 
+def head(tensor: int, sequence_parallel: bool, operator: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Losses, dX and dW of the head without logits, whole; with the errors of the two gradients."""
+    import torch.distributed as dist
+
+    from megatron_fp32.ops.logprobs import linear_cross_entropy, weighted_cross_entropy
+
+    tokens, hidden_size, vocab = 512, 1024, 151936
+    generator = torch.Generator(device="cuda").manual_seed(5)
+    full = (torch.randn(vocab, hidden_size, device="cuda", generator=generator) / 32).bfloat16()
+    labels = torch.randint(vocab, (tokens,), device="cuda", generator=generator)
+    hidden = torch.randn(tokens, hidden_size, device="cuda", generator=generator)
+    hidden = (hidden + 16 * torch.rand(tokens, 1, device="cuda", generator=generator) * full[labels].float()).bfloat16()
+    weights = torch.rand(tokens, device="cuda", generator=generator)
+    group, rank = (dist.group.WORLD, dist.get_rank()) if tensor == 2 else (None, 0)
+    padded = -(-vocab // (128 * tensor)) * 128 * tensor
+    rows = torch.cat([full, torch.full((padded - vocab, hidden_size), 7.0, device="cuda").bfloat16()])
+    weight = rows.chunk(tensor)[rank].clone().requires_grad_()
+    x = (hidden.chunk(tensor)[rank] if sequence_parallel else hidden).clone().requires_grad_()
+    shared = {"tp_group": group, "sequence_parallel": sequence_parallel, "vocab_size": vocab, **options}
+    if operator == "weighted":
+        out = weighted_cross_entropy(x, weight, labels, weights, **shared)
+        out.total.backward()
+        losses = out.losses
+    else:
+        losses = linear_cross_entropy(x, weight, labels, backward=operator, **shared)
+        losses.backward(weights)
+    dx = x.grad
+    if sequence_parallel:
+        dx = torch.empty_like(hidden)
+        dist.all_gather_into_tensor(dx, x.grad, group=group)
+    p = (hidden.double() @ full.double().t()).softmax(1)
+    truth = -p.gather(1, labels[:, None])[:, 0].log()
+    p[torch.arange(tokens), labels] -= 1
+    p *= weights[:, None].double()
+    dw = (p.t() @ hidden.double())[padded // tensor * rank : padded // tensor * (rank + 1)]
+    errors = (losses.detach(), truth), (dx, p @ full.double()), (weight.grad[: len(dw)], dw)
+    return {"losses": losses.detach().cpu(), "dX": dx.cpu(), "errors": [relative_error(a, b) for a, b in errors]}
+
+
+HEADS = pytest.mark.parametrize(
+    ("operator", "precision"),
+    [("recompute", "bf16"), ("saved", "bf16x2"), ("weighted", "bf16"), ("weighted", "bf16x2")],
+)
+
+
+@HEADS
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_head_without_logits_errs_no_more_on_two_ranks(
+    pool: RankPool, operator: str, precision: str, sequence_parallel: bool
+) -> None:
+    options = {"grad_precision": precision}
+    one = pool.run(head, 1, False, operator, options)[0]
+    for two in pool.run(head, 2, sequence_parallel, operator, options):
+        assert all(a <= 1.5 * b for a, b in zip(two["errors"], one["errors"], strict=True)), (two, one)
+
+
+@HEADS
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_invariant_head_has_the_same_bits_on_two_ranks(
+    pool: RankPool, operator: str, precision: str, sequence_parallel: bool
+) -> None:
+    options = {"grad_precision": precision, "invariant": True}
+    one = pool.run(head, 1, False, operator, options)[0]
+    for two in pool.run(head, 2, sequence_parallel, operator, options):
+        assert torch.equal(two["losses"], one["losses"])
+        assert torch.equal(two["dX"], one["dX"])
+        assert all(a <= 1.5 * b for a, b in zip(two["errors"], one["errors"], strict=True)), (two, one)
+
+
 def kept_gradients(hf: Path, megatron: Path, tensor: int, sequence_parallel: bool) -> dict[str, Any]:
     """Gradients of the kept parameters, whole, after two micro-batches."""
     import torch.distributed as dist

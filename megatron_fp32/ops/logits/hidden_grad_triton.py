@@ -15,6 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # One configuration for every shape: another could sum in another order.
 _BLOCK_M, _BLOCK_N, _BLOCK_K, _GROUP_M = 128, 256, 64, 8
 _WARPS, _STAGES = 8, 3
+_STAGES_OF_THREE_PIECES = 2
+"""More do not fit into shared memory; how many there are does not change the order."""
 
 
 @triton.jit
@@ -74,7 +76,7 @@ def add_hidden_grad(target: Tensor, grads: tuple[Tensor, ...], weight: Tensor, *
         target, tokens, grads[0].shape[1], hidden_size,
         COUNT=len(grads), BEGIN=begin, INTERPRETED=interpreted,
         BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, GROUP_M=_GROUP_M,
-        num_warps=_WARPS, num_stages=_STAGES,
+        num_warps=_WARPS, num_stages=_STAGES if len(grads) < 3 else _STAGES_OF_THREE_PIECES,
     )  # fmt: skip
 
 
