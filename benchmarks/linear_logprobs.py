@@ -103,8 +103,9 @@ class Problem:
 
 def paired(way: Callable[[], Any], unit: Callable[[], Any], before: Callable[[], Any], repeats: int) -> tuple[Any, ...]:
     """Median ms of both, peak bytes above what was there, and the last output."""
-    way()
-    unit()
+    for _ in range(3):
+        way()
+        unit()
     times: dict[str, list[float]] = {"way": [], "unit": []}
     output = None
     for _ in range(repeats):
@@ -121,9 +122,12 @@ def paired(way: Callable[[], Any], unit: Callable[[], Any], before: Callable[[],
 
 
 def once(way: Callable[[], Any]) -> tuple[float, Any]:
-    """The time on the device: it starts late, so that the host is ahead, as it is in the middle of a training step."""
+    """The time on the device: it starts late, so that the host is ahead, as it is in the middle of a training step.
+
+    But not by much: a GPU that has rested runs faster for some milliseconds than one in the middle of a training step.
+    """
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(20_000_000)
+    torch.cuda._sleep(3_000_000)
     start.record()
     output = way()
     end.record()

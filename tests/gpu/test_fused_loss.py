@@ -21,13 +21,13 @@ def training(fused: Any, **options: Any) -> tuple[list[float], torch.Tensor]:
     torch.manual_seed(0)
     model_parallel_cuda_manual_seed(0)
     # Attention alone: what the gated delta net needs on a GPU is another test's business.
-    shapes = tiny_qwen3_5(vocab_size=1000, layer_types=("full_attention", "full_attention"))
+    shapes = tiny_qwen3_5(vocab_size=1024, layer_types=("full_attention", "full_attention"))
     config = transformer_config(
         shapes, bf16=True, params_dtype=torch.bfloat16, transformer_impl="local", persist_layer_norm=False
     )
-    model = build_qwen3_5(shapes, config, Fp32Config(fused_loss=fused, vocab_size=1000, **options)).cuda()
+    model = build_qwen3_5(shapes, config, Fp32Config(fused_loss=fused, **options)).cuda()
     trainer = Trainer(model)
-    batch = Batch.random(1000, length=128).to("cuda")
+    batch = Batch.random(1024, length=128).to("cuda")
     losses = [trainer.step([batch]) for _ in range(4)]
     return losses, model.output_layer.weight.detach().float()
 

@@ -146,7 +146,7 @@ def accumulate_gradients(
             called once for each.
         weight: [vocab / tp, hidden].
         pieces: how many 16-bit tensors stand for dY.
-        chunk: vocabulary rows at a time, if fewer than usual.
+        chunk: vocabulary rows at a time; with dX at most as many as usual.
         hidden_sum: where dX goes; None when it is not needed.
         hidden: gives the [tokens, hidden] that were multiplied; called once, when dW needs them.
         weight_grad: where dW goes; None when it is not needed.
@@ -156,9 +156,11 @@ def accumulate_gradients(
     hidden_pieces: Pieces | None = None
     usual = CHUNK if pieces > 1 else UNSPLIT_CHUNK
     largest = usual if chunk is None else min(usual, chunk)
-    chunks = list(chunks_of(weight.shape[0], largest))
     if hidden_sum is not None:
         chunks = hidden_sum.chunks(weight.shape[0], largest)
+    else:
+        # A column's dW knows nothing of the other columns: only memory limits their number.
+        chunks = list(chunks_of(weight.shape[0], chunk or usual))
     for rows in chunks:
         dy = grad(rows)
         if hidden_sum is not None:

@@ -257,7 +257,7 @@ class _GradientInForward:
             rows = slice(tokens.start + part.start, tokens.start + part.stop)
             bounds = functools.partial(gradient_bounds, vectors[:, part], shard)
             self._products(_columns_of(dy[part]), rows, None, with_dx=True, bounds=bounds)
-        self._products(_columns_of(dy), tokens, weight_grad, with_dx=False)
+        self._products(_columns_of(dy), tokens, weight_grad, with_dx=False, columns=max(1, dy.shape[1]))
 
     def _products(
         self,
