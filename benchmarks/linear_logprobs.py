@@ -102,37 +102,38 @@ class Problem:
 
 
 def paired(way: Callable[[], Any], unit: Callable[[], Any], before: Callable[[], Any], repeats: int) -> tuple[Any, ...]:
-    """Median ms of both, peak bytes above what was there, and the last output."""
+    """Median ms of both, peak bytes above what was there, and the last output.
+
+    The two alternate without a pause, and nothing waits for the device until the end: as in the middle of a training
+    step the host is ahead and the clocks are what the power allows. A GPU that has rested is faster for some time.
+    """
     for _ in range(3):
         way()
         unit()
-    times: dict[str, list[float]] = {"way": [], "unit": []}
-    output = None
+    spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {"way": [], "unit": []}
+    output, peak = None, 0
+    torch.cuda._sleep(20_000_000)
     for _ in range(repeats):
-        unit_ms, _ = once(unit)
+        span, _ = timed(unit)
+        spans["unit"].append(span)
         output = None
         before()
         allocated = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        ms, output = once(way)
+        span, output = timed(way)
+        spans["way"].append(span)
         peak = torch.cuda.max_memory_allocated() - allocated
-        times["way"].append(ms)
-        times["unit"].append(unit_ms)
-    return statistics.median(times["way"]), statistics.median(times["unit"]), peak, output
+    torch.cuda.synchronize()
+    ms = {name: statistics.median(start.elapsed_time(end) for start, end in each) for name, each in spans.items()}
+    return ms["way"], ms["unit"], peak, output
 
 
-def once(way: Callable[[], Any]) -> tuple[float, Any]:
-    """The time on the device: it starts late, so that the host is ahead, as it is in the middle of a training step.
-
-    But not by much: a GPU that has rested runs faster for some milliseconds than one in the middle of a training step.
-    """
+def timed(way: Callable[[], Any]) -> tuple[tuple[torch.cuda.Event, torch.cuda.Event], Any]:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(3_000_000)
     start.record()
     output = way()
     end.record()
-    end.synchronize()
-    return start.elapsed_time(end), output
+    return (start, end), output
 
 
 class Table:
@@ -315,7 +316,7 @@ def rivals(x: Tensor, w: Tensor, labels: Tensor) -> dict[str, Callable[[], Tenso
 
 @click.command()
 @click.option("--shape", "shapes", multiple=True, default=SHAPES, show_default=True, help="tokens,hidden,vocab")
-@click.option("--repeats", default=9, show_default=True)
+@click.option("--repeats", default=15, show_default=True)
 @click.option("--rivals/--no-rivals", "with_rivals", default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(shapes: tuple[str, ...], repeats: int, with_rivals: bool, json_path: Path | None) -> None:

@@ -24,29 +24,32 @@ RIVALS = ("Liger", "CCE", "megatron-core")
 def main(result: Path, picture: Path) -> None:
     measured = json.loads(result.read_text())
     shapes = list(dict.fromkeys(row["shape"] for row in measured["rows"]))
-    figure, axes = plt.subplots(2, len(shapes), figsize=(6.5 * len(shapes), 10), squeeze=False)
+    names = list(dict.fromkeys(row["what"] for row in measured["rows"] if "error_dX" in row))
+    figure, axes = plt.subplots(2, len(shapes), figsize=(5 * len(shapes) + 4, 8), squeeze=False)
     for column, shape in enumerate(shapes):
         rows = [row for row in measured["rows"] if row["shape"] == shape and "error_dX" in row]
-        # One time for all: that of three bare products, measured beside each row.
         for axis, error, label in zip(axes[:, column], ("error_dX", "error_dW"), ("dX", "dW"), strict=True):
-            draw(axis, rows, error)
+            draw(axis, rows, names, error)
             axis.set_ylabel(f"relative error of {label}")
         axes[0, column].set_title(shape)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.suptitle(f"forward and backward, {measured['gpu']}, torch {measured['torch']}")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1 - 3.6 / (5 * len(shapes) + 4), 1))
+    figure.legend(handles, labels, loc="center right", fontsize=8)
     figure.savefig(picture, metadata={"Date": None} if picture.suffix == ".svg" else None)
 
 
-def draw(axis: Axes, rows: list[dict[str, Any]], error: str) -> None:
+def draw(axis: Axes, rows: list[dict[str, Any]], names: list[str], error: str) -> None:
+    colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     for row in rows:
-        rival = row["what"].startswith(RIVALS)
-        axis.plot(row["ms"], row[error], "s" if rival else "o", color="tab:red" if rival else "tab:blue")
-        axis.annotate(row["what"], (row["ms"], row[error]), xytext=(5, 3), textcoords="offset points", fontsize=7)
-    unit = [row["unit_ms"] for row in rows if row["unit"] == "three"]
-    axis.axvline(sorted(unit)[len(unit) // 2], color="grey", linewidth=0.8, linestyle=":")
-    axis.set_xscale("log")
+        marker = "X" if row["what"].startswith(RIVALS) else "s" if "invariant" in row["what"] else "o"
+        color = colors[names.index(row["what"]) % len(colors)]
+        axis.plot(row["ms"], row[error], marker, color=color, label=row["what"], markersize=9, alpha=0.8)
+    # One line for all: the median of what was measured beside each row.
+    unit = sorted(row["unit_ms"] for row in rows if row["unit"] == "three")
+    axis.axvline(unit[len(unit) // 2], color="grey", linewidth=0.8, linestyle=":")
     axis.set_yscale("log")
-    axis.margins(x=0.25, y=0.1)
+    axis.set_xlim(left=0)
     axis.set_xlabel("ms (dotted: three bare bf16 products)")
 
 

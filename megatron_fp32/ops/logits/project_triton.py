@@ -37,6 +37,16 @@ def tanh(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _exp_of_distance(x, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """exp(x) of x <= 0, where it is below 1e-38 zero: without the care for subnormals, which costs as much again."""
+    if INTERPRETED:
+        return tl.exp(x)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def transform(raw, scale, cap, inverse_temperature, CAPPED: tl.constexpr):  # type: ignore[no-untyped-def]
     """The logit that a raw product stands for."""
     if CAPPED:
@@ -47,7 +57,7 @@ def transform(raw, scale, cap, inverse_temperature, CAPPED: tl.constexpr):  # ty
 @triton.jit
 def store_statistics(  # type: ignore[no-untyped-def]
     z, rows, column, tokens, columns, valid_columns, statistics, labels, label_logits,
-    SUM: tl.constexpr, WIDTH: tl.constexpr,
+    SUM: tl.constexpr, INTERPRETED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Of a tile [rows, WIDTH] of logits: the maximum, the sums over e = exp(z - maximum) of e and e * (z - maximum),
     the sum of z, and the label's logit. Returns the e.
@@ -65,7 +75,7 @@ def store_statistics(  # type: ignore[no-untyped-def]
     others = tl.where(valid & ~is_label, z, lowest)
     top = tl.max(others, 1)
     distance = others - top[:, None]
-    e = tl.exp(distance)
+    e = _exp_of_distance(distance, INTERPRETED)
     padding = top == lowest
     out = statistics + tl.cast(column // WIDTH * (4 if SUM else 3), tl.int64) * tokens + rows
     tl.store(out, tl.where(padding, float("-inf"), top), mask=inside)
@@ -83,7 +93,7 @@ def _finish(  # type: ignore[no-untyped-def]
     raw, row, column, tokens, columns, valid_columns, logits, statistics, labels, label_logits, inverse_temperature,
     scale, cap,
     STORE: tl.constexpr, EXPONENTIALS: tl.constexpr, STATISTICS: tl.constexpr, SUM: tl.constexpr, CAPPED: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    INTERPRETED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     if STORE and not EXPONENTIALS:
         logits.store([row, column], raw)
@@ -92,7 +102,7 @@ def _finish(  # type: ignore[no-untyped-def]
         heat = tl.load(inverse_temperature + rows, mask=rows < tokens, other=1.0)
         z = transform(raw, scale, cap, heat[:, None], CAPPED)
         e = store_statistics(
-            z, rows, column, tokens, columns, valid_columns, statistics, labels, label_logits, SUM, WIDTH
+            z, rows, column, tokens, columns, valid_columns, statistics, labels, label_logits, SUM, INTERPRETED, WIDTH
         )  # fmt: skip
         if EXPONENTIALS:
             logits.store([row, column], e.to(tl.float16))
@@ -108,8 +118,8 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     hidden, weight, tokens, columns, hidden_size, valid_columns, logits, statistics, labels, label_logits,
     inverse_temperature, scale, cap,
     STORE: tl.constexpr, EXPONENTIALS: tl.constexpr, STATISTICS: tl.constexpr, SUM: tl.constexpr, CAPPED: tl.constexpr,
-    WIDEN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    INTERPRETED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     width: tl.constexpr = BLOCK_N // 2
     tiles_m = tl.cdiv(tokens, BLOCK_M)
@@ -123,18 +133,18 @@ def _project_kernel(  # type: ignore[no-untyped-def]
         for k in range(0, hidden_size, BLOCK_K):
             x = hidden.load([row, k])
             w = weight.load([column, k])
-            if WIDEN:
+            if INTERPRETED:
                 x, w = x.to(tl.float32), w.to(tl.float32)
             raw = tl.dot(x, w.T, raw)
         # In halves: staged in shared memory as a whole, the tile would leave no room for the operands of the next one.
         left, right = raw.reshape(BLOCK_M, 2, width).permute(0, 2, 1).split()
         _finish(
             left, row, column, tokens, columns, valid_columns, logits, statistics, labels, label_logits,
-            inverse_temperature, scale, cap, STORE, EXPONENTIALS, STATISTICS, SUM, CAPPED, BLOCK_M, width,
+            inverse_temperature, scale, cap, STORE, EXPONENTIALS, STATISTICS, SUM, CAPPED, INTERPRETED, BLOCK_M, width,
         )  # fmt: skip
         _finish(
             right, row, column + width, tokens, columns, valid_columns, logits, statistics, labels, label_logits,
-            inverse_temperature, scale, cap, STORE, EXPONENTIALS, STATISTICS, SUM, CAPPED, BLOCK_M, width,
+            inverse_temperature, scale, cap, STORE, EXPONENTIALS, STATISTICS, SUM, CAPPED, INTERPRETED, BLOCK_M, width,
         )  # fmt: skip
 
 
@@ -182,7 +192,7 @@ def project_triton(
         statistics, labels, label_logits, inverse_temperature, scale, 0.0 if softcap is None else softcap,
         STORE=store, EXPONENTIALS=logits is not None and logits.dtype == torch.float16,
         STATISTICS=take, SUM=statistics is not None and statistics.shape[1] == 4, CAPPED=softcap is not None,
-        WIDEN=interpreted, PROGRAMS=programs,
+        INTERPRETED=interpreted, PROGRAMS=programs,
         BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, GROUP_M=_GROUP_M,
         num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip

@@ -28,7 +28,7 @@ IN_PLACE_COLUMNS = 8192
 @triton.jit
 def _statistics_kernel(  # type: ignore[no-untyped-def]
     raw, raw_stride, tokens, columns, valid_columns, statistics, labels, label_logits, inverse_temperature, scale, cap,
-    SUM: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    SUM: tl.constexpr, CAPPED: tl.constexpr, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * WIDTH
@@ -37,7 +37,9 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     tile = tl.load(raw + rows.to(tl.int64)[:, None] * raw_stride + offsets[None, :], mask=inside, other=0.0)
     heat = tl.load(inverse_temperature + rows, mask=rows < tokens, other=1.0)
     z = transform(tile, scale, cap, heat[:, None], CAPPED)
-    store_statistics(z, rows, column, tokens, columns, valid_columns, statistics, labels, label_logits, SUM, WIDTH)
+    store_statistics(
+        z, rows, column, tokens, columns, valid_columns, statistics, labels, label_logits, SUM, INTERPRETED, WIDTH
+    )
 
 
 def statistics_triton(
@@ -48,7 +50,8 @@ def statistics_triton(
     _statistics_kernel[(triton.cdiv(tokens, _STATISTICS_ROWS), statistics.shape[0])](
         raw, raw.stride(0), tokens, columns, shard.valid_columns, statistics, labels, label_logits, inverse_temperature,
         shard.scale, shard.softcap or 0.0,
-        SUM=statistics.shape[1] == 4, CAPPED=shard.softcap is not None, ROWS=_STATISTICS_ROWS, WIDTH=STATISTICS_BLOCK,
+        SUM=statistics.shape[1] == 4, CAPPED=shard.softcap is not None, INTERPRETED=not raw.is_cuda,
+        ROWS=_STATISTICS_ROWS, WIDTH=STATISTICS_BLOCK,
     )  # fmt: skip
 
 
