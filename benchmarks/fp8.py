@@ -1,0 +1,123 @@
+"""Time of the float8 quantizers, beside a copy that moves the same bytes.
+
+    python benchmarks/fp8.py [--shape 12288,4096] [--json FILE]
+
+Needs a CUDA device. A bfloat16 weight is read (2 bytes) and its float8 written (1 byte): the unit is a copy on the
+device that reads and writes 3 bytes a weight altogether. Every row alternates with its unit, both start with a cache full
+of something else, and the ratio is that of the medians. What was timed is then compared with the CPU's result, bit for
+bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from megatron_fp32.ops.fp8 import Quantized, kernels, quantize_blockwise, quantize_channelwise
+from megatron_fp32.ops.fp8.reference import quantize_reference
+
+SHAPES = ("12288,4096", "4096,12288", "151936,4096", "128,1536,4096", "2048,32768")
+CHECKED_VALUES = 1 << 27
+"""The largest part of an output that is compared with the CPU's."""
+
+
+def once(way: Callable[[], Any], flush: Tensor) -> tuple[float, Any]:
+    """The time on the device: it starts late, so that the host is ahead."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    flush.zero_()
+    torch.cuda._sleep(2_000_000)
+    start.record()
+    output = way()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end), output
+
+
+def paired(way: Callable[[], Any], unit: Callable[[], Any], repeats: int) -> tuple[float, float, Any]:
+    """Median ms of both, and the last output."""
+    flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    once(way, flush)
+    once(unit, flush)
+    times: list[tuple[float, float]] = []
+    output = None
+    for _ in range(repeats):
+        output = None
+        unit_ms, _ = once(unit, flush)
+        ms, output = once(way, flush)
+        times.append((ms, unit_ms))
+    return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times), output
+
+
+def copy_of(weight: Tensor) -> Callable[[], Any]:
+    """Moves 3 bytes a weight: reads one and a half, writes as many."""
+    source = torch.empty(3 * weight.numel() // 2, dtype=torch.uint8, device="cuda")
+    return functools.partial(torch.empty_like(source).copy_, source)
+
+
+def check(output: Quantized, weight: Tensor, quantize: Callable[..., Quantized]) -> None:
+    """Raise unless the output is the CPU's, which is the definition's at its corner."""
+    part = max(1, CHECKED_VALUES // (weight[0].numel()))
+    if quantize is quantize_blockwise and weight.ndim == 2:
+        part = max(128, part // 128 * 128)
+    rows = min(part, len(weight))
+    expected = quantize(weight[:rows].cpu())
+    scale = output.scale[: len(expected.scale)].cpu()
+    codes = output.weight[:rows].cpu().view(torch.uint8)
+    if not torch.equal(scale, expected.scale) or not torch.equal(codes, expected.weight.view(torch.uint8)):
+        raise SystemExit("the GPU's result is not the CPU's")
+    corner = (weight if weight.ndim == 2 else weight[0])[:128].cpu()
+    block = (128, 128) if quantize is quantize_blockwise else (1, corner.shape[1])
+    truth, scales = quantize_reference(corner, block)
+    first = (codes if weight.ndim == 2 else codes[0])[:128]
+    first_scales = (scale if weight.ndim == 2 else scale[0])[: len(scales)]
+    if not torch.equal(first, truth) or not torch.equal(first_scales.double(), scales):
+        raise SystemExit("the result is not the definition's")
+
+
+def rows_of(shape: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:
+    """Time, check and print both quantizers on one shape."""
+    torch.manual_seed(0)
+    weight = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+    found = []
+    for name, quantize in (("block-wise", quantize_blockwise), ("channel-wise", quantize_channelwise)):
+        ms, unit_ms, output = paired(functools.partial(quantize, weight, check=False), copy_of(weight), repeats)
+        checked, _, _ = paired(functools.partial(quantize, weight), copy_of(weight), repeats)
+        check(output, weight, quantize)
+        row = {"shape": list(shape), "what": name, "ms": ms, "copy_ms": unit_ms, "ratio": ms / unit_ms}
+        row |= {"tb_per_s": 3 * weight.numel() / ms / 1e9, "ms_with_check": checked}
+        found.append(row)
+        print(
+            f"{shape!s:20} {name:13} {ms:7.3f} ms  copy {unit_ms:7.3f} ms  ratio {ms / unit_ms:5.3f}  "
+            f"{row['tb_per_s']:5.2f} TB/s  with check {checked:7.3f} ms",
+            flush=True,
+        )
+    return found
+
+
+@click.command()
+@click.option("--shape", "shapes", multiple=True, default=SHAPES, show_default=True, help="N,K or experts,N,K")
+@click.option("--repeats", default=15, show_default=True)
+@click.option("--block-values", default=kernels.BLOCK_VALUES_A_THREAD, show_default=True, help="of a block, a thread")
+@click.option("--row-values", default=kernels.ROW_VALUES_A_THREAD, show_default=True, help="of a row, a thread")
+@click.option("--json", "json_path", type=click.Path(path_type=Path))
+def main(shapes: tuple[str, ...], repeats: int, block_values: int, row_values: int, json_path: Path | None) -> None:
+    kernels.BLOCK_VALUES_A_THREAD, kernels.ROW_VALUES_A_THREAD = block_values, row_values
+    rows = [row for shape in shapes for row in rows_of(tuple(map(int, shape.split(","))), repeats)]
+    if json_path is not None:
+        machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
+        result = {"command": " ".join(sys.argv), **machine, "python": platform.python_version(), "rows": rows}
+        json_path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
