@@ -3,9 +3,9 @@
     python benchmarks/fp8.py [--shape 12288,4096] [--json FILE]
 
 Needs a CUDA device. A bfloat16 weight is read (2 bytes) and its float8 written (1 byte): the unit is a copy on the
-device that reads and writes 3 bytes a weight altogether. Every row alternates with its unit, both start with a cache full
-of something else, and the ratio is that of the medians. What was timed is then compared with the CPU's result, bit for
-bit.
+device that reads and writes 3 bytes a weight altogether. Every row alternates with its unit, both start with a cache
+full of something else, and the ratio is that of the medians. What was timed is then compared with the CPU's result, bit
+for bit.
 """
 
 from __future__ import annotations

@@ -1,0 +1,20 @@
+"""float8 checkpoints in the formats of those who make them: which tensors, under which names, with which config."""
+
+from megatron_fp32.checkpoint.fp8.config import extra_files, quantization_config, scheme_from_config
+from megatron_fp32.checkpoint.fp8.detect import detect_scheme, scheme_of_tensors
+from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, is_quantized, named_scheme
+from megatron_fp32.checkpoint.fp8.tensors import expert_parts, fp8_infos, quantize_tensor
+
+__all__ = [
+    "Fp8Scheme",
+    "detect_scheme",
+    "expert_parts",
+    "extra_files",
+    "fp8_infos",
+    "is_quantized",
+    "named_scheme",
+    "quantization_config",
+    "quantize_tensor",
+    "scheme_from_config",
+    "scheme_of_tensors",
+]

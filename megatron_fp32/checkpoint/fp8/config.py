@@ -1,0 +1,129 @@
+"""The part of a config that says how the weights are quantized, written and read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, named_scheme
+from megatron_fp32.checkpoint.huggingface import CheckpointError, TensorInfo
+
+MODELOPT_FILE = "hf_quant_config.json"
+_MODELOPT_ALGORITHM = "FP8_PER_CHANNEL_PER_TOKEN"
+
+
+def quantization_config(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[str, Any]:
+    """The `quantization_config` for `config.json`; modules that stay as they are are listed by their full names.
+
+    Args:
+        infos: all tensors of the float8 checkpoint, as `fp8_infos` gives them.
+        scheme: its format.
+    """
+    kept = unquantized_modules(infos)
+    if scheme.layout == "blockwise":
+        config: dict[str, Any] = {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": list(scheme.block),
+            "modules_to_not_convert": kept,
+        }
+        return config | ({"scale_fmt": "ue8m0"} if scheme.scale_format == "ue8m0" else {})
+    if scheme.layout == "modelopt":
+        return {"quant_method": "modelopt", "quant_algo": _MODELOPT_ALGORITHM, "ignore": kept}
+    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    return {
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**common, "strategy": "channel", "dynamic": False},
+                "input_activations": {**common, "strategy": "token", "dynamic": True},
+                "output_activations": None,
+            }
+        },
+        "format": "float-quantized",
+        "ignore": kept,
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }
+
+
+def extra_files(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[str, Any]:
+    """Content of further JSON files beside `config.json`, by their names; arguments as in `quantization_config`."""
+    if scheme.layout != "modelopt":
+        return {}
+    quantization = {
+        "quant_algo": _MODELOPT_ALGORITHM,
+        "kv_cache_quant_algo": None,
+        "exclude_modules": unquantized_modules(infos),
+    }
+    # Without the producer's name vLLM does not take the file for what it is.
+    return {MODELOPT_FILE: {"producer": {"name": "modelopt"}, "quantization": quantization}}
+
+
+def unquantized_modules(infos: Mapping[str, TensorInfo]) -> list[str]:
+    """Modules whose weight has two dimensions or more and is not float8."""
+    return sorted(
+        name.removesuffix(".weight")
+        for name, info in infos.items()
+        if name.endswith(".weight") and len(info.shape) > 1 and info.dtype != torch.float8_e4m3fn
+    )
+
+
+def scheme_from_config(config: Mapping[str, Any]) -> Fp8Scheme:
+    """The scheme that a `quantization_config`, or the content of `hf_quant_config.json`, describes.
+
+    The dtype of scales is in no config: it is taken to be what `named_scheme` says.
+
+    Raises:
+        CheckpointError: for a config that describes none of the known schemes.
+    """
+    method = config.get("quant_method")
+    if method == "fp8":
+        return _blockwise(config)
+    if method == "compressed-tensors":
+        return _channelwise(config)
+    if method == "modelopt" or (config.get("producer") or {}).get("name") == "modelopt":
+        quantization = config.get("quantization", config)
+        _expect(quantization, {"quant_algo": (_MODELOPT_ALGORITHM,)})
+        listed = quantization.get("exclude_modules", quantization.get("ignore"))
+        return named_scheme("modelopt", skip=tuple(listed or ()))
+    raise CheckpointError(f"unknown quantization method {method!r}; known are 'fp8', 'compressed-tensors', 'modelopt'")
+
+
+def _blockwise(config: Mapping[str, Any]) -> Fp8Scheme:
+    _expect(config, {"activation_scheme": ("dynamic",), "fmt": ("e4m3", None), "scale_fmt": ("float", "ue8m0", None)})
+    block = config.get("weight_block_size")
+    if not (isinstance(block, list | tuple) and len(block) == 2):
+        raise CheckpointError(f"weight_block_size must be two numbers, got {block}: without, scales are per tensor")
+    listed = config.get("modules_to_not_convert") or config.get("ignored_layers") or ()
+    power_of_two = config.get("scale_fmt") == "ue8m0"
+    return Fp8Scheme(
+        layout="blockwise",
+        scale_format="ue8m0" if power_of_two else "fp32",
+        block=(int(block[0]), int(block[1])),
+        skip=tuple(listed),
+    )
+
+
+def _channelwise(config: Mapping[str, Any]) -> Fp8Scheme:
+    _expect(config, {"format": ("float-quantized", "naive-quantized"), "kv_cache_scheme": (None,)})
+    groups = config.get("config_groups") or {}
+    if len(groups) != 1:
+        raise CheckpointError(f"expected one group of quantized modules, got {sorted(groups)}")
+    (group,) = groups.values()
+    common = {"num_bits": (8,), "type": ("float",), "symmetric": (True, None)}
+    _expect(group, {"targets": (["Linear"],), "output_activations": (None,)})
+    _expect(group.get("weights") or {}, {**common, "strategy": ("channel",), "dynamic": (False, None)})
+    _expect(group.get("input_activations") or {}, {**common, "strategy": ("token",), "dynamic": (True,)})
+    return named_scheme("channelwise", skip=tuple(config.get("ignore") or ()))
+
+
+def _expect(config: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]]) -> None:
+    for field, values in expected.items():
+        if config.get(field) not in values:
+            known = " or ".join(repr(value) for value in values)
+            raise CheckpointError(f"unknown float8 scheme: {field} is {config.get(field)!r}, expected {known}")

@@ -1,0 +1,124 @@
+"""Which scheme an existing float8 checkpoint has, so that others can be made like it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_fp32.checkpoint.fp8.config import MODELOPT_FILE, scheme_from_config
+from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, Layout
+from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader, TensorInfo
+from megatron_fp32.ops.fp8.scales import ScaleFormat
+
+_SCALES = (".weight_scale_inv", ".weight_scale")
+
+
+def detect_scheme(directory: str | Path) -> Fp8Scheme:
+    """The scheme of a directory with a float8 checkpoint, or with its config files alone.
+
+    Headers decide which modules are quantized and how, since lists of modules mean something else to every producer; a
+    config that contradicts them is an error. Without weights the config decides.
+
+    Raises:
+        CheckpointError: when the checkpoint is not readable, or its scheme is none of the known ones.
+    """
+    directory = Path(directory)
+    config = read_quantization_config(directory)
+    if any(directory.glob("*.safetensors")):
+        with HuggingFaceReader(directory) as reader:
+            return scheme_of_tensors(reader.tensors, config)
+    if config is None:
+        raise CheckpointError(f"{directory} holds neither weights nor a config that says how they are quantized")
+    return scheme_from_config(config)
+
+
+def scheme_of_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None = None) -> Fp8Scheme:
+    """The scheme of a float8 checkpoint with these headers.
+
+    Args:
+        tensors: all of them.
+        config: its `quantization_config`, to know the size of blocks and to be contradicted; None: blocks are 128x128.
+
+    Raises:
+        CheckpointError: when that is none of the known schemes, or not the config's.
+    """
+    named = None if config is None else scheme_from_config(config)
+    weights = {name: info for name, info in tensors.items() if info.dtype == torch.float8_e4m3fn}
+    if not weights:
+        raise CheckpointError("no weight is float8_e4m3fn")
+    static = [name for name in tensors if name.endswith((".input_scale", ".activation_scale"))]
+    if static:
+        raise CheckpointError(f"activations have static scales, such as {static[0]}, which weights do not tell")
+    block = (128, 128) if named is None else named.block
+    possible: set[Layout] = {"blockwise", "channelwise", "modelopt"}
+    dtypes: set[torch.dtype] = set()
+    for name, info in weights.items():
+        scale_name, scale = _scale_of(name, tensors)
+        possible &= _layouts(info, scale_name, scale, block)
+        dtypes.add(scale.dtype)
+        if not possible:
+            raise CheckpointError(
+                f"unknown float8 scheme: {name} is {info.shape} and {scale_name} is {scale.shape}, which is no scale "
+                f"for each block of {block} and none for each row, or not what other weights have"
+            )
+    (layout,) = possible
+    if named is not None and named.layout != layout:
+        raise CheckpointError(f"the headers are those of a {layout} checkpoint, the config is {named.layout}")
+    return Fp8Scheme(
+        layout=layout,
+        scale_format=_scale_format(dtypes, named),
+        block=block,
+        modules=frozenset(name.removesuffix(".weight") for name in weights),
+    )
+
+
+def read_quantization_config(directory: Path) -> dict[str, Any] | None:
+    """What `config.json` or `hf_quant_config.json` say of quantization; None where they say nothing.
+
+    Raises:
+        CheckpointError: when they are no JSON objects.
+    """
+    main = _read_json(directory / "config.json") or {}
+    text = main.get("text_config") or {}
+    found = main.get("quantization_config") or text.get("quantization_config")
+    return found or _read_json(directory / MODELOPT_FILE)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no JSON object")
+    return content
+
+
+def _scale_of(name: str, tensors: Mapping[str, TensorInfo]) -> tuple[str, TensorInfo]:
+    names = [name.removesuffix(".weight") + suffix for suffix in _SCALES]
+    present = [scale for scale in names if scale in tensors]
+    if not name.endswith(".weight") or len(tensors[name].shape) != 2 or len(present) != 1:
+        raise CheckpointError(f"unknown float8 scheme: {name} {tensors[name].shape} needs one scale, got {present}")
+    return present[0], tensors[present[0]]
+
+
+def _layouts(info: TensorInfo, scale_name: str, scale: TensorInfo, block: tuple[int, int]) -> set[Layout]:
+    rows, columns = info.shape
+    if scale_name.endswith("_inv"):
+        return {"blockwise"} if scale.shape == (-(-rows // block[0]), -(-columns // block[1])) else set()
+    shapes: dict[tuple[int, ...], Layout] = {(rows, 1): "channelwise", (rows,): "modelopt"}
+    return {shapes[scale.shape]} if scale.shape in shapes else set()
+
+
+def _scale_format(dtypes: set[torch.dtype], named: Fp8Scheme | None) -> ScaleFormat:
+    if dtypes == {torch.bfloat16}:
+        return "bf16"
+    if dtypes == {torch.float32}:
+        return "ue8m0" if named is not None and named.scale_format == "ue8m0" else "fp32"
+    raise CheckpointError(f"scales must be all float32 or all bfloat16, got {sorted(map(str, dtypes))}")
