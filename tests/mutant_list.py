@@ -22,6 +22,7 @@ MAIN_GRAD, GDN = "tests/ops/test_main_grad.py", "tests/ssm/test_gated_delta_net.
 GDN_RANKS, KEEP = "tests/ssm/test_ranks.py", "tests/transformer/test_keep_in_fp32.py"
 RESUME = "tests/distributed/test_resume.py::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit"
 MEGATRON, CONVERT = "tests/checkpoint/test_through_megatron.py", "tests/checkpoint/test_convert.py"
+FP8, FP8_FILES = "tests/ops/test_fp8.py", "tests/checkpoint/test_fp8.py"
 
 MUTANTS = [
     Mutant(
@@ -422,5 +423,61 @@ MUTANTS = [
         old='fused_loss != "off" and not gather:',
         new='fused_loss != "off":',
         test="tests/tensor_parallel/test_fused_loss.py::TestOneProcess",
+    ),
+    Mutant(
+        name="pad a block with what was there before",
+        file="ops/fp8/quantize.py",
+        old="slab.zero_()",
+        new="pass",
+        test=f"{FP8}::test_slabs_change_nothing",
+    ),
+    Mutant(
+        name="round a float8 scale down to a power of two",
+        file="ops/fp8/scales.py",
+        old="(scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000",
+        new="scale.view(torch.int32) & 0x7F800000",
+        test=f"{FP8}::test_no_magnitude_leads_to_nan_or_beyond_the_largest_value",
+    ),
+    Mutant(
+        name="let a float8 scale become denormal",
+        file="ops/fp8/scales.py",
+        old=".clamp(min=SMALLEST_SCALE)",
+        new="",
+        test=f"{FP8}::test_ties_denormals_and_extremes_are_the_definitions",
+    ),
+    Mutant(
+        name="round ties away from zero in the float8 kernel",
+        file="ops/fp8/kernels.py",
+        old="magnitude + 0x7FFFF + ((magnitude >> 20) & 1)",
+        new="magnitude + 0x80000",
+        test=f"{FP8}::test_the_kernels_return_the_same_bits",
+    ),
+    Mutant(
+        name="quantize NaN",
+        file="ops/fp8/quantize.py",
+        old="if not bad.any():",
+        new="if bad.numel():",
+        test=f"{FP8}::TestInfinityAndNaN",
+    ),
+    Mutant(
+        name="quantize the router",
+        file="checkpoint/fp8/scheme.py",
+        old="if NEVER_QUANTIZED.search(module):",
+        new="if NEVER_QUANTIZED.search(module) and 'mlp' not in module:",
+        test=f"{FP8_FILES}::TestWhichTensors",
+    ),
+    Mutant(
+        name="read a list for compressed-tensors as one of prefixes",
+        file="checkpoint/fp8/scheme.py",
+        old="else entry == module",
+        new="else module.startswith(entry)",
+        test=f"{FP8_FILES}::TestWhichTensors",
+    ),
+    Mutant(
+        name="swap gate and up of an expert",
+        file="checkpoint/fp8/tensors.py",
+        old='[("gate_proj", 0, rows // 2), ("up_proj", rows // 2, rows)]',
+        new='[("up_proj", 0, rows // 2), ("gate_proj", rows // 2, rows)]',
+        test=f"{FP8_FILES}::TestFusedExperts",
     ),
 ]

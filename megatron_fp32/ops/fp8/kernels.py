@@ -2,6 +2,9 @@
 
 A program holds its block in registers while it takes the largest magnitude, so that each weight is read once. Rows of
 more than `LONGEST_ROW` are read twice, the second time from the cache.
+
+Weights are loaded as integers, and magnitudes compared as such: that is their order, infinity is above every number and
+NaN above infinity, and two 16-bit ones fit a register. Offsets within a block are 32-bit for the same reason.
 """
 
 from __future__ import annotations
@@ -26,32 +29,37 @@ _SMALLEST_SCALE: tl.constexpr = tl.constexpr(SMALLEST_SCALE)
 
 
 @triton.jit
-def _load(pointers, mask, BF16: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32; bfloat16 comes as int16, whose bits are the upper half of a float32."""
-    values = tl.load(pointers, mask=mask, other=0)
-    if BF16:
-        return (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+def _magnitudes(raw):  # type: ignore[no-untyped-def]
+    """int32, without the sign."""
+    if raw.dtype == tl.int16:
+        return (raw & 0x7FFF).to(tl.int32)
     else:
-        return values.to(tl.float32)
+        return raw & 0x7FFFFFFF
 
 
 @triton.jit
-def _magnitude_bits(values):  # type: ignore[no-untyped-def]
-    """In the order of the magnitudes, as int32: infinity is above every number, and NaN above infinity."""
-    return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+def _widen(raw, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The float32 that these bits, or those of `_magnitudes`, are."""
+    if DTYPE == "bfloat16":
+        return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif DTYPE == "float16":
+        return raw.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return raw.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _scale(amax_bits, zero_scale, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scale(amax, zero_scale, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
     """As `scales_of`. Triton's `/` is no IEEE division, `div_rn` is."""
-    scale = tl.maximum(tl.div_rn(amax_bits.to(tl.float32, bitcast=True), _E4M3_MAX), _SMALLEST_SCALE)
-    scale = tl.where(amax_bits == 0, zero_scale, scale)
+    scale = tl.maximum(tl.div_rn(amax, _E4M3_MAX), _SMALLEST_SCALE)
+    scale = tl.where(amax == 0, zero_scale, scale)
     bits = scale.to(tl.int32, bitcast=True)
     if FORMAT == "bf16":
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
     if FORMAT == "ue8m0":
         bits = (bits + 0x7FFFFF) & 0x7F800000
-    return tl.where(amax_bits < 0x7F800000, bits.to(tl.float32, bitcast=True), float("nan"))
+    finite = amax.to(tl.int32, bitcast=True) < 0x7F800000
+    return tl.where(finite, bits.to(tl.float32, bitcast=True), float("nan"))
 
 
 @triton.jit
@@ -75,22 +83,20 @@ def _e4m3(values, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
 def _block_kernel(  # type: ignore[no-untyped-def]
     weight, out, scale, rows, columns, expert_stride, row_stride, zero_scale,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-    BF16: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr,
+    DTYPE: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """A program a block; neighbours in a row run together."""
-    row = tl.program_id(1) * HEIGHT + tl.arange(0, TILE_ROWS)
-    column = tl.program_id(0) * WIDTH + tl.arange(0, TILE_COLUMNS)
+    first_row, first_column = tl.program_id(1) * HEIGHT, tl.program_id(0) * WIDTH
     expert = tl.program_id(2).to(tl.int64)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    if TILE_ROWS != HEIGHT:
-        inside = inside & (tl.arange(0, TILE_ROWS) < HEIGHT)[:, None]
-    if TILE_COLUMNS != WIDTH:
-        inside = inside & (tl.arange(0, TILE_COLUMNS) < WIDTH)[None, :]
-    wide_row = row.to(tl.int64)[:, None]
-    values = _load(weight + expert * expert_stride + wide_row * row_stride + column[None, :], inside, BF16)
-    block_scale = _scale(tl.max(tl.max(_magnitude_bits(values), 1), 0), zero_scale, FORMAT)
-    codes = _e4m3(values * tl.div_rn(1.0, block_scale), NATIVE)
-    tl.store(out + (expert * rows + wide_row) * columns + column[None, :], codes, mask=inside)
+    row, column = tl.arange(0, TILE_ROWS)[:, None], tl.arange(0, TILE_COLUMNS)[None, :]
+    inside = (row < tl.minimum(rows - first_row, HEIGHT)) & (column < tl.minimum(columns - first_column, WIDTH))
+    weight += expert * expert_stride + first_row.to(tl.int64) * row_stride + first_column
+    out += (expert * rows + first_row) * columns + first_column
+    raw = tl.load(weight + (row * row_stride + column), mask=inside, other=0)
+    amax = _widen(tl.max(tl.max(_magnitudes(raw), 1), 0), DTYPE)
+    block_scale = _scale(amax, zero_scale, FORMAT)
+    codes = _e4m3(_widen(raw, DTYPE) * tl.div_rn(1.0, block_scale), NATIVE)
+    tl.store(out + (row * columns + column), codes, mask=inside)
     block = (expert * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     tl.store(scale + block, block_scale)
 
@@ -98,40 +104,43 @@ def _block_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _row_kernel(  # type: ignore[no-untyped-def]
     weight, out, scale, rows, columns, expert_stride, row_stride, zero_scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BF16: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """A program for so many rows as make a tile."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
     expert = tl.program_id(1).to(tl.int64)
-    column = tl.arange(0, COLUMNS)[None, :]
-    inside = (row < rows)[:, None] & (column < columns)
-    wide_row = row.to(tl.int64)
-    values = _load(weight + expert * expert_stride + wide_row[:, None] * row_stride + column, inside, BF16)
-    row_scale = _scale(tl.max(_magnitude_bits(values), 1), zero_scale, FORMAT)
-    codes = _e4m3(values * tl.div_rn(1.0, row_scale)[:, None], NATIVE)
-    tl.store(out + (expert * rows + wide_row)[:, None] * columns + column, codes, mask=inside)
-    tl.store(scale + expert * rows + wide_row, row_scale, mask=row < rows)
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows - first_row)[:, None] & (column < columns)
+    weight += expert * expert_stride + first_row * row_stride
+    out += (expert * rows + first_row) * columns
+    raw = tl.load(weight + (row[:, None] * row_stride + column), mask=inside, other=0)
+    row_scale = _scale(_widen(tl.max(_magnitudes(raw), 1), DTYPE), zero_scale, FORMAT)
+    codes = _e4m3(_widen(raw, DTYPE) * tl.div_rn(1.0, row_scale)[:, None], NATIVE)
+    tl.store(out + (row[:, None] * columns + column), codes, mask=inside)
+    tl.store(scale + expert * rows + first_row + row, row_scale, mask=row < rows - first_row)
 
 
 @triton.jit
 def _long_row_kernel(  # type: ignore[no-untyped-def]
     weight, out, scale, rows, columns, expert_stride, row_stride, zero_scale,
-    CHUNK: tl.constexpr, BF16: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr,
+    CHUNK: tl.constexpr, DTYPE: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """A program a row."""
     row = tl.program_id(0).to(tl.int64)
     expert = tl.program_id(1).to(tl.int64)
     offsets = tl.arange(0, CHUNK)
-    pointers = weight + expert * expert_stride + row * row_stride + offsets
+    weight += expert * expert_stride + row * row_stride
+    out += (expert * rows + row) * columns
     largest = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, columns, CHUNK):
-        largest = tl.maximum(largest, _magnitude_bits(_load(pointers + start, start + offsets < columns, BF16)))
-    row_scale = _scale(tl.max(largest, 0), zero_scale, FORMAT)
+        raw = tl.load(weight + start + offsets, mask=start + offsets < columns, other=0)
+        largest = tl.maximum(largest, _magnitudes(raw))
+    row_scale = _scale(_widen(tl.max(largest, 0), DTYPE), zero_scale, FORMAT)
     inverse = tl.div_rn(1.0, row_scale)
     for start in range(0, columns, CHUNK):
         inside = start + offsets < columns
-        codes = _e4m3(_load(pointers + start, inside, BF16) * inverse, NATIVE)
-        tl.store(out + (expert * rows + row) * columns + start + offsets, codes, mask=inside)
+        raw = tl.load(weight + start + offsets, mask=inside, other=0)
+        tl.store(out + start + offsets, _e4m3(_widen(raw, DTYPE) * inverse, NATIVE), mask=inside)
     tl.store(scale + expert * rows + row, row_scale)
 
 
@@ -159,27 +168,30 @@ def quantize_triton(
     experts, rows, columns = weight.shape
     if native is None:
         native = torch.cuda.get_device_capability(weight.device) >= (8, 9)
-    if weight.stride(2) != 1:
-        weight = weight.contiguous()
-    raw = weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight
-    operands = (raw, out.view(torch.uint8), scale, rows, columns, weight.stride(0), weight.stride(1), zero_scale)
-    # Fused, a product and the sum that rounds it would be rounded once.
-    options = {
-        "BF16": weight.dtype == torch.bfloat16, "FORMAT": scale_format, "NATIVE": native, "enable_fp_fusion": False
-    }  # fmt: skip
-    tile = (triton.next_power_of_2(block[0]), triton.next_power_of_2(block[1]))
-    _, row_blocks, column_blocks = scale.shape
     by_row = block == (1, columns)
-    if experts > _LARGEST_GRID or (not by_row and (row_blocks > _LARGEST_GRID or tile[0] * tile[1] > LARGEST_TILE)):
+    tile = (triton.next_power_of_2(block[0]), triton.next_power_of_2(block[1]))
+    height = max(1, _ROW_TILE // tile[1]) if by_row else tile[0]
+    if weight.stride(2) != 1 or weight.stride(1) * height >= 2**31:
+        weight = weight.contiguous()
+    _, row_blocks, column_blocks = scale.shape
+    too_large = tile[0] * tile[1] > LARGEST_TILE or row_blocks > _LARGEST_GRID or columns * height >= 2**31
+    if experts > _LARGEST_GRID or (too_large and not by_row):
         for expert in range(experts):
             quantize_torch(weight[expert], out[expert], scale[expert], block, scale_format, zero_scale)
-    elif by_row and columns > LONGEST_ROW:
+        return
+    raw = weight.view(torch.int16 if weight.dtype.itemsize == 2 else torch.int32)
+    operands = (raw, out.view(torch.uint8), scale, rows, columns, weight.stride(0), weight.stride(1), zero_scale)
+    options = {
+        "DTYPE": str(weight.dtype).removeprefix("torch."), "FORMAT": scale_format, "NATIVE": native,
+        # Fused, a product and the sum that rounds it would be rounded once.
+        "enable_fp_fusion": False,
+    }  # fmt: skip
+    if by_row and columns > LONGEST_ROW:
         _long_row_kernel[(rows, experts)](*operands, CHUNK=_LONG_CHUNK, num_warps=8, **options)
     elif by_row:
-        height = max(1, _ROW_TILE // tile[1])
-        _row_kernel[(triton.cdiv(rows, height), experts)](
-            *operands, ROWS=height, COLUMNS=tile[1], num_warps=_warps(height * tile[1], ROW_VALUES_A_THREAD), **options
-        )
+        warps = _warps(height * tile[1], ROW_VALUES_A_THREAD)
+        grid = (triton.cdiv(rows, height), experts)
+        _row_kernel[grid](*operands, ROWS=height, COLUMNS=tile[1], num_warps=warps, **options)
     else:
         _block_kernel[(column_blocks, row_blocks, experts)](
             *operands, HEIGHT=block[0], WIDTH=block[1], TILE_ROWS=tile[0], TILE_COLUMNS=tile[1],
