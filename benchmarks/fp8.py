@@ -66,10 +66,8 @@ def copy_of(weight: Tensor) -> Callable[[], Any]:
 
 def check(output: Quantized, weight: Tensor, quantize: Callable[..., Quantized]) -> None:
     """Raise unless the output is the CPU's, which is the definition's at its corner."""
-    part = max(1, CHECKED_VALUES // (weight[0].numel()))
-    if quantize is quantize_blockwise and weight.ndim == 2:
-        part = max(128, part // 128 * 128)
-    rows = min(part, len(weight))
+    unit = 128 if weight.ndim == 2 else 1
+    rows = min(len(weight), unit * max(1, CHECKED_VALUES // (unit * weight[0].numel())))
     expected = quantize(weight[:rows].cpu())
     scale = output.scale[: len(expected.scale)].cpu()
     codes = output.weight[:rows].cpu().view(torch.uint8)
