@@ -139,8 +139,8 @@ def timed(way: Callable[[], Any]) -> tuple[tuple[torch.cuda.Event, torch.cuda.Ev
 class Table:
     """Rows, printed as they come."""
 
-    def __init__(self, problem: Problem, repeats: int) -> None:
-        self.problem, self.repeats, self.rows = problem, repeats, []
+    def __init__(self, problem: Problem, repeats: int, only: str) -> None:
+        self.problem, self.repeats, self.only, self.rows = problem, repeats, only, []
 
     def add(
         self,
@@ -150,6 +150,8 @@ class Table:
         check: Callable[[Any], dict[str, float]],
     ) -> None:
         """Time, check and print one way."""
+        if self.only not in what:
+            return
         p = self.problem
 
         def before() -> None:
@@ -318,8 +320,9 @@ def rivals(x: Tensor, w: Tensor, labels: Tensor) -> dict[str, Callable[[], Tenso
 @click.option("--shape", "shapes", multiple=True, default=SHAPES, show_default=True, help="tokens,hidden,vocab")
 @click.option("--repeats", default=15, show_default=True)
 @click.option("--rivals/--no-rivals", "with_rivals", default=True)
+@click.option("--only", default="", help="Only rows whose name contains this.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
-def main(shapes: tuple[str, ...], repeats: int, with_rivals: bool, json_path: Path | None) -> None:
+def main(shapes: tuple[str, ...], repeats: int, with_rivals: bool, only: str, json_path: Path | None) -> None:
     group = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -327,7 +330,7 @@ def main(shapes: tuple[str, ...], repeats: int, with_rivals: bool, json_path: Pa
         group = dist.group.WORLD
     rows: list[dict[str, Any]] = []
     for shape in shapes:
-        table = Table(Problem(*map(int, shape.split(",")), group), repeats)
+        table = Table(Problem(*map(int, shape.split(",")), group), repeats, only)
         forward_rows(table)
         backward_rows(table)
         if with_rivals and group is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_fp32.ops.fp8.quantize import quantize_torch
 from megatron_fp32.ops.fp8.scales import E4M3_MAX, SMALLEST_SCALE, ScaleFormat
 
-LONGEST_ROW = 16384
+LONGEST_ROW = 32768
 LARGEST_TILE = 1 << 15
 BLOCK_VALUES_A_THREAD, ROW_VALUES_A_THREAD = 64, 32
 _ROW_TILE, _LONG_CHUNK = 4096, 8192

@@ -43,11 +43,13 @@ def gradient_vectors(
         element gets; with an upstream gradient of the entropy [8, tokens]: that, and the entropy.
     """
     zeros = torch.zeros_like(statistics.top)
-    g, s = (zeros if x is None else x for x in (logprob, logsumexp))
+    g = zeros if logprob is None else logprob
     constant = zeros if mean_logit is None else mean_logit / shard.vocab_size
     # A label outside of the vocabulary has no element of its own to say so.
-    of_all = g - s + torch.where(g != 0, statistics.rest - statistics.rest, 0.0)
-    at_label = s + of_all * statistics.rest + constant
+    of_all = torch.where(g != 0, g + (statistics.rest - statistics.rest), 0.0)
+    if logsumexp is not None:
+        of_all = of_all - logsumexp
+    at_label = of_all * statistics.rest + (constant if logsumexp is None else logsumexp + constant)
     vectors = [statistics.top, statistics.log_sum, inverse_temperature, of_all, at_label, constant]
     if entropy is not None:
         logp = statistics.logprob

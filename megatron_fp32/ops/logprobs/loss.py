@@ -46,12 +46,16 @@ class TokenLoss:
 
     def gradients(self, weights: Tensor, logsumexp: Tensor) -> dict[str, Tensor | None]:
         """Of `weights * loss` with respect to the three; `weights` are 0 where the label is ignored."""
-        smooth = self.label_smoothing * weights
+        smooth = self.label_smoothing * weights if self.label_smoothing > 0 else None
+        of_logsumexp = smooth
+        if self.z_loss > 0:
+            z = 2 * self.z_loss * logsumexp * weights
+            of_logsumexp = z if smooth is None else z + smooth
         return {
             "logprob": -(1 - self.label_smoothing) * weights,
             "entropy": None,
-            "logsumexp": smooth + 2 * self.z_loss * logsumexp * weights,
-            "mean_logit": -smooth if self.label_smoothing > 0 else None,
+            "logsumexp": of_logsumexp,
+            "mean_logit": None if smooth is None else -smooth,
         }
 
 

@@ -74,6 +74,8 @@ def token_statistics(
 
 def join(parts: list[TokenStatistics]) -> TokenStatistics:
     """Those of all tokens."""
+    if len(parts) == 1:
+        return parts[0]
     columns = [None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)]
     return TokenStatistics(*columns)  # type: ignore[arg-type]
 
