@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models.provider import transformer_config
 from megatron_fp32.models.qwen3_5 import Qwen35Config
-from megatron_fp32.models.specs import gated_delta_net_block_spec
+from megatron_fp32.models.specs import decoder_block_spec
 from megatron_fp32.ops.logits.reference import relative_error
 from megatron_fp32.testing.cpu import model_parallel, single_process
 
@@ -103,7 +103,7 @@ def build(spec: str, fp32: Fp32Config, dtype: torch.dtype = torch.bfloat16) -> t
         # flash-linear-attention takes no fp32; in this mode megatron-core uses torch operators.
         deterministic_mode=dtype == torch.float32,
     )
-    attention = gated_delta_net_block_spec(config, fp32).layer_specs[0].submodules.self_attention
+    attention = decoder_block_spec(config, fp32).layer_specs[0].submodules.self_attention
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return build_module(attention, config=config, layer_number=1, pg_collection=groups).cuda().to(dtype)
 

@@ -220,12 +220,12 @@ def hf_station(directory: Path, megatron: Path) -> dict[str, Any]:
 def torch_dist_station(megatron: Path) -> dict[str, Any]:
     """The kept parameters in the imported checkpoint, in Hugging Face's convention."""
     from megatron_fp32.checkpoint.convert import exact_hf_tensors
+    from megatron_fp32.checkpoint.plan import plan_model
     from megatron_fp32.checkpoint.torch_dist import TorchDistReader
-    from megatron_fp32.models import qwen3_5
 
     sidecar, reader = find_sidecar(megatron), TorchDistReader(megatron)
     found: dict[str, list[Tensor]] = {kind: [] for kind in KEPT}
-    for mapping in qwen3_5.mappings(qwen3_5.Qwen35Config.from_hf(sidecar.hf_config), sidecar.prefix):
+    for mapping in plan_model(sidecar.hf_config, sidecar.tensors.keys()).mappings:
         for kind in KEPT:
             if mapping.megatron[0].name.endswith(kind):
                 stored = [reader.read(spec.name) for spec in mapping.megatron]

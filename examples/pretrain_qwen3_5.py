@@ -40,7 +40,7 @@ from megatron_fp32.apply import pre_wrap_hook
 from megatron_fp32.arguments import add_fp32_arguments, fp32_config_from_args
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models.provider import read_hf_config
-from megatron_fp32.models.specs import gated_delta_net_block_spec
+from megatron_fp32.models.specs import decoder_block_spec
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
     fp32 = fp32_config_from_args(args)
     model = gpt_config_from_args(args)
     # Parameters are fp32 from their construction on; the output layer is changed before the model is wrapped.
-    model.transformer_layer_spec = lambda config, vp_stage: gated_delta_net_block_spec(
+    model.transformer_layer_spec = lambda config, vp_stage: decoder_block_spec(
         config.transformer, fp32, vp_stage=vp_stage
     )
     model.pre_wrap_hooks.append(pre_wrap_hook(fp32))

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from megatron_fp32.checkpoint import convert
 from megatron_fp32.checkpoint.huggingface import CheckpointError
+from megatron_fp32.checkpoint.plan import Mtp, Vision
 
 _EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
 _NEW = click.Path(path_type=Path)
@@ -21,7 +22,10 @@ _NEW = click.Path(path_type=Path)
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="megatron_fp32")
 def main() -> None:
-    """Convert Qwen3.5 checkpoints between Hugging Face and Megatron, exact in every dtype.
+    """Convert checkpoints between Hugging Face and Megatron, exact in every dtype.
+
+    Families: Qwen3.5 and Qwen3.5-MoE, alone and as the text model of a vision-language checkpoint, Qwen3-Next, Qwen3,
+    Qwen3-MoE, Llama 3.
 
     Neither a GPU nor a process group is needed, and no model is built: one tensor at a time is in memory.
 
@@ -33,19 +37,39 @@ def main() -> None:
 @main.command("import")
 @click.argument("hf_dir", type=_EXISTING)
 @click.argument("megatron_dir", type=_NEW)
-@click.option("--text-only", is_flag=True, help="Leave the vision and MTP tensors out instead of refusing them.")
-def import_(hf_dir: Path, megatron_dir: Path, text_only: bool) -> None:
+@click.option(
+    "--vision",
+    type=click.Choice(["refuse", "carry", "drop"]),
+    default="refuse",
+    show_default=True,
+    help="Vision tensors: refuse a checkpoint that has any, carry them in hf_source/ until `export` puts them back, "
+    "or drop them.",
+)
+@click.option(
+    "--mtp",
+    type=click.Choice(["convert", "carry", "drop"]),
+    default="convert",
+    show_default=True,
+    help="Multi-token prediction: convert it into a Megatron MTP layer, or carry or drop its tensors. Carry them where "
+    "the model is trained without an MTP layer.",
+)
+@click.option("--text-only", is_flag=True, help="The same as --vision drop --mtp drop.")
+def import_(hf_dir: Path, megatron_dir: Path, vision: Vision, mtp: Mtp, text_only: bool) -> None:
     """Make MEGATRON_DIR, a torch_dist checkpoint, from the safetensors in HF_DIR.
 
     MEGATRON_DIR must not exist. Beside the checkpoint it holds hf_source/, which `export` needs later.
     """
     with _errors_exit(), _progress() as tell:
-        report = convert.import_checkpoint(hf_dir, megatron_dir, text_only=text_only, progress=tell)
+        report = convert.import_checkpoint(
+            hf_dir, megatron_dir, text_only=text_only, vision=vision, mtp=mtp, progress=tell
+        )
     console = _console()
     console.print(
         f"{report.checkpoint}: {report.tensors} tensors, {report.nbytes:,} bytes, each read back and equal; "
         f"{len(report.fp32_tensors)} of them F32"
     )
+    if report.carried:
+        console.print(f"carried beside the checkpoint as they are: {len(report.carried)}")
     if report.left_out:
         console.print(f"left out, as asked ({len(report.left_out)}):")
         for name in report.left_out:

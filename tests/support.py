@@ -63,16 +63,16 @@ def stock_model(*, model: dict[str, Any] | None = None, stage: dict[str, Any] | 
 
     Args:
         model: fields of `tiny_qwen3_5`.
-        stage: arguments of `build_qwen3_5`, such as `post_process`.
+        stage: arguments of `build_model`, such as `post_process`.
         overrides: fields of `TransformerConfig`.
     """
-    from megatron_fp32.models.provider import build_qwen3_5, cpu_overrides, transformer_config
+    from megatron_fp32.models.provider import build_model, cpu_overrides, transformer_config
 
     shapes = tiny_qwen3_5(**(model or {}))
     config = transformer_config(
         shapes, **{"bf16": True, "params_dtype": torch.bfloat16, **cpu_overrides(), **overrides}
     )
-    return build_qwen3_5(shapes, config, STOCK, vocab_divisible_by=8, **(stage or {}))
+    return build_model(shapes, config, STOCK, vocab_divisible_by=8, **(stage or {}))
 
 
 def full_mantissa(*shape: int, seed: int = 0, scale: float = 0.5) -> torch.Tensor:

@@ -123,7 +123,7 @@ class TestModels:
         from megatron.core.transformer.spec_utils import ModuleSpec
 
         config = transformer_config(tiny_qwen3_5(), bf16=True, params_dtype=torch.bfloat16, **cpu_overrides())
-        layers = specs.gated_delta_net_block_spec(config, STOCK).layer_specs
+        layers = specs.decoder_block_spec(config, STOCK).layer_specs
         mlp = ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules())
         stack = HybridStackSubmodules(gdn_layer=layers[0], attention_layer=layers[1], mlp_layer=mlp)
         model = hybrid.HybridModel(

@@ -68,7 +68,7 @@ def test_an_existing_output_is_refused_and_untouched(hf: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", '{"model_type": "llama"}', "'llama'"),
+        ("config.json", '{"model_type": "gpt2"}', "'gpt2'"),
         ("config.json", "{", "is no JSON"),
         ("model.safetensors", "garbage", "no readable safetensors file"),
     ],
@@ -174,7 +174,7 @@ def test_a_mistake_on_the_command_line_has_status_2(args: list[str]) -> None:
     ("command", "mentioned"),
     [
         ([], ["import", "export", "Exit status", "--version"]),
-        (["import"], ["HF_DIR", "MEGATRON_DIR", "--text-only", "must not exist"]),
+        (["import"], ["HF_DIR", "MEGATRON_DIR", "--vision", "--mtp", "--text-only", "must not exist"]),
         (["export"], ["HF_DIR", "MEGATRON_DIR", "--source", "--allow-rounded", "must not exist"]),
     ],
     ids=["main", "import", "export"],

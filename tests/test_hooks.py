@@ -70,7 +70,7 @@ class TestHooks:
         config = gpt.GPTModelConfig(
             transformer=transformer_config(tiny_qwen3_5(), **overrides),
             transformer_layer_spec=transformer_layer_spec
-            or (lambda c, vp_stage: specs.gated_delta_net_block_spec(c.transformer, STOCK, vp_stage=vp_stage)),
+            or (lambda c, vp_stage: specs.decoder_block_spec(c.transformer, STOCK, vp_stage=vp_stage)),
             vocab_size=120,
             seq_length=64,
             position_embedding_type="rope",

@@ -12,9 +12,9 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,17 @@ from megatron_fp32.checkpoint.huggingface import (
     HuggingFaceWriter,
     TensorInfo,
 )
-from megatron_fp32.checkpoint.sidecar import Sidecar, SourceTensor, digest, find_sidecar, fits, write_sidecar
+from megatron_fp32.checkpoint.plan import (
+    PADDED_VOCABULARY,
+    ImportPlan,
+    Mtp,
+    Plan,
+    Vision,
+    listing,
+    plan_export,
+    plan_import,
+)
+from megatron_fp32.checkpoint.sidecar import Digests, Sidecar, SourceTensor, digest, find_sidecar, fits, write_sidecar
 from megatron_fp32.checkpoint.torch_dist import (
     TRACKER,
     TorchDistReader,
@@ -33,13 +43,10 @@ from megatron_fp32.checkpoint.torch_dist import (
     common_state,
     known_non_model_entries,
 )
-from megatron_fp32.models import qwen3_5
-from megatron_fp32.models.mapping import Mapping
+from megatron_fp32.models.mapping import Mapping, TensorSpec
 
 Progress = Callable[[str, int, int], None]
 """Called after each tensor with what was done to it, its size, and the size of all tensors that it is done to."""
-
-_PADDED_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,8 @@ class ImportReport:
     nbytes: int
     fp32_tensors: tuple[str, ...]
     """Those that are stored as F32."""
+    carried: tuple[str, ...]
+    """Kept beside the checkpoint as they are, for the export."""
     left_out: tuple[str, ...]
 
 
@@ -71,14 +80,23 @@ class ExportReport:
 
 
 def import_checkpoint(
-    hf_dir: str | Path, out: str | Path, *, text_only: bool = False, progress: Progress | None = None
+    hf_dir: str | Path,
+    out: str | Path,
+    *,
+    text_only: bool = False,
+    vision: Vision = "refuse",
+    mtp: Mtp = "convert",
+    progress: Progress | None = None,
 ) -> ImportReport:
     """Convert a Hugging Face checkpoint into a Megatron `torch_dist` checkpoint.
 
     Args:
         hf_dir: directory with `config.json` and safetensors files.
         out: directory to make; it must not exist.
-        text_only: leave the vision and MTP tensors out. Without it they are refused.
+        text_only: `"drop"` vision and multi-token prediction, whatever the next two say.
+        vision: what to do with the vision part of a vision-language model: `"refuse"` it, `"carry"` its tensors beside
+            the checkpoint, from where an export takes them, or `"drop"` them.
+        mtp: what to do with multi-token prediction: `"convert"`, or as above.
         progress: told of every tensor.
 
     Raises:
@@ -86,44 +104,49 @@ def import_checkpoint(
         ValueError: when `config.json` describes a model that is not supported.
     """
     hf_dir, out, tell = Path(hf_dir), Path(out), progress or _no_progress
-    config = _family_config(hf_dir)
+    hf_config = _read_config(hf_dir)
+    if text_only:
+        vision = mtp = "drop"
     with HuggingFaceReader(hf_dir) as reader, _staging(out) as staging:
-        left_out = _left_out(reader, text_only=text_only)
-        prefix = qwen3_5.find_prefix(reader.tensors)
-        plan = list(qwen3_5.mappings(config, prefix))
-        _check_hf(reader, plan, left_out)
-
+        with _naming(reader.directory):
+            plan = plan_import(hf_config, reader.tensors, vision=vision, mtp=mtp)
+        total = sum(reader.tensors[name].nbytes for name in plan.hf_shapes)
         checkpoint = staging / "release"
         checkpoint.mkdir()
-        source, meant, originals = {}, {}, {}
-        total = sum(reader.tensors[spec.name].nbytes for mapping in plan for spec in mapping.hf)
+        source, meant, originals = Digests(), {}, {}
         with TorchDistWriter(checkpoint) as writer:
-            for mapping in plan:
-                tensors = [reader.read(spec.name) for spec in mapping.hf]
+            for mapping in plan.mappings:
+                tensors = [reader.read(spec.name, spec.index) for spec in mapping.hf]
                 for spec, tensor in zip(mapping.hf, tensors, strict=True):
-                    source[spec.name] = SourceTensor(info=reader.tensors[spec.name], digest=digest(tensor))
+                    source.add(spec.name, tensor, spec.index)
                     if not mapping.invertible:
                         originals[spec.name] = tensor
                 for target, tensor in zip(mapping.megatron, mapping.to_megatron(tensors), strict=True):
-                    writer.write(target.name, tensor)
-                    meant[target.name] = digest(tensor)
+                    writer.write(target.name, tensor, index=target.index, stack=target.stack)
+                    meant[target] = digest(tensor)
                     tell("write", tensor.nbytes, total)
-            for module in qwen3_5.extra_state_keys(config):
-                writer.write_object(f"{module}_extra_state/shard_0_1", torch.empty(0, dtype=torch.uint8))
-            writer.finish(common_state(_megatron_args(config)))
+            for key in plan.extra_states:
+                writer.write_object(key, torch.empty(0, dtype=torch.uint8))
+            writer.finish(common_state(plan.megatron_args()))
         (staging / TRACKER).write_text("release")
-        write_sidecar(staging, hf_dir, prefix=prefix, tensors=source, left_out=left_out, originals=originals)
+        listed = {n: SourceTensor(info=reader.tensors[n], digest=value) for n, value in source.by_name().items()}
+        write_sidecar(staging, reader, plan, tensors=listed, originals=originals)
         written = TorchDistReader(checkpoint)
-        for name, expected in meant.items():
-            tensor = written.read(name)
-            _check_digest(name, tensor, expected, checkpoint)
+        for target, expected in meant.items():
+            tensor = written.read(target.name, target.index)
+            _check_digest(target, tensor, expected, checkpoint)
             tell("verify", tensor.nbytes, total)
+    return _import_report(out / "release", plan, listed, total)
+
+
+def _import_report(checkpoint: Path, plan: ImportPlan, source: dict[str, SourceTensor], nbytes: int) -> ImportReport:
     return ImportReport(
-        checkpoint=out / "release",
+        checkpoint=checkpoint,
         tensors=len(source),
-        nbytes=total,
+        nbytes=nbytes,
         fp32_tensors=tuple(n for n, t in source.items() if t.info.dtype == torch.float32),
-        left_out=left_out,
+        carried=plan.carried,
+        left_out=plan.left_out,
     )
 
 
@@ -156,35 +179,42 @@ def export_checkpoint(
     out, tell = Path(out), progress or _no_progress
     reader = TorchDistReader(megatron_dir)
     exporter = _Exporter(reader, find_sidecar(megatron_dir, source))
-    exporter.check()
     infos, rounded, widened = exporter.plan_dtypes()
     if rounded and not allow_rounded:
         raise CheckpointError(
             f"{reader.directory}: these tensors were rounded, the checkpoint holds fewer bits of them than the source: "
-            f"{_listing(rounded)}. --allow-rounded exports them all the same"
+            f"{listing(rounded)}. --allow-rounded exports them all the same"
         )
-    with _staging(out) as staging:
+    carried = exporter.sidecar.carried
+    infos |= {name: tensor.info for name, tensor in carried.items()}
+    with _staging(out) as staging, exporter.sidecar.open_carried() as carried_reader:
         exporter.sidecar.copy_assets(staging)
         writer = HuggingFaceWriter(staging, infos, max_shard_bytes=max_shard_bytes)
-        meant = {}
+        meant, digests = {}, Digests()
         total = sum(info.nbytes for info in infos.values())
-        for mapping in exporter.mappings:
+        for mapping in exporter.plan.mappings:
             for spec, tensor in zip(mapping.hf, exporter.hf_tensors(mapping), strict=True):
                 tensor = tensor.to(infos[spec.name].dtype)
-                writer.write(spec.name, tensor)
-                meant[spec.name] = digest(tensor)
+                writer.write(spec.name, tensor, index=spec.index)
+                meant[spec] = digests.add(spec.name, tensor, spec.index)
                 tell("write", tensor.nbytes, total)
+        for name in carried:
+            tensor = carried_reader.read(name)
+            writer.write(name, tensor)
+            meant[TensorSpec(name=name, shape=tuple(tensor.shape))] = digests.add(name, tensor)
+            tell("write", tensor.nbytes, total)
         writer.finish()
         with HuggingFaceReader(staging) as written:
-            for name, expected in meant.items():
-                tensor = written.read(name)
-                _check_digest(name, tensor, expected, staging)
+            for spec, expected in meant.items():
+                tensor = written.read(spec.name, spec.index)
+                _check_digest(spec, tensor, expected, staging)
                 tell("verify", tensor.nbytes, total)
+    exported, wanted = digests.by_name(), {**exporter.sidecar.tensors, **carried}
     return ExportReport(
         directory=out,
-        tensors=len(meant),
+        tensors=len(exported),
         nbytes=total,
-        unchanged=sum(exporter.sidecar.tensors[name].digest == value for name, value in meant.items()),
+        unchanged=sum(wanted[name].digest == value for name, value in exported.items()),
         widened=tuple(widened),
         rounded=tuple(rounded),
     )
@@ -212,145 +242,72 @@ class _Exporter:
     def __init__(self, reader: TorchDistReader, sidecar: Sidecar) -> None:
         self.reader = reader
         self.sidecar = sidecar
-        self.config = qwen3_5.Qwen35Config.from_hf(sidecar.hf_config)
-        self.mappings = list(qwen3_5.mappings(self.config, sidecar.prefix))
+        present = {n: i for n, i in reader.tensors.items() if n not in known_non_model_entries([n])}
+        with _naming(reader.directory):
+            self.plan: Plan = plan_export(sidecar.hf_config, sidecar.tensors.keys(), present)
         self._originals = sidecar.originals()
-
-    def check(self) -> None:
-        """Raise CheckpointError unless the checkpoint holds exactly the model's tensors, in their shapes."""
-        wanted = {spec.name: spec.shape for mapping in self.mappings for spec in mapping.megatron}
-        present = {n: i for n, i in self.reader.tensors.items() if n not in known_non_model_entries([n])}
-        problems = _problems(
-            missing=wanted.keys() - present.keys(),
-            unexpected=present.keys() - wanted.keys(),
-            misshapen=[
-                f"{name} {present[name].shape} (expected {shape})"
-                for name, shape in wanted.items()
-                if name in present and not _shape_fits(name, present[name].shape, shape)
-            ],
-        )
-        unknown = {spec.name for mapping in self.mappings for spec in mapping.hf} ^ self.sidecar.tensors.keys()
-        if unknown:
-            problems.append(f"not the same tensors as in {self.sidecar.directory}: {_listing(sorted(unknown))}")
-        if problems:
-            raise CheckpointError(f"{self.reader.directory} is not the model that was imported: " + "; ".join(problems))
 
     def hf_tensors(self, mapping: Mapping) -> tuple[Tensor, ...]:
         """The mapping's Hugging Face tensors, in the dtype that the checkpoint holds (or the originals')."""
         tensors = []
         for spec in mapping.megatron:
-            tensor = self.reader.read(spec.name)
-            tensors.append(tensor[: spec.shape[0]] if spec.name in _PADDED_VOCABULARY else tensor)
+            tensor = self.reader.read(spec.name, spec.index)
+            tensors.append(tensor[: spec.shape[0]] if spec.name in PADDED_VOCABULARY else tensor)
         return exact_hf_tensors(mapping, tensors, self._originals)
 
     def plan_dtypes(self) -> tuple[dict[str, TensorInfo], list[str], list[str]]:
         """What every exported tensor will be, and the names of those that were rounded and of those widened."""
         infos: dict[str, TensorInfo] = {}
-        rounded: list[str] = []
-        widened: list[str] = []
-        for mapping in self.mappings:
+        rounded: dict[str, None] = {}
+        widened: dict[str, None] = {}
+        for mapping in self.plan.mappings:
             stored = {self.reader.tensors[spec.name].dtype for spec in mapping.megatron}
             sources = {spec.name: self.sidecar.tensors[spec.name].info for spec in mapping.hf}
+            infos.update({name: info for name, info in sources.items() if name not in widened})
             if mapping.invertible and stored == {info.dtype for info in sources.values()}:
-                infos.update(sources)
                 continue
             for (name, info), tensor in zip(sources.items(), self.hf_tensors(mapping), strict=True):
                 is_original = (
                     not mapping.invertible and tensor.dtype == info.dtype and tensor is self._originals.get(name)
                 )
                 if is_original or (torch.float32 in stored and fits(tensor, info.dtype)):
-                    infos[name] = info
-                elif stored == {torch.float32}:
-                    widened.append(name)
+                    continue
+                if stored == {torch.float32}:
+                    # One element of a stack is enough to widen all of it.
+                    widened[name] = None
                     infos[name] = TensorInfo(dtype=torch.float32, shape=info.shape)
                 else:
-                    rounded.append(name)
-                    infos[name] = info
-        return infos, rounded, widened
+                    rounded[name] = None
+        return infos, list(rounded), list(widened)
 
 
-def _family_config(hf_dir: Path) -> qwen3_5.Qwen35Config:
+def _read_config(hf_dir: Path) -> dict[str, Any]:
     path = hf_dir / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
-        content = json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from error
-    return qwen3_5.Qwen35Config.from_hf(content)
+    return content
 
 
-def _left_out(reader: HuggingFaceReader, *, text_only: bool) -> tuple[str, ...]:
-    outside = tuple(name for name in reader.tensors if name.startswith(tuple(qwen3_5.SKIPPABLE.values())))
-    if outside and not text_only:
-        parts = [part for part, start in qwen3_5.SKIPPABLE.items() if any(n.startswith(start) for n in outside)]
-        raise CheckpointError(
-            f"{reader.directory} has {len(outside)} tensors of its {' and '.join(parts)} part, which cannot be "
-            f"converted: {_listing(outside)}. --text-only leaves them out"
-        )
-    return outside
-
-
-def _check_hf(reader: HuggingFaceReader, plan: Sequence[Mapping], left_out: Sequence[str]) -> None:
-    wanted = {spec.name: spec.shape for mapping in plan for spec in mapping.hf}
-    present = reader.tensors.keys() - set(left_out)
-    problems = _problems(
-        missing=wanted.keys() - present,
-        unexpected=present - wanted.keys(),
-        misshapen=[
-            f"{name} {reader.tensors[name].shape} (expected {shape})"
-            for name, shape in wanted.items()
-            if name in present and reader.tensors[name].shape != shape
-        ],
-    )
-    for mapping in plan:
-        dtypes = {reader.tensors[s.name].dtype for s in mapping.hf if s.name in present}
-        names = [spec.name for spec in mapping.hf]
-        if len(dtypes) > 1:
-            problems.append(
-                f"one Megatron tensor cannot hold the dtypes {_listing(sorted(map(str, dtypes)))} of {names}"
-            )
-        problems.extend(
-            f"{names} are {dtype}; expected a floating-point dtype of 16 bits or more"
-            for dtype in dtypes
-            if not dtype.is_floating_point or dtype.itemsize < 2
-        )
-    if problems:
-        raise CheckpointError(f"{reader.directory} does not match its config.json: " + "; ".join(problems))
-
-
-def _problems(*, missing: set[str], unexpected: set[str], misshapen: list[str]) -> list[str]:
-    listed = {"missing": sorted(missing), "unexpected": sorted(unexpected), "misshapen": misshapen}
-    return [f"{len(names)} {kind} tensors: {_listing(names)}" for kind, names in listed.items() if names]
-
-
-def _shape_fits(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    if name in _PADDED_VOCABULARY:
-        return len(shape) == 2 and shape[0] >= expected[0] and shape[1:] == expected[1:]
-    return shape == expected
+@contextlib.contextmanager
+def _naming(directory: Path) -> Iterator[None]:
+    """Say in the message of a CheckpointError which checkpoint it is about."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
 
 
 def _same_values(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.float().view(torch.int32), b.float().view(torch.int32))
 
 
-def _megatron_args(config: qwen3_5.Qwen35Config) -> Namespace:
-    """What Megatron compares between a checkpoint and its command line (megatron/training/checkpointing.py)."""
-    return Namespace(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.intermediate_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_key_value_heads,
-        kv_channels=config.head_dim,
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-    )
-
-
-def _check_digest(name: str, tensor: Tensor, expected: str, where: Path) -> None:
+def _check_digest(spec: TensorSpec, tensor: Tensor, expected: str, where: Path) -> None:
     if digest(tensor) != expected:
-        raise CheckpointError(f"{where}: {name!r} reads back other values than were written; the disk may be damaged")
+        raise CheckpointError(f"{where}: '{spec}' reads back other values than were written; the disk may be damaged")
 
 
 @contextlib.contextmanager
@@ -371,11 +328,6 @@ def _staging(out: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # somebody else has put something there
                 parent.rmdir()
         raise
-
-
-def _listing(names: Sequence[str], limit: int = 8) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown}, and {len(names) - limit} more"
 
 
 def _no_progress(action: str, nbytes: int, total: int) -> None:

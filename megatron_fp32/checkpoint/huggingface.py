@@ -77,8 +77,11 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
             self._stack.close()
             raise
 
-    def read(self, name: str) -> Tensor:
-        """The tensor. It may share memory with another read of the same name: do not write to it."""
+    def read(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
+        """The tensor, or `tensor[index]`. It may share memory with another read of the name: do not write to it."""
+        if index:
+            part: Tensor = self._handles[name].get_slice(name)[index]
+            return part
         return self._handles[name].get_tensor(name)
 
     def __exit__(self, *exc: object) -> None:
@@ -140,7 +143,7 @@ class HuggingFaceWriter:
         self, directory: str | Path, tensors: Mapping[str, TensorInfo], *, max_shard_bytes: int = 5 * 10**9
     ) -> None:
         self._directory = Path(directory)
-        self._pending = set(tensors)
+        self._written: dict[str, set[tuple[int, ...]]] = {name: set() for name in tensors}
         self._places: dict[str, tuple[Path, int, TensorInfo]] = {}
         shards = _shards(tensors, max_shard_bytes)
         names = _shard_names(len(shards))
@@ -152,23 +155,30 @@ class HuggingFaceWriter:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one declared tensor.
+    def write(self, name: str, tensor: Tensor, *, index: tuple[int, ...] = ()) -> None:
+        """Write one declared tensor, or `tensor[index]` of one.
 
         Raises:
             ValueError: when it was not declared so, or was written already.
         """
-        if name not in self._pending:
+        if name not in self._written or self._written[name] & {index, ()}:
             raise ValueError(f"tensor {name!r} was not declared, or is written already")
         path, offset, info = self._places[name]
-        if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
+        if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape[len(index) :]:
             raise ValueError(
                 f"tensor {name!r} was declared {info.dtype} {info.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+                + (f" for {list(index)}" if index else "")
             )
+        element = 0
+        for at, size in zip(index, info.shape, strict=False):
+            if not 0 <= at < size:
+                raise ValueError(f"tensor {name!r} was declared {info.shape}, got a part at {list(index)}")
+            element = element * size + at
+        content = tensor_bytes(tensor)
         with path.open("r+b") as file:
-            file.seek(offset)
-            file.write(tensor_bytes(tensor))
-        self._pending.remove(name)
+            file.seek(offset + element * content.nbytes)
+            file.write(content)
+        self._written[name].add(index)
 
     def finish(self) -> None:
         """Check that every declared tensor was written.
@@ -176,8 +186,13 @@ class HuggingFaceWriter:
         Raises:
             ValueError: naming those that were not.
         """
-        if self._pending:
-            raise ValueError(f"tensors declared but not written: {sorted(self._pending)}")
+        pending = sorted(name for name, parts in self._written.items() if not self._is_whole(name, parts))
+        if pending:
+            raise ValueError(f"tensors declared but not written: {pending}")
+
+    def _is_whole(self, name: str, parts: set[tuple[int, ...]]) -> bool:
+        shape = self._places[name][2].shape
+        return bool(parts) and sum(math.prod(shape[len(index) :]) for index in parts) == math.prod(shape)
 
     def _declare(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

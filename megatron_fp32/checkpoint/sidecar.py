@@ -1,17 +1,19 @@
 """What an import leaves beside a Megatron checkpoint, so that an export can give back what came.
 
-`hf_source/` holds `source.json` (naming style, and dtype, shape and digest of every tensor), `originals/` (the exact
-values of tensors whose change of layout cannot be undone), and `assets/` (config, tokenizer and every other file of the
-Hugging Face directory that is no weights, byte for byte).
+`hf_source/` holds `source.json` (family, naming style, and dtype, shape and digest of every tensor), `originals/` (the
+exact values of tensors whose change of layout cannot be undone), `carried/` (tensors that are not converted, such as
+those of a vision part), and `assets/` (config, tokenizer and every other file of the Hugging Face directory that is no
+weights, byte for byte).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from megatron_fp32.checkpoint.huggingface import (
     TensorInfo,
     tensor_bytes,
 )
+from megatron_fp32.checkpoint.plan import ImportPlan
 from megatron_fp32.checkpoint.torch_dist import find_checkpoint
 
 DIRECTORY = "hf_source"
@@ -40,6 +43,28 @@ def digest(tensor: Tensor) -> str:
     sha = hashlib.sha256(header)
     sha.update(tensor_bytes(tensor))
     return sha.hexdigest()
+
+
+class Digests:
+    """Digests of tensors that come whole or, where they are stacks, element by element in any order."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, dict[tuple[int, ...], str]] = {}
+
+    def add(self, name: str, tensor: Tensor, index: tuple[int, ...] = ()) -> str:
+        """Take in a tensor, or element `index` of a stack; its digest."""
+        value = digest(tensor)
+        self._parts.setdefault(name, {})[index] = value
+        return value
+
+    def by_name(self) -> dict[str, str]:
+        """`digest` of every tensor; of a stack, the SHA-256 of its elements' digests one after another."""
+        return {
+            name: parts[()]
+            if () in parts
+            else hashlib.sha256("".join(parts[i] for i in sorted(parts)).encode()).hexdigest()
+            for name, parts in self._parts.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +83,8 @@ class Sidecar:
     prefix: str
     """Which of the family's naming styles the tensors came under."""
     tensors: Mapping[str, SourceTensor]
+    carried: Mapping[str, SourceTensor]
+    """Tensors of the source that were not converted but kept here."""
     left_out: tuple[str, ...]
     """Tensors of the source that the import left out, as it was told to."""
 
@@ -83,22 +110,60 @@ class Sidecar:
             raise CheckpointError(f"{path} is damaged: {damaged} are not what was imported")
         return tensors
 
+    @contextlib.contextmanager
+    def open_carried(self) -> Iterator[CarriedTensors]:
+        """What was kept, for reading one tensor at a time."""
+        if not self.carried:
+            yield CarriedTensors(self, None)
+            return
+        with HuggingFaceReader(self.directory / "carried") as reader:
+            if reader.tensors != {name: tensor.info for name, tensor in self.carried.items()}:
+                raise CheckpointError(f"{reader.directory} is damaged: other tensors than were kept")
+            yield CarriedTensors(self, reader)
+
     def copy_assets(self, directory: Path) -> None:
         """Put the files that are no weights into `directory`."""
         shutil.copytree(self.directory / "assets", directory, dirs_exist_ok=True)
 
 
+class CarriedTensors:
+    """Tensors that an import kept beside the checkpoint."""
+
+    def __init__(self, sidecar: Sidecar, reader: HuggingFaceReader | None) -> None:
+        self._sidecar = sidecar
+        self._reader = reader
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, as it came.
+
+        Raises:
+            CheckpointError: when its values have changed.
+        """
+        assert self._reader is not None
+        tensor = self._reader.read(name)
+        if digest(tensor) != self._sidecar.carried[name].digest:
+            raise CheckpointError(f"{self._reader.directory} is damaged: {name!r} is not what was imported")
+        return tensor
+
+
 def write_sidecar(
     root: Path,
-    hf_dir: Path,
+    reader: HuggingFaceReader,
+    plan: ImportPlan,
     *,
-    prefix: str,
     tensors: Mapping[str, SourceTensor],
-    left_out: tuple[str, ...],
     originals: Mapping[str, Tensor],
 ) -> None:
-    """Make `root/hf_source`."""
-    directory = root / DIRECTORY
+    """Make `root/hf_source`.
+
+    Args:
+        root: what the import makes.
+        reader: of the Hugging Face checkpoint.
+        plan: of the import.
+        tensors: those that were converted.
+        originals: exact values of those whose change of layout cannot be undone.
+    """
+    directory, hf_dir = root / DIRECTORY, reader.directory
     (directory / "assets").mkdir(parents=True)
     for path in sorted(hf_dir.rglob("*")):
         place = path.relative_to(hf_dir)
@@ -109,18 +174,43 @@ def write_sidecar(
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
     if originals:
-        (directory / "originals").mkdir()
         infos = {n: TensorInfo(dtype=t.dtype, shape=tuple(t.shape)) for n, t in originals.items()}
-        writer = HuggingFaceWriter(directory / "originals", infos)
-        for name, tensor in originals.items():
-            writer.write(name, tensor)
-        writer.finish()
-    listing = {
+        _write_tensors(directory / "originals", infos, originals.__getitem__)
+    carried = {}
+    if plan.carried:
+        digests = Digests()
+
+        def read(name: str) -> Tensor:
+            tensor = reader.read(name)
+            digests.add(name, tensor)
+            return tensor
+
+        _write_tensors(directory / "carried", {name: reader.tensors[name] for name in plan.carried}, read)
+        carried = {n: SourceTensor(info=reader.tensors[n], digest=value) for n, value in digests.by_name().items()}
+    content = {
+        "version": 1,
+        "family": plan.family.name,
+        "prefix": plan.naming.prefix,
+        "tensors": _listed(tensors),
+        "carried": _listed(carried),
+        "left_out": list(plan.left_out),
+    }
+    (directory / "source.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _write_tensors(directory: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> None:
+    directory.mkdir()
+    writer = HuggingFaceWriter(directory, infos)
+    for name in infos:
+        writer.write(name, read(name))
+    writer.finish()
+
+
+def _listed(tensors: Mapping[str, SourceTensor]) -> dict[str, Any]:
+    return {
         name: {"dtype": DTYPE_NAMES[t.info.dtype], "shape": list(t.info.shape), "sha256": t.digest}
         for name, t in tensors.items()
     }
-    content = {"version": 1, "prefix": prefix, "tensors": listing, "left_out": list(left_out)}
-    (directory / "source.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def find_sidecar(megatron_dir: str | Path, source: str | Path | None = None) -> Sidecar:
@@ -151,22 +241,26 @@ def _read_sidecar(directory: Path) -> Sidecar:
         content = json.loads((directory / "source.json").read_text())
         if content["version"] != 1:
             raise CheckpointError(f"{directory}: unknown version {content['version']!r} of source.json")
-        tensors = {
-            name: SourceTensor(
-                info=TensorInfo(dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"])), digest=entry["sha256"]
-            )
-            for name, entry in content["tensors"].items()
-        }
         return Sidecar(
             directory=directory,
             prefix=content["prefix"],
-            tensors=tensors,
+            tensors=_unlisted(content["tensors"]),
+            carried=_unlisted(content["carried"]),
             left_out=tuple(content["left_out"]),
         )
     except CheckpointError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{directory / 'source.json'} is damaged: {error!r}") from error
+
+
+def _unlisted(listed: dict[str, Any]) -> dict[str, SourceTensor]:
+    return {
+        name: SourceTensor(
+            info=TensorInfo(dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"])), digest=entry["sha256"]
+        )
+        for name, entry in listed.items()
+    }
 
 
 def fits(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -8,6 +8,7 @@ are written).
 
 from __future__ import annotations
 
+import collections
 import enum
 import io
 import itertools
@@ -95,6 +96,7 @@ class TorchDistReader:
     def __init__(self, path: str | Path) -> None:
         self.directory = find_checkpoint(path)
         self._metadata = _read_metadata(self.directory / ".metadata")
+        self._by_index: dict[tuple[str, int], dict[tuple[int, ...], list[metadata.ChunkStorageMetadata]]] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.objects: list[str] = []
         for name, entry in self._metadata.state_dict_metadata.items():
@@ -103,8 +105,8 @@ class TorchDistReader:
             else:
                 self.objects.append(name)
 
-    def read(self, name: str) -> Tensor:
-        """The whole tensor, put together from its chunks.
+    def read(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
+        """A tensor, put together from its chunks, or `tensor[index]`, for which only the chunks that hold it are read.
 
         Raises:
             CheckpointError: when chunks are missing, overlap, or hold something else than the metadata says.
@@ -112,15 +114,28 @@ class TorchDistReader:
         entry = self._metadata.state_dict_metadata[name]
         if not isinstance(entry, metadata.TensorStorageMetadata):
             raise CheckpointError(f"{self.directory}: {name!r} is no tensor")
-        if not _tiles(entry):
-            raise CheckpointError(
-                f"{self.directory}: the chunks of {name!r} do not make up the {tuple(entry.size)} tensor"
-            )
-        result = torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
-        for chunk in entry.chunks:
-            index = metadata.MetadataIndex(name, chunk.offsets)
-            result[_box(chunk)] = self._read_chunk(index, chunk, entry.properties.dtype)
+        result = torch.empty(tuple(entry.size)[len(index) :], dtype=entry.properties.dtype)
+        for chunk in self._chunks(name, entry, len(index)).get(index, ()):
+            inside = tuple(at - start for at, start in zip(index, chunk.offsets, strict=False))
+            value = self._read_chunk(metadata.MetadataIndex(name, chunk.offsets), chunk, entry.properties.dtype)
+            result[_box(chunk)[len(index) :]] = value[inside]
         return result
+
+    def _chunks(
+        self, name: str, entry: metadata.TensorStorageMetadata, axes: int
+    ) -> dict[tuple[int, ...], list[metadata.ChunkStorageMetadata]]:
+        """For every index of the first axes, the chunks that hold something of it."""
+        if (name, axes) not in self._by_index:
+            if not _tiles(entry):
+                raise CheckpointError(
+                    f"{self.directory}: the chunks of {name!r} do not make up the {tuple(entry.size)} tensor"
+                )
+            found: dict[tuple[int, ...], list[metadata.ChunkStorageMetadata]] = {}
+            for chunk in entry.chunks:
+                for index in itertools.product(*(range(s.start, s.stop) for s in _box(chunk)[:axes])):
+                    found.setdefault(index, []).append(chunk)
+            self._by_index[name, axes] = found
+        return self._by_index[name, axes]
 
     def _read_chunk(
         self, index: metadata.MetadataIndex, chunk: metadata.ChunkStorageMetadata, dtype: torch.dtype
@@ -146,7 +161,7 @@ class TorchDistReader:
 
 
 class TorchDistWriter:
-    """Writes a `torch_dist` checkpoint, one tensor at a time.
+    """Writes a `torch_dist` checkpoint, one tensor, or one element of a stack of tensors, at a time.
 
     Args:
         directory: an existing, empty directory; it becomes a checkpoint when `finish` returns.
@@ -158,15 +173,31 @@ class TorchDistWriter:
         self._entries: dict[str, Any] = {}
         self._storage: dict[metadata.MetadataIndex, Any] = {}
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write a whole tensor under its global name."""
-        zeros = torch.Size([0] * tensor.dim())
-        self._append(metadata.MetadataIndex(name, zeros), tensor.detach().contiguous().clone())
-        self._entries[name] = metadata.TensorStorageMetadata(
-            metadata.TensorProperties(dtype=tensor.dtype),
-            tensor.shape,
-            [metadata.ChunkStorageMetadata(offsets=zeros, sizes=tensor.shape)],
+    def write(self, name: str, tensor: Tensor, *, index: tuple[int, ...] = (), stack: tuple[int, ...] = ()) -> None:
+        """Write a tensor under its global name, or element `index` of a stack, which becomes a chunk of its own.
+
+        Args:
+            name: global name.
+            tensor: its values.
+            index: which element of the stack it is; empty for a whole tensor.
+            stack: sizes of the stack's axes, as many as `index` has; they come first in the checkpoint's tensor.
+
+        Raises:
+            ValueError: when other elements of the stack have another dtype or shape.
+        """
+        size = torch.Size([*stack, *tensor.shape])
+        offsets = torch.Size([*index, *([0] * tensor.dim())])
+        chunk = metadata.ChunkStorageMetadata(offsets=offsets, sizes=torch.Size([*([1] * len(index)), *tensor.shape]))
+        entry = self._entries.setdefault(
+            name, metadata.TensorStorageMetadata(metadata.TensorProperties(dtype=tensor.dtype), size, [])
         )
+        if (entry.size, entry.properties.dtype) != (size, tensor.dtype):
+            raise ValueError(
+                f"{name!r} is {entry.properties.dtype} {tuple(entry.size)}, got {tensor.dtype} {tuple(size)}"
+            )
+        # clone() leaves the rest of a shared storage behind, which torch.save would write too.
+        self._append(metadata.MetadataIndex(name, offsets), tensor.detach().reshape(chunk.sizes).contiguous().clone())
+        entry.chunks.append(chunk)
 
     def write_object(self, name: str, value: Any) -> None:
         """Write something that is no tensor. megatron-core expects objects as one-element lists."""
@@ -178,7 +209,14 @@ class TorchDistWriter:
 
         Args:
             common: what a trainer reads besides tensors: `args`, `checkpoint_version`, `iteration`.
+
+        Raises:
+            ValueError: when elements of a stack are missing, or were written twice.
         """
+        tensors = {n: e for n, e in self._entries.items() if isinstance(e, metadata.TensorStorageMetadata)}
+        wrong = sorted(name for name, entry in tensors.items() if not _tiles(entry))
+        if wrong:
+            raise ValueError(f"elements of these stacks are missing, or were written twice: {wrong}")
         self.write_object("common_state/shard_0_1", common)
         self._stream.close()
         torch.save(common, self._directory / "common.pt")
@@ -221,18 +259,22 @@ def _box(chunk: metadata.ChunkStorageMetadata) -> tuple[slice, ...]:
 
 
 def _tiles(entry: metadata.TensorStorageMetadata) -> bool:
-    """The chunks lie inside the tensor, do not overlap, and cover it."""
-    boxes = [_box(chunk) for chunk in entry.chunks]
-    inside = all(
-        len(box) == len(entry.size) and all(0 <= b.start <= b.stop <= n for b, n in zip(box, entry.size, strict=True))
-        for box in boxes
-    )
-    overlap = any(
-        all(max(a.start, b.start) < min(a.stop, b.stop) for a, b in zip(one, two, strict=True))
-        for one, two in itertools.combinations(boxes, 2)
-        if len(one) == len(two)
-    )
-    return inside and not overlap and sum(chunk.sizes.numel() for chunk in entry.chunks) == entry.size.numel()
+    """The chunks lie inside the tensor, do not overlap, and cover it.
+
+    They do exactly when their indicator functions add up to the tensor's, and these are determined by their corners,
+    each with the sign of its derivative. That takes as long as there are chunks, not pairs of chunks.
+    """
+    whole = metadata.ChunkStorageMetadata(offsets=torch.Size([0] * len(entry.size)), sizes=entry.size)
+    if any(len(chunk.offsets) != len(entry.size) or len(chunk.sizes) != len(entry.size) for chunk in entry.chunks):
+        return False
+    if any(size < 0 for chunk in entry.chunks for size in chunk.sizes):
+        return False
+    corners: collections.Counter[tuple[int, ...]] = collections.Counter()
+    for sign, chunk in [(1, whole), *((-1, chunk) for chunk in entry.chunks)]:
+        for ends in itertools.product((0, 1), repeat=len(entry.size)):
+            corner = tuple(o + end * s for o, s, end in zip(chunk.offsets, chunk.sizes, ends, strict=True))
+            corners[corner] += sign * (-1) ** sum(ends)
+    return not any(corners.values())
 
 
 def _read_metadata(path: Path) -> metadata.Metadata:

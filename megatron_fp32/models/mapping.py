@@ -3,13 +3,17 @@
 A `Mapping` joins one or more Hugging Face tensors to one or more Megatron tensors that hold the same values. Both
 directions are pure functions of plain tensors, so that a converter can stream them, one mapping in memory at a time.
 Names are full checkpoint keys; shapes are global (not per rank).
+
+Where a checkpoint stacks many tensors into one (experts, and layers that are all alike), each element of the stack is a
+tensor of its own here: what is in memory is then one expert, not all of a layer's.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,10 +23,28 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """A name and the global shape that belongs to it."""
+    """A tensor, or one element of a stack of tensors that a checkpoint holds under one name."""
 
     name: str
     shape: Shape
+    """Of the tensor itself, without the axes of the stack."""
+    index: Shape = ()
+    """Which element it is: one number for each axis of the stack. Empty where nothing is stacked."""
+    stack: Shape = ()
+    """Sizes of the stack's axes, which come first in the checkpoint's tensor."""
+
+    @property
+    def stored_shape(self) -> Shape:
+        """Shape of what the checkpoint holds under `name`."""
+        return (*self.stack, *self.shape)
+
+    def __str__(self) -> str:
+        """The name, and which element: `experts.down_proj[3]`."""
+        return f"{self.name}{list(self.index)}" if self.index else self.name
+
+    def in_stack(self, index: int, size: int, name: str | None = None) -> TensorSpec:
+        """As element `index` of a stack of `size`, outside of the stacks that it is in already."""
+        return dataclasses.replace(self, name=name or self.name, index=(index, *self.index), stack=(size, *self.stack))
 
 
 class Mapping(ABC):
@@ -33,6 +55,18 @@ class Mapping(ABC):
 
     invertible: bool = True
     """`to_hf(to_megatron(x))` equals x bit for bit, for every x."""
+
+    def place(
+        self,
+        *,
+        hf: Callable[[TensorSpec], TensorSpec] | None = None,
+        megatron: Callable[[TensorSpec], TensorSpec] | None = None,
+    ) -> Mapping:
+        """The same functions between tensors that lie somewhere else, such as in a stack."""
+        moved = copy.copy(self)
+        moved.hf = tuple(map(hf, self.hf)) if hf else self.hf
+        moved.megatron = tuple(map(megatron, self.megatron)) if megatron else self.megatron
+        return moved
 
     @abstractmethod
     def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -60,35 +94,72 @@ class Rename(Mapping):
 
 
 class SplitRows(Mapping):
-    """One Hugging Face tensor whose row blocks are separate Megatron tensors."""
+    """One Hugging Face tensor whose row blocks are separate Megatron tensors.
 
-    def __init__(self, hf: str, parts: Sequence[tuple[str, int]], row_shape: Shape) -> None:
-        self.hf = (TensorSpec(name=hf, shape=(sum(rows for _, rows in parts), *row_shape)),)
+    With `groups` the blocks recur: the Hugging Face tensor is [first of group 0 | second of group 0 | ... | first of
+    group 1 | ...], as `in_proj_qkvz` of Qwen3-Next, and each Megatron tensor has the blocks of one kind one after
+    another.
+
+    Args:
+        hf: name.
+        parts: names of the Megatron tensors and their rows, all groups together.
+        row_shape: what follows the rows.
+        groups: see above.
+    """
+
+    def __init__(self, hf: str, parts: Sequence[tuple[str, int]], row_shape: Shape, *, groups: int = 1) -> None:
+        self._groups, self._rows = groups, [rows for _, rows in parts]
+        self.hf = (TensorSpec(name=hf, shape=(sum(self._rows), *row_shape)),)
         self.megatron = tuple(TensorSpec(name=name, shape=(rows, *row_shape)) for name, rows in parts)
 
     def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The row blocks."""
-        return tensors[0].split([spec.shape[0] for spec in self.megatron])
+        return _split_rows(tensors[0], self._rows, self._groups)
 
     def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The row blocks one after another."""
-        return (torch.cat(list(tensors)),)
+        """The row blocks one after another, group by group."""
+        return (_join_rows(tensors, self._groups),)
 
 
 class ConcatRows(Mapping):
-    """Hugging Face tensors that are row blocks of one Megatron tensor, such as gate and up of `linear_fc1`."""
+    """Hugging Face tensors that are row blocks of one Megatron tensor, such as gate and up of `linear_fc1`.
 
-    def __init__(self, parts: Sequence[tuple[str, int]], megatron: str, row_shape: Shape) -> None:
+    With `groups` the blocks recur, as in `linear_qkv`: for each query group [q of its heads | k | v]
+    (megatron/core/transformer/attention.py).
+
+    Args:
+        parts: names of the Hugging Face tensors and their rows, all groups together.
+        megatron: name.
+        row_shape: what follows the rows.
+        groups: see above.
+    """
+
+    def __init__(self, parts: Sequence[tuple[str, int]], megatron: str, row_shape: Shape, *, groups: int = 1) -> None:
+        self._groups, self._rows = groups, [rows for _, rows in parts]
         self.hf = tuple(TensorSpec(name=name, shape=(rows, *row_shape)) for name, rows in parts)
-        self.megatron = (TensorSpec(name=megatron, shape=(sum(rows for _, rows in parts), *row_shape)),)
+        self.megatron = (TensorSpec(name=megatron, shape=(sum(self._rows), *row_shape)),)
 
     def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The row blocks one after another."""
-        return (torch.cat(list(tensors)),)
+        """The row blocks one after another, group by group."""
+        return (_join_rows(tensors, self._groups),)
 
     def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The row blocks."""
-        return tensors[0].split([spec.shape[0] for spec in self.hf])
+        return _split_rows(tensors[0], self._rows, self._groups)
+
+
+def _split_rows(whole: Tensor, rows: Sequence[int], groups: int) -> tuple[Tensor, ...]:
+    if groups == 1:
+        return whole.split(list(rows))
+    grouped = whole.reshape(groups, -1, *whole.shape[1:]).split([count // groups for count in rows], dim=1)
+    return tuple(part.reshape(-1, *whole.shape[1:]) for part in grouped)
+
+
+def _join_rows(parts: Sequence[Tensor], groups: int) -> Tensor:
+    if groups == 1:
+        return torch.cat(list(parts))
+    row_shape = parts[0].shape[1:]
+    return torch.cat([part.reshape(groups, -1, *row_shape) for part in parts], dim=1).reshape(-1, *row_shape)
 
 
 class GatedQkv(Mapping):

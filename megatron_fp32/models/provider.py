@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,56 +14,68 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from megatron_fp32.config import Fp32Config
-from megatron_fp32.models.qwen3_5 import Qwen35Config
-from megatron_fp32.models.specs import gated_delta_net_block_spec
+from megatron_fp32.models.decoder import LINEAR_ATTENTION_FIELDS, DecoderConfig
+from megatron_fp32.models.families import find_family
+from megatron_fp32.models.specs import decoder_block_spec, mtp_block_spec
 from megatron_fp32.tensor_parallel.fused_loss import set_fused_loss
 from megatron_fp32.tensor_parallel.output_layer import to_fp32_output_layer
 
 
-def read_hf_config(hf_dir: str | Path) -> Qwen35Config:
+def read_hf_config(hf_dir: str | Path) -> DecoderConfig:
     """The `config.json` in a directory, as a family's configuration.
 
     Raises:
         FileNotFoundError: when there is none.
         ValueError: for a family or a variant that is not supported.
     """
-    return Qwen35Config.from_hf(json.loads((Path(hf_dir) / "config.json").read_text()))
+    hf_config = json.loads((Path(hf_dir) / "config.json").read_text())
+    return find_family(hf_config).parse(hf_config)
 
 
-def transformer_config(model: Qwen35Config, **overrides: Any) -> TransformerConfig:
-    """megatron-core's configuration of a Qwen3.5 model.
+def transformer_config(model: DecoderConfig, **overrides: Any) -> TransformerConfig:
+    """megatron-core's configuration of a model.
 
     Args:
         model: the shapes.
         overrides: fields of `TransformerConfig`, such as `tensor_model_parallel_size`, `sequence_parallel`, `bf16`,
-            `params_dtype` and `transformer_impl`. They win over what the model says.
+            `params_dtype`, `transformer_impl` and `mtp_num_layers`. They win over what the model says.
     """
     fields: dict[str, Any] = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.intermediate_size,
+        "ffn_hidden_size": model.intermediate_size or model.moe_intermediate_size,
         "num_attention_heads": model.num_attention_heads,
         "num_query_groups": model.num_key_value_heads,
         "kv_channels": model.head_dim,
         "normalization": "RMSNorm",
         "layernorm_epsilon": model.rms_norm_eps,
-        "layernorm_zero_centered_gamma": True,
+        "layernorm_zero_centered_gamma": model.zero_centred_norms,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "qk_layernorm": True,
-        "attention_output_gate": True,
-        "experimental_attention_variant": "gated_delta_net",
-        "linear_attention_freq": model.linear_attention_pattern,
-        "linear_conv_kernel_dim": model.linear_conv_kernel_dim,
-        "linear_key_head_dim": model.linear_key_head_dim,
-        "linear_value_head_dim": model.linear_value_head_dim,
-        "linear_num_key_heads": model.linear_num_key_heads,
-        "linear_num_value_heads": model.linear_num_value_heads,
-        "hetereogenous_dist_checkpoint": True,
+        "qk_layernorm": model.qk_norm,
+        "attention_output_gate": model.output_gate,
+        "hetereogenous_dist_checkpoint": not model.is_homogeneous,
     }
+    if model.has_gated_delta_net:
+        fields |= {
+            "experimental_attention_variant": "gated_delta_net",
+            "linear_attention_freq": model.linear_attention_pattern,
+            **{name: getattr(model, name) for name in LINEAR_ATTENTION_FIELDS},
+        }
+    if model.num_experts:
+        fields |= {
+            "num_moe_experts": model.num_experts,
+            "moe_ffn_hidden_size": model.moe_intermediate_size,
+            "moe_router_topk": model.num_experts_per_tok,
+            "moe_router_pre_softmax": not model.norm_topk_prob,
+            "moe_layer_freq": model.moe_layer_pattern if model.dense_layers else 1,
+            "moe_shared_expert_intermediate_size": model.shared_expert_intermediate_size or None,
+            "moe_shared_expert_gate": model.shared_expert_intermediate_size > 0,
+            "moe_grouped_gemm": True,
+        }
     return TransformerConfig(**{**fields, **overrides})
 
 
@@ -77,6 +90,7 @@ def cpu_overrides() -> dict[str, Any]:
         "gradient_accumulation_fusion": False,
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
+        "moe_grouped_gemm": False,
     }
 
 
@@ -86,8 +100,8 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int, *, divisible_by: in
     return -(-vocab_size // multiple) * multiple
 
 
-def build_qwen3_5(
-    model: Qwen35Config,
+def build_model(
+    model: DecoderConfig,
     config: TransformerConfig,
     fp32: Fp32Config | None = None,
     *,
@@ -103,7 +117,7 @@ def build_qwen3_5(
 
     Args:
         model: shapes and rotary embedding.
-        config: from `transformer_config`.
+        config: from `transformer_config`. With `mtp_num_layers=1` the last stage has an MTP layer.
         fp32: what to keep in fp32.
         pre_process, post_process, vp_stage: the pipeline stage, as in megatron-core.
         parallel_output: leave the logits vocab-parallel.
@@ -113,7 +127,7 @@ def build_qwen3_5(
     fp32 = fp32 or Fp32Config()
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=gated_delta_net_block_spec(config, fp32, vp_stage=vp_stage),
+        transformer_layer_spec=decoder_block_spec(config, fp32, vp_stage=vp_stage),
         vocab_size=padded_vocab_size(
             model.vocab_size, config.tensor_model_parallel_size, divisible_by=vocab_divisible_by
         ),
@@ -125,9 +139,14 @@ def build_qwen3_5(
         position_embedding_type="rope",
         rotary_percent=model.partial_rotary_factor,
         rotary_base=model.rope_theta,
+        mtp_block_spec=mtp_block_spec(config, vp_stage=vp_stage) if config.mtp_num_layers else None,
         vp_stage=vp_stage,
         pg_collection=pg_collection,
     )
+    if model.rope_scaling is not None:
+        # The constructor takes the factor alone, and has the other numbers built in.
+        rope = gpt.rotary_pos_emb
+        rope.inv_freq = rope._apply_scaling(rope.inv_freq, **dataclasses.asdict(model.rope_scaling))
     if post_process and fp32.logits:
         to_fp32_output_layer(gpt.output_layer, fp32)
         set_fused_loss(gpt, fp32)
@@ -155,7 +174,7 @@ def model_provider(hf_dir: str | Path, *, fp32: Fp32Config | None = None, **over
         config: TransformerConfig | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> GPTModel:
-        return build_qwen3_5(
+        return build_model(
             model,
             config if config is not None else transformer_config(model, **overrides),
             fp32,

@@ -1,7 +1,8 @@
-"""Layer specs for models with gated-delta-net layers, under Transformer Engine and under the local backend.
+"""Layer specs under Transformer Engine and under the local backend, with one set of checkpoint keys.
 
-megatron-core's own `get_transformer_block_with_experimental_attention_variant_spec` refuses the local backend. The one
-here builds it with the checkpoint keys of the Transformer Engine spec, so that one checkpoint loads under both.
+megatron-core's own block spec for gated-delta-net layers refuses the local backend, and its local specs have neither a
+zero-centred norm nor one for sequence parallel. The local spec here has both, and the checkpoint keys of the
+Transformer Engine spec, so that one checkpoint loads under both.
 """
 
 from __future__ import annotations
@@ -10,22 +11,23 @@ import copy
 import dataclasses
 from typing import Any
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
     get_linear_attention_pattern,
+    get_moe_layer_pattern,
     get_transformer_block_with_experimental_attention_variant_spec,
 )
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-    get_transformer_layer_offset,
-)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_fp32.apply import pre_wrap_hook
 from megatron_fp32.config import Fp32Config
@@ -33,14 +35,14 @@ from megatron_fp32.ssm.gated_delta_net import VARIANTS, Fp32GatedDeltaNet
 from megatron_fp32.transformer.norm import PreLinearRMSNorm, RMSNorm
 
 
-def gated_delta_net_block_spec(
+def decoder_block_spec(
     config: TransformerConfig,
     fp32: Fp32Config | None = None,
     *,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """The decoder's spec: gated delta net and gated attention in the order that `config.linear_attention_freq` says.
+    """The decoder's spec: the layers that `linear_attention_freq` and `moe_layer_freq` of the configuration describe.
 
     Args:
         config: `transformer_impl` chooses the backend, `"transformer_engine"` or `"local"`.
@@ -48,21 +50,67 @@ def gated_delta_net_block_spec(
         vp_stage, pp_rank: the pipeline stage to build for.
 
     Raises:
-        ValueError: for a configuration that has no gated-delta-net layers, or another backend.
+        ValueError: for another attention variant or backend.
     """
-    if config.experimental_attention_variant not in VARIANTS:
-        raise ValueError(
-            f"expected experimental_attention_variant 'gated_delta_net', got {config.experimental_attention_variant!r}"
-        )
-    if config.transformer_impl == "transformer_engine":
+    _check(config)
+    if config.transformer_impl == "local":
+        spec = _local_block_spec(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    elif config.experimental_attention_variant is None:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage, pp_rank=pp_rank)
+    else:
         spec = get_transformer_block_with_experimental_attention_variant_spec(
             config, vp_stage=vp_stage, pp_rank=pp_rank
         )
-    elif config.transformer_impl == "local":
-        spec = _local_block_spec(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    else:
-        raise ValueError(f"expected transformer_impl 'transformer_engine' or 'local', got {config.transformer_impl!r}")
     return with_fp32_gated_delta_net(spec, fp32)
+
+
+def mtp_block_spec(
+    config: TransformerConfig, *, vp_stage: int | None = None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The spec of multi-token prediction: full attention, with experts where the decoder's last layer has them.
+
+    megatron-core takes the spec of the decoder's last layer, which may be a gated delta net.
+
+    Args:
+        config: see `decoder_block_spec`; `mtp_num_layers` counts the layers.
+        vp_stage: the virtual pipeline stage.
+
+    Returns:
+        None on a stage without MTP layers.
+
+    Raises:
+        ValueError: for another backend, and under Transformer Engine on a stage without an attention layer.
+    """
+    _check(config)
+    use_transformer_engine = config.transformer_impl == "transformer_engine"
+    if use_transformer_engine:
+        layers = decoder_block_spec(config, vp_stage=vp_stage).layer_specs or []
+        attention = [layer for layer in layers if not issubclass(_attention_class(layer), GatedDeltaNet)]
+        if not attention:
+            raise ValueError("an MTP layer is built like the last attention layer of its stage, which has none")
+        layer = attention[-1]
+    else:
+        layer = _local_layer(config, gated_delta_net=False, moe=config.num_moe_experts is not None)
+    block = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=use_transformer_engine, vp_stage=vp_stage)
+    if block is not None and not use_transformer_engine:
+        for mtp_layer in block.layer_specs:
+            mtp_layer.submodules = dataclasses.replace(
+                mtp_layer.submodules, enorm=RMSNorm, hnorm=RMSNorm, layer_norm=RMSNorm
+            )
+    return block
+
+
+def _check(config: TransformerConfig) -> None:
+    variant = config.experimental_attention_variant
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"expected experimental_attention_variant None or 'gated_delta_net', got {variant!r}")
+    if config.transformer_impl not in ("transformer_engine", "local"):
+        raise ValueError(f"expected transformer_impl 'transformer_engine' or 'local', got {config.transformer_impl!r}")
+
+
+def _attention_class(layer: ModuleSpec) -> type:
+    attention = layer.submodules.self_attention
+    return attention.module if isinstance(attention, ModuleSpec) else attention
 
 
 def with_fp32_gated_delta_net(
@@ -102,7 +150,7 @@ def pretrain_spec(model_config: Any, vp_stage: int | None = None) -> Any:
     if not any(getattr(hook, "is_megatron_fp32", False) for hook in model_config.pre_wrap_hooks):
         model_config.pre_wrap_hooks.insert(0, pre_wrap_hook())
     if model_config.transformer.experimental_attention_variant in VARIANTS:
-        return gated_delta_net_block_spec(model_config.transformer, vp_stage=vp_stage)
+        return decoder_block_spec(model_config.transformer, vp_stage=vp_stage)
     from megatron.training.models.gpt import default_layer_spec
 
     return default_layer_spec(model_config, vp_stage)
@@ -111,45 +159,44 @@ def pretrain_spec(model_config: Any, vp_stage: int | None = None) -> Any:
 def _local_block_spec(
     config: TransformerConfig, *, vp_stage: int | None, pp_rank: int | None
 ) -> TransformerBlockSubmodules:
-    if config.num_moe_experts is not None:
-        raise ValueError("the local spec has no mixture of experts; use transformer_impl='transformer_engine'")
-    attention = _local_attention_layer(config)
-    gated_delta_net = _local_gated_delta_net_layer(attention.submodules.mlp)
-    layers = [gated_delta_net if kind else attention for kind in get_linear_attention_pattern(config)]
+    linear = [0] * config.num_layers
+    if config.experimental_attention_variant is not None:
+        linear = get_linear_attention_pattern(config)
+    moe = get_moe_layer_pattern(config) if config.num_moe_experts is not None else [0] * config.num_layers
+    kinds = list(zip(linear, moe, strict=True))
+    specs = {kind: _local_layer(config, gated_delta_net=bool(kind[0]), moe=bool(kind[1])) for kind in set(kinds)}
     start = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    return TransformerBlockSubmodules(layer_specs=layers[start : start + count], layer_norm=RMSNorm)
+    layers = [specs[kind] for kind in kinds[start : start + count]]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def _local_attention_layer(config: TransformerConfig) -> ModuleSpec:
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    if config.qk_layernorm:
-        attention = layer.submodules.self_attention
+def _local_layer(config: TransformerConfig, *, gated_delta_net: bool, moe: bool) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts if moe else None,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+    )
+    attention = layer.submodules.self_attention
+    if gated_delta_net:
+        attention = ModuleSpec(
+            module=GatedDeltaNet,
+            submodules=GatedDeltaNetSubmodules(
+                in_proj=ColumnParallelLinear, out_norm=RMSNorm, out_proj=RowParallelLinear
+            ),
+        )
+    elif config.qk_layernorm:
         attention.submodules = dataclasses.replace(attention.submodules, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
+    # Under Transformer Engine the norms belong to the linear layers behind them, but for the one before experts.
+    keys = {"input_layernorm.": f"self_attention.{'in_proj' if gated_delta_net else 'linear_qkv'}.layer_norm_"}
+    if not moe:
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     layer.submodules = dataclasses.replace(
-        layer.submodules, input_layernorm=PreLinearRMSNorm, pre_mlp_layernorm=PreLinearRMSNorm
+        layer.submodules,
+        input_layernorm=PreLinearRMSNorm,
+        self_attention=attention,
+        pre_mlp_layernorm=RMSNorm if moe else PreLinearRMSNorm,
+        sharded_state_dict_keys_map=keys,
     )
     return layer
-
-
-def _local_gated_delta_net_layer(mlp: Any) -> ModuleSpec:
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=PreLinearRMSNorm,
-            self_attention=ModuleSpec(
-                module=GatedDeltaNet,
-                submodules=GatedDeltaNetSubmodules(
-                    in_proj=ColumnParallelLinear, out_norm=RMSNorm, out_proj=RowParallelLinear
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=PreLinearRMSNorm,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.in_proj.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
-        ),
-    )

@@ -61,12 +61,7 @@ def write_qwen3_5(
         model: Any = qwen3_5.Qwen3_5ForConditionalGeneration(config)
     else:
         model = qwen3_5.Qwen3_5ForCausalLM(text)
-    model.bfloat16()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            _fill(name, parameter)
-        head = model.get_output_embeddings().weight
-        head.mul_(logits_std / text.hidden_size**0.5 / head.std())
+    fill_parameters(model.bfloat16(), logits_std=logits_std)
     model.save_pretrained(directory)
     return Path(directory)
 
@@ -77,6 +72,21 @@ def load_qwen3_5(directory: str | Path, dtype: torch.dtype = torch.float32) -> n
 
     model: nn.Module = qwen3_5.Qwen3_5ForCausalLM.from_pretrained(directory, dtype=dtype)
     return model.eval()
+
+
+def fill_parameters(model: nn.Module, *, logits_std: float = 4.0) -> None:
+    """Give a transformers model of any family random values as in `write_qwen3_5`.
+
+    Args:
+        model: its `A_log` and `linear_attn.norm.weight` become fp32.
+        logits_std: standard deviation of the logits, about. Without an output layer it means nothing.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _fill(name, parameter)
+        head = getattr(model, "lm_head", None)
+        if head is not None:
+            head.weight.mul_(logits_std / head.weight.shape[1] ** 0.5 / head.weight.std())
 
 
 def _fill(name: str, parameter: nn.Parameter) -> None:

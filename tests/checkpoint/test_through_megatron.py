@@ -33,9 +33,7 @@ _TIED_EVEN = {**EVEN, "tie_word_embeddings": True}
 def _build(hf: Path, imported: Path, *, tensor: int, fp32: Fp32Config | None = None, **options: Any) -> GPTModel:
     config = provider.read_hf_config(hf)
     overrides = {**provider.cpu_overrides(), "tensor_model_parallel_size": tensor, **options}
-    model = provider.build_qwen3_5(
-        config, provider.transformer_config(config, **overrides), fp32, parallel_output=False
-    )
+    model = provider.build_model(config, provider.transformer_config(config, **overrides), fp32, parallel_output=False)
     if model.config.bf16:
         Float16Module(model.config, model)  # casts in place
     load_model(model, imported / "release")

@@ -12,7 +12,7 @@ import torch
 
 from megatron_fp32.checkpoint.sidecar import digest
 from megatron_fp32.config import Fp32Config
-from megatron_fp32.models.provider import build_qwen3_5, cpu_overrides, transformer_config
+from megatron_fp32.models.provider import build_model, cpu_overrides, transformer_config
 from megatron_fp32.optimizer import native_fp32
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.training import Batch, Trainer, TrainerConfig
@@ -28,7 +28,7 @@ def trainer(
     model = tiny_qwen3_5(tie_word_embeddings=tied)
     torch.manual_seed(3)
     settings = {"bf16": True, "params_dtype": torch.bfloat16, **overrides}
-    built = build_qwen3_5(
+    built = build_model(
         model,
         transformer_config(model, **cpu_overrides(), tensor_model_parallel_size=tensor, **settings),
         fp32,

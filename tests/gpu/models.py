@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from megatron_fp32.config import Fp32Config
-from megatron_fp32.models.provider import build_qwen3_5, read_hf_config, transformer_config
+from megatron_fp32.models.provider import build_model, read_hf_config, transformer_config
 
 
 def build(hf: Path, fp32: Fp32Config | None = None, *, bf16: bool = True, **overrides: Any) -> GPTModel:
@@ -21,4 +21,4 @@ def build(hf: Path, fp32: Fp32Config | None = None, *, bf16: bool = True, **over
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         **{"transformer_impl": "transformer_engine", **overrides},
     )
-    return build_qwen3_5(model, config, fp32).cuda()
+    return build_model(model, config, fp32).cuda()

@@ -5,14 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, apply_factories
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from transformers.models import qwen3_5 as transformers_qwen3_5
 
-from megatron_fp32.models import provider
-from megatron_fp32.models.qwen3_5 import PREFIXES, Qwen35Config, extra_state_keys, find_prefix, mappings
-from tests.support import tiny_qwen3_5
+from megatron_fp32.models.naming import PREFIXES, Naming, find_prefix
+from megatron_fp32.models.qwen3_5 import Qwen35Config, mappings
 
 _FIELDS: dict[str, Any] = {
     "vocab_size": 57,
@@ -147,30 +143,6 @@ def test_every_tensor_of_transformers_model_is_mapped_once(prefix: str, tied: bo
             )
     theirs = {n: tuple(p.shape) for n, p in model.named_parameters() if not n.startswith("model.visual.")}
     config = Qwen35Config.from_hf(_text_config(tie_word_embeddings=tied))
-    ours = [spec for mapping in mappings(config, prefix) for spec in mapping.hf]
+    ours = [spec for mapping in mappings(config, Naming(prefix=prefix)) for spec in mapping.hf]
     assert max(Counter(spec.name for spec in ours).values()) == 1
     assert {spec.name: spec.shape for spec in ours} == theirs
-
-
-@pytest.mark.usefixtures("megatron")
-@pytest.mark.parametrize("tied", [False, True])
-def test_megatrons_keys_and_shapes_are_those_of_the_built_model(tied: bool) -> None:
-    config = tiny_qwen3_5(
-        vocab_size=57,
-        tie_word_embeddings=tied,
-        layer_types=("linear_attention", "full_attention", "linear_attention"),
-        linear_num_value_heads=6,
-    )
-    model = provider.build_qwen3_5(
-        config, provider.transformer_config(config, **provider.cpu_overrides()), vocab_divisible_by=1
-    )
-    state = model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group({}))
-    apply_factories(state)
-    entries = list(nested_values(state))
-    assert not any(isinstance(entry, ShardedTensorFactory) for entry in entries)
-    tensors = {entry.key: tuple(entry.global_shape) for entry in entries if isinstance(entry, ShardedTensor)}
-    objects = {entry.unique_key for entry in entries if isinstance(entry, ShardedObject)}
-    ours = [spec for mapping in mappings(config, "model.") for spec in mapping.megatron]
-    assert max(Counter(spec.name for spec in ours).values()) == 1
-    assert {spec.name: spec.shape for spec in ours} == tensors
-    assert {f"{name}_extra_state/shard_0_1" for name in extra_state_keys(config)} == objects

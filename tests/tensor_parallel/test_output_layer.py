@@ -12,7 +12,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
 from megatron_fp32.config import Fp32Config
-from megatron_fp32.models.provider import build_qwen3_5, cpu_overrides, transformer_config
+from megatron_fp32.models.provider import build_model, cpu_overrides, transformer_config
 from megatron_fp32.ops.logits.reference import gradients_reference, logits_reference, relative_error
 from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer, to_fp32_output_layer
 from tests.support import tiny_qwen3_5
@@ -209,7 +209,7 @@ class TestInAModel:
     def build(self, fp32: Fp32Config | None) -> Any:
         model = tiny_qwen3_5()
         config = transformer_config(model, bf16=True, params_dtype=torch.bfloat16, **cpu_overrides())
-        return build_qwen3_5(model, config, fp32, vocab_divisible_by=8).bfloat16()
+        return build_model(model, config, fp32, vocab_divisible_by=8).bfloat16()
 
     def run(self, model: Any) -> tuple[Tensor, Tensor]:
         """Logits [b, s, vocab] and the hidden states [s, b, h] that they came from."""

@@ -1,0 +1,290 @@
+"""What decides a decoder's shapes and arithmetic, in terms that all families share, and how `config.json` says it.
+
+A family derives its own configuration from `DecoderConfig`, fixes what is the same for all of its models, and fills the
+rest from `config.json` with `decoder_fields`.
+
+Sources: transformers' `models/<family>/configuration_*.py`, for names and for what is derived when a name is absent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any
+
+LINEAR, FULL = "linear_attention", "full_attention"
+"""transformers' names for a layer with a gated delta net and for one with softmax attention over the whole context."""
+
+
+LINEAR_ATTENTION_FIELDS = (
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+)
+"""Fields of a gated delta net, under the same name in `config.json`, `DecoderConfig` and `TransformerConfig`."""
+
+MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+"""Fields of a mixture of experts, under the same name in `config.json` and `DecoderConfig`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3RopeScaling:
+    """Rotary frequencies of Llama 3.1 and later: low ones divided by `factor`, high ones kept, smooth in between.
+
+    Source: transformers `modeling_rope_utils.py`, `_compute_llama3_parameters`.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The part of a model's `config.json` that decides shapes and arithmetic."""
+
+    vocab_size: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    layer_types: tuple[str, ...]
+    """`LINEAR` or `FULL` for each layer."""
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    partial_rotary_factor: float = 1.0
+    rope_scaling: Llama3RopeScaling | None = None
+    intermediate_size: int = 0
+    """Of dense MLPs; 0 where there are none."""
+
+    qk_norm: bool = False
+    """q and k of each head are normalized."""
+    output_gate: bool = False
+    """Attention has an output gate, whose rows lie beside those of q."""
+    zero_centred_norms: bool = False
+    """Norms multiply by 1 + w. The norm inside of a gated delta net is the exception, and multiplies by w."""
+
+    linear_num_key_heads: int = 0
+    linear_num_value_heads: int = 0
+    linear_key_head_dim: int = 0
+    linear_value_head_dim: int = 0
+    linear_conv_kernel_dim: int = 0
+
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    """0 where there is no shared expert. Where there is one, it has a gate."""
+    norm_topk_prob: bool = True
+    """The probabilities of the chosen experts are scaled to add up to 1."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers of a mixture of experts that have a dense MLP all the same."""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layer_types)
+
+    @property
+    def key_dim(self) -> int:
+        """Rows of q, and of k, in a gated-delta-net layer."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Rows of v, and of z, in a gated-delta-net layer."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def linear_attention_pattern(self) -> list[int]:
+        """megatron-core's `linear_attention_freq`: 1 for a gated-delta-net layer, 0 for attention."""
+        return [int(kind == LINEAR) for kind in self.layer_types]
+
+    @property
+    def moe_layer_pattern(self) -> list[int]:
+        """megatron-core's `moe_layer_freq`: 1 for a mixture of experts, 0 for a dense MLP."""
+        return [int(bool(self.num_experts) and index not in self.dense_layers) for index in range(self.num_layers)]
+
+    @property
+    def has_gated_delta_net(self) -> bool:
+        """The family is a hybrid, whatever the layers of this model are."""
+        return self.linear_num_key_heads > 0
+
+    @property
+    def is_homogeneous(self) -> bool:
+        """All layers are alike, so that megatron-core stacks them in a checkpoint (transformer_block.py)."""
+        return not self.has_gated_delta_net and not self.dense_layers
+
+    def megatron_arguments(self) -> list[str]:
+        """The model as flags of Megatron's argument parser, for `pretrain_gpt.py` (`megatron.training` of 0.19.2).
+
+        They make the `TransformerConfig` of `models.provider.transformer_config`. Lengths, parallelism, precision and
+        everything else about the run are the caller's.
+
+        Raises:
+            ValueError: for rotary scaling that has no flags.
+        """
+        flags: dict[str, Any] = {
+            "num-layers": self.num_layers,
+            "hidden-size": self.hidden_size,
+            "ffn-hidden-size": self.intermediate_size or self.moe_intermediate_size,
+            "num-attention-heads": self.num_attention_heads,
+            "num-query-groups": self.num_key_value_heads,
+            "kv-channels": self.head_dim,
+            "normalization": "RMSNorm",
+            "norm-epsilon": self.rms_norm_eps,
+            "hidden-dropout": 0.0,
+            "attention-dropout": 0.0,
+            "position-embedding-type": "rope",
+            "rotary-base": int(self.rope_theta),
+            "rotary-percent": self.partial_rotary_factor,
+            "vocab-size": self.vocab_size,
+        }
+        switches = {
+            "group-query-attention": True,
+            "apply-layernorm-1p": self.zero_centred_norms,
+            "swiglu": True,
+            "disable-bias-linear": True,
+            "qk-layernorm": self.qk_norm,
+            "attention-output-gate": self.output_gate,
+            "untie-embeddings-and-output-weights": not self.tie_word_embeddings,
+            "use-rope-scaling": self.rope_scaling is not None,
+        }
+        if self.rope_scaling is not None:
+            flags["rope-scaling-factor"] = self._rope_scaling_factor()
+        if self.has_gated_delta_net:
+            flags["experimental-attention-variant"] = "gated_delta_net"
+            flags["linear-attention-freq"] = _as_flag(self.linear_attention_pattern)
+            flags |= {name.replace("_", "-"): getattr(self, name) for name in LINEAR_ATTENTION_FIELDS}
+        if self.num_experts:
+            flags["num-experts"] = self.num_experts
+            flags["moe-ffn-hidden-size"] = self.moe_intermediate_size
+            flags["moe-router-topk"] = self.num_experts_per_tok
+            switches["moe-router-pre-softmax"] = not self.norm_topk_prob
+        if self.dense_layers:
+            flags["moe-layer-freq"] = _as_flag(self.moe_layer_pattern)
+        if self.shared_expert_intermediate_size:
+            flags["moe-shared-expert-intermediate-size"] = self.shared_expert_intermediate_size
+            switches["moe-shared-expert-gate"] = True
+        pairs = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+        return [*pairs, *(f"--{name}" for name, on in switches.items() if on)]
+
+    def _rope_scaling_factor(self) -> float:
+        """The factor, where the other numbers are those that megatron-core has built in (rotary_pos_embedding.py)."""
+        scaling = self.rope_scaling
+        assert scaling is not None
+        built_in = Llama3RopeScaling(
+            factor=scaling.factor, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192
+        )
+        if scaling != built_in:
+            raise ValueError(f"Megatron has no flags for {scaling}; it has {built_in}")
+        return scaling.factor
+
+
+def _as_flag(pattern: Sequence[int]) -> str:
+    return str(list(pattern)).replace(" ", "")
+
+
+def text_config(config: Any, family: str, model_types: Collection[str]) -> dict[str, Any]:
+    """The text model's part of a parsed `config.json`: all of it, or `text_config` of a vision-language model.
+
+    Raises:
+        ValueError: for anything but a model of one of `model_types`.
+    """
+    text = config.get("text_config", config) if isinstance(config, dict) else None
+    if not isinstance(text, dict):
+        raise ValueError(f"config.json must hold an object, got {type(text or config).__name__}")
+    if text.get("model_type") not in model_types:
+        wanted = " or ".join(map(repr, model_types))
+        raise ValueError(f"{family}: expected model_type {wanted}, got {text.get('model_type')!r}")
+    return text
+
+
+def require(text: dict[str, Any], family: str, *, rope_types: Sequence[str] = ("default",), **expected: Any) -> None:
+    """Refuse arithmetic that is not implemented. A field that is absent has the value that is expected.
+
+    Raises:
+        ValueError: naming every field that has another value.
+    """
+    rope = _rope(text)
+    wrong = [f"{k}={text[k]!r} (expected {want!r})" for k, want in expected.items() if text.get(k, want) != want]
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in rope_types:
+        wrong.append(f"rope_type={rope_type!r} (expected {' or '.join(map(repr, rope_types))})")
+    if wrong:
+        raise ValueError(f"this {family} config is not supported: " + ", ".join(wrong))
+
+
+def decoder_fields(
+    config: dict[str, Any], text: dict[str, Any], names: Sequence[str] = (), *, partial_rotary_factor: float = 1.0
+) -> dict[str, Any]:
+    """Fields of `DecoderConfig` from a `config.json`.
+
+    Args:
+        config: the whole file.
+        text: its part that `text_config` returns.
+        names: fields besides those that every decoder has, under the same name on both sides.
+        partial_rotary_factor: the family's, where the file does not say.
+
+    Raises:
+        ValueError: naming every field that is absent.
+    """
+    rope = _rope(text)
+    common = ("vocab_size", "hidden_size", "num_attention_heads", "rms_norm_eps")
+    missing = sorted({*common, *names, "num_hidden_layers"} - text.keys())
+    missing += [] if "rope_theta" in rope else ["rope_parameters.rope_theta"]
+    if "linear_num_key_heads" in names and not (text.get("layer_types") or text.get("full_attention_interval")):
+        missing.append("layer_types")
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    heads = text["num_attention_heads"]
+    return {
+        **{name: text[name] for name in (*common, *names)},
+        "num_key_value_heads": text.get("num_key_value_heads") or heads,
+        "head_dim": text.get("head_dim") or text["hidden_size"] // heads,
+        "layer_types": _layer_types(text),
+        "rope_theta": float(rope["rope_theta"]),
+        "partial_rotary_factor": float(rope.get("partial_rotary_factor") or partial_rotary_factor),
+        "rope_scaling": _rope_scaling(rope),
+        # transformers ties by the outer config.
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+    }
+
+
+def dense_layers(text: dict[str, Any]) -> tuple[int, ...]:
+    """Layers without experts, from `mlp_only_layers` and `decoder_sparse_step`."""
+    step, dense = text.get("decoder_sparse_step", 1), text.get("mlp_only_layers") or ()
+    return tuple(i for i in range(text["num_hidden_layers"]) if i in dense or (i + 1) % step != 0)
+
+
+def _layer_types(text: dict[str, Any]) -> tuple[str, ...]:
+    count, interval = text["num_hidden_layers"], text.get("full_attention_interval")
+    layer_types = text.get("layer_types")
+    if layer_types is None:
+        layer_types = [LINEAR if interval and (i + 1) % interval else FULL for i in range(count)]
+    if len(layer_types) != count or not set(layer_types) <= {LINEAR, FULL}:
+        raise ValueError(f"layer_types must name {count} layers, each {LINEAR!r} or {FULL!r}, got {list(layer_types)}")
+    return tuple(layer_types)
+
+
+def _rope(text: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters`, or the fields that said the same before transformers 5."""
+    if text.get("rope_parameters"):
+        rope: dict[str, Any] = text["rope_parameters"]
+        return {"partial_rotary_factor": text.get("partial_rotary_factor"), **rope}
+    old = {name: text[name] for name in ("rope_theta", "partial_rotary_factor") if name in text}
+    return {**(text.get("rope_scaling") or {}), **old}
+
+
+def _rope_scaling(rope: dict[str, Any]) -> Llama3RopeScaling | None:
+    if rope.get("rope_type", rope.get("type")) != "llama3":
+        return None
+    fields = [field.name for field in dataclasses.fields(Llama3RopeScaling)]
+    missing = [f"rope_parameters.{name}" for name in fields if name not in rope]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    return Llama3RopeScaling(**{name: rope[name] for name in fields})

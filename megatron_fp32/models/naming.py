@@ -1,0 +1,62 @@
+"""What only a checkpoint's tensor names say: where the text model begins, how experts are stored, whether MTP is there.
+
+`config.json` is no witness for these: transformers drops the MTP layer and keeps the fields that describe it, and one
+model is released with fused experts and saved again with one tensor for each expert, or the other way round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+PREFIXES = ("model.language_model.", "model.")
+"""What the text model's tensors may start with, the longer first: inside of a vision-language model, and alone."""
+
+VISION = "model.visual."
+"""What the tensors of the vision part start with."""
+
+MTP = "mtp."
+"""What the tensors of multi-token prediction start with."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Naming:
+    """A checkpoint's way to name its tensors."""
+
+    prefix: str
+    """One of `PREFIXES`."""
+    fused_experts: bool = False
+    """The decoder's experts are stacks, `experts.gate_up_proj` [E, 2F, H] and `experts.down_proj` [E, H, F]."""
+    fused_mtp_experts: bool = False
+    """The same of the MTP layer, which may differ from the decoder."""
+    mtp_layers: int = 0
+
+    @classmethod
+    def of(cls, names: Collection[str]) -> Naming:
+        """The naming of a checkpoint with these tensors.
+
+        Raises:
+            ValueError: when no text model is among them.
+        """
+        mtp = [name for name in names if name.startswith(MTP)]
+        fused = [name for name in names if name.endswith(".experts.gate_up_proj")]
+        layers = [int(name.split(".")[2]) for name in mtp if name.startswith(f"{MTP}layers.")]
+        return cls(
+            prefix=find_prefix(names),
+            fused_experts=any(not name.startswith(MTP) for name in fused),
+            fused_mtp_experts=any(name.startswith(MTP) for name in fused),
+            mtp_layers=max(layers, default=0) + 1 if mtp else 0,
+        )
+
+
+def find_prefix(names: Collection[str]) -> str:
+    """Which of `PREFIXES` a checkpoint's tensor names use.
+
+    Raises:
+        ValueError: when neither fits.
+    """
+    for prefix in PREFIXES:
+        if f"{prefix}embed_tokens.weight" in names:
+            return prefix
+    wanted = " nor ".join(f"{prefix}embed_tokens.weight" for prefix in PREFIXES)
+    raise ValueError(f"there is no text model in this checkpoint: neither {wanted} is in it")

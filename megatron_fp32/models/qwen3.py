@@ -1,0 +1,34 @@
+"""Qwen3, dense: attention with norms of q and k.
+
+Source: transformers `models/qwen3/modeling_qwen3.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megatron_fp32.models import blocks
+from megatron_fp32.models.decoder import DecoderConfig, decoder_fields, require, text_config
+
+MODEL_TYPES = ("qwen3",)
+
+mappings = blocks.decoder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen3Config(DecoderConfig):
+    """The part of a Qwen3 `config.json` that decides shapes and arithmetic."""
+
+    qk_norm: bool = True
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Qwen3Config:
+        """From a parsed `config.json`.
+
+        Raises:
+            ValueError: for another family, or arithmetic that is not implemented.
+        """
+        text = text_config(config, "Qwen3", MODEL_TYPES)
+        require(text, "Qwen3", hidden_act="silu", attention_bias=False, use_sliding_window=False)
+        return cls(**decoder_fields(config, text, ("intermediate_size", "head_dim")))

@@ -1,0 +1,37 @@
+"""Qwen3 with a mixture of experts: no shared expert; single layers may be dense.
+
+Source: transformers `models/qwen3_moe/modeling_qwen3_moe.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megatron_fp32.models import blocks
+from megatron_fp32.models.decoder import MOE_FIELDS, DecoderConfig, decoder_fields, dense_layers, require, text_config
+
+MODEL_TYPES = ("qwen3_moe",)
+
+mappings = blocks.decoder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen3MoeConfig(DecoderConfig):
+    """The part of a Qwen3-MoE `config.json` that decides shapes and arithmetic."""
+
+    qk_norm: bool = True
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Qwen3MoeConfig:
+        """From a parsed `config.json`.
+
+        Raises:
+            ValueError: for another family, or arithmetic that is not implemented.
+        """
+        text = text_config(config, "Qwen3-MoE", MODEL_TYPES)
+        require(text, "Qwen3-MoE", hidden_act="silu", attention_bias=False, use_sliding_window=False)
+        # transformers 5 saves it under another name.
+        text = {"num_experts": text.get("num_local_experts"), **text}
+        names = ("intermediate_size", *MOE_FIELDS, "norm_topk_prob")
+        return cls(**decoder_fields(config, text, names), dense_layers=dense_layers(text))
