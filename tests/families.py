@@ -105,7 +105,9 @@ class Case:
 
     def load(self, directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
         """transformers' model of the checkpoint."""
-        model: nn.Module = getattr(self._module(), self.model).from_pretrained(directory, dtype=dtype)
+        model: nn.Module = getattr(self._module(), self.model).from_pretrained(
+            directory, dtype=dtype, experts_implementation="eager"
+        )
         return model.eval()
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import moe_utils
 
 from megatron_fp32.testing.cpu import cpu_megatron, model_parallel, single_process
 
@@ -51,6 +52,7 @@ def snapshot() -> dict[str, Any]:
     for module in gated_delta_net_modules():
         for name in ("l2norm", "HAVE_FLA"):
             state[f"{module.__name__}.{name}"] = getattr(module, name, MISSING)
+    state["te_general_gemm"] = getattr(moe_utils, "te_general_gemm", MISSING)
     return state
 
 

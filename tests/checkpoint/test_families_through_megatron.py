@@ -1,0 +1,236 @@
+"""Every family through megatron-core: keys, bytes after load and save in bf16, and answers beside transformers'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_fp32.checkpoint.huggingface import HuggingFaceReader
+from megatron_fp32.checkpoint.plan import plan_import
+from megatron_fp32.models import provider
+from megatron_fp32.testing.cpu import model_parallel
+from megatron_fp32.testing.ranks import RankPool
+from megatron_fp32.testing.training import load_model
+from tests.checkpoint.support import stored_tensors
+from tests.families import CASES, Case, case, config_json, fuse
+
+Families = Callable[[Case], tuple[Path, Path]]
+
+ONE_OF_EACH = tuple(
+    case(name)
+    for name in ("Llama", "Qwen3, tied", "Qwen3-MoE", "Qwen3-MoE, a dense layer", "Qwen3-Next", "Qwen3.5-VL-MoE")
+)
+LENGTH = 18
+
+
+def _build(hf: Path, *, tensor: int = 1, mtp: bool = False, dtype: torch.dtype = torch.float32) -> GPTModel:
+    config = provider.read_hf_config(hf)
+    model = provider.build_model(
+        config,
+        provider.transformer_config(
+            config,
+            **provider.cpu_overrides(),
+            tensor_model_parallel_size=tensor,
+            sequence_parallel=tensor > 1,
+            mtp_num_layers=1 if mtp else None,
+            params_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+        ),
+        parallel_output=False,
+    )
+    if dtype == torch.bfloat16:
+        Float16Module(model.config, model)  # casts in place
+    return model
+
+
+def _pass_through(hf: Path, imported: Path, out: Path, mtp: bool, tensor: int = 1) -> None:
+    """Load strictly into a bf16 model and save it again."""
+    model = _build(hf, tensor=tensor, mtp=mtp, dtype=torch.bfloat16)
+    load_model(model, imported / "release", strict="raise_unexpected")
+    out.mkdir(exist_ok=True)
+    dist_checkpointing.save({"model": model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group({}))}, str(out))
+
+
+def _pass_through_on_ranks(hf: Path, imported: Path, out: Path, mtp: bool) -> None:
+    with model_parallel(tensor=2):
+        _pass_through(hf, imported, out, mtp, tensor=2)
+
+
+def _logits(hf: Path, imported: Path, tokens: Tensor, tensor: int = 1) -> Tensor:
+    """fp32, without the vocabulary's padding."""
+    model = _build(hf, tensor=tensor).eval()
+    load_model(model, imported / "release")
+    length = tokens.shape[1]
+    positions = torch.arange(length).expand_as(tokens)
+    with torch.no_grad():
+        logits = model(tokens, positions, torch.ones(1, 1, length, length, dtype=torch.bool).triu(1))
+    return logits[..., : provider.read_hf_config(hf).vocab_size]
+
+
+def _logits_on_ranks(hf: Path, imported: Path, tokens: Tensor) -> Tensor:
+    with model_parallel(tensor=2):
+        return _logits(hf, imported, tokens, tensor=2)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
+    """A case's Hugging Face checkpoint and what an import made of it, once for the module. Do not change them."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def of(case: Case) -> tuple[Path, Path]:
+        if case.name not in made:
+            root = tmp_path_factory.mktemp("family")
+            hf = case.write(root / "hf")
+            import_checkpoint(hf, root / "megatron", vision="carry" if case.outer else "refuse")
+            made[case.name] = (hf, root / "megatron")
+        return made[case.name]
+
+    return of
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(0, 57, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_keys_and_shapes_are_those_of_the_built_model(families: Families, case: Case) -> None:
+    hf, _ = families(case)
+    with HuggingFaceReader(hf) as reader:
+        plan = plan_import(config_json(hf), reader.tensors, vision="carry")
+    model = provider.build_model(
+        plan.config,
+        provider.transformer_config(
+            plan.config, **provider.cpu_overrides(), mtp_num_layers=plan.naming.mtp_layers or None
+        ),
+        vocab_divisible_by=1,
+    )
+    state = model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group({}))
+    apply_factories(state)
+    entries = list(nested_values(state))
+    tensors = {entry.key: tuple(entry.global_shape) for entry in entries if isinstance(entry, ShardedTensor)}
+    objects = {entry.unique_key for entry in entries if isinstance(entry, ShardedObject)}
+    assert plan.naming.mtp_layers == case.mtp
+    assert plan.megatron_shapes == tensors
+    assert set(plan.extra_states) == objects
+
+
+class TestUntrained:
+    @pytest.mark.usefixtures("megatron")
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+    def test_every_byte_comes_back_from_one_rank(self, families: Families, tmp_path: Path, case: Case) -> None:
+        hf, imported = families(case)
+        _pass_through(hf, imported, tmp_path / "trained", case.mtp)
+        export_checkpoint(tmp_path / "trained", tmp_path / "hf", source=imported)
+        assert stored_tensors(tmp_path / "hf") == stored_tensors(hf)
+
+    @pytest.mark.parametrize("case", ONE_OF_EACH, ids=lambda case: case.name)
+    def test_every_byte_comes_back_from_two_ranks(
+        self, ranks: Callable[[int], RankPool], families: Families, tmp_path: Path, case: Case
+    ) -> None:
+        hf, imported = families(case)
+        ranks(2).run(_pass_through_on_ranks, hf, imported, tmp_path / "trained", case.mtp)
+        export_checkpoint(tmp_path / "trained", tmp_path / "hf", source=imported)
+        assert stored_tensors(tmp_path / "hf") == stored_tensors(hf)
+
+
+class TestParity:
+    """transformers is the witness; both compute in fp32."""
+
+    @pytest.mark.usefixtures("megatron")
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+    def test_one_rank(self, families: Families, tokens: Tensor, case: Case) -> None:
+        hf, imported = families(case)
+        _assert_parity(_logits(hf, imported, tokens), case, hf, tokens)
+
+    @pytest.mark.parametrize("case", ONE_OF_EACH, ids=lambda case: case.name)
+    def test_two_ranks(self, ranks: Callable[[int], RankPool], families: Families, tokens: Tensor, case: Case) -> None:
+        hf, imported = families(case)
+        for ours in ranks(2).run(_logits_on_ranks, hf, imported, tokens):
+            _assert_parity(ours, case, hf, tokens)
+
+
+def _assert_parity(ours: Tensor, case: Case, hf: Path, tokens: Tensor) -> None:
+    """Not farther from transformers in float64 than a few times transformers in fp32 is."""
+    with torch.no_grad():
+        exact = case.load(hf, torch.float64)(tokens).logits
+        theirs = case.load(hf, torch.float32)(tokens).logits
+    assert exact.std() > 1  # small logits would hide a wrong body
+    assert (ours - exact).abs().max() < 4 * (theirs - exact).abs().max()
+
+
+def _mtp_hidden(hf: Path, imported: Path, tokens: Tensor, tensor: int = 1) -> Tensor:
+    """What Megatron's MTP layer makes of every position but the last, whose next token is unknown: [b, s - 1, H]."""
+    model = _build(hf, tensor=tensor, mtp=True).eval()
+    load_model(model, imported / "release")
+    caught: list[Tensor] = []
+    model.mtp.register_forward_hook(lambda module, args, output: caught.append(output))
+    length = tokens.shape[1]
+    positions = torch.arange(length).expand_as(tokens)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    with torch.no_grad():
+        model(tokens, positions, mask, labels=tokens, loss_mask=torch.ones(tokens.shape))
+    (output,) = caught
+    if tensor > 1:
+        output = gather_from_sequence_parallel_region(output)
+        # Each rank's part holds the main hidden states, then those of MTP.
+        output = torch.cat([part.chunk(2)[1] for part in output.chunk(tensor)])
+        return output.transpose(0, 1)[:, :-1]
+    return output.chunk(2)[1].transpose(0, 1)[:, :-1]
+
+
+def _mtp_hidden_on_ranks(hf: Path, imported: Path, tokens: Tensor) -> Tensor:
+    with model_parallel(tensor=2):
+        return _mtp_hidden(hf, imported, tokens, tensor=2)
+
+
+class TestMultiTokenPrediction:
+    """The witness is made of transformers' modules, in the order in which vLLM calls them."""
+
+    @pytest.mark.usefixtures("megatron")
+    @pytest.mark.parametrize("name", ["Qwen3-Next", "Qwen3.5", "Qwen3.5-MoE, one tensor an expert"])
+    def test_one_rank(self, families: Families, tokens: Tensor, name: str) -> None:
+        hf, imported = families(case(name))
+        _assert_mtp_parity(_mtp_hidden(hf, imported, tokens), name, hf, tokens)
+
+    def test_two_ranks(self, ranks: Callable[[int], RankPool], families: Families, tokens: Tensor) -> None:
+        hf, imported = families(case("Qwen3-Next"))
+        for ours in ranks(2).run(_mtp_hidden_on_ranks, hf, imported, tokens):
+            _assert_mtp_parity(ours, "Qwen3-Next", hf, tokens)
+
+
+def _assert_mtp_parity(ours: Tensor, name: str, hf: Path, tokens: Tensor) -> None:
+    exact, theirs = (_mtp_witness(case(name), hf, tokens, dtype) for dtype in (torch.float64, torch.float32))
+    assert exact.std() > 0.5
+    assert (ours - exact).abs().max() < 4 * (theirs - exact).abs().max()
+
+
+def _mtp_witness(case: Case, hf: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    body = case.load(hf, dtype).model
+    module = case.mtp_module().to(dtype)
+    stored = {n.removeprefix("mtp."): t for n, t in load_file(hf / "model.safetensors").items() if n.startswith("mtp.")}
+    module.load_state_dict(stored if any("gate_up_proj" in n for n in stored) or not _is_moe(stored) else fuse(stored))
+    length = tokens.shape[1] - 1
+    with torch.no_grad():
+        hidden = body(tokens).last_hidden_state[:, :-1]
+        rotary = body.rotary_emb(hidden, torch.arange(length).expand(len(tokens), length))
+        mask = torch.full((1, 1, length, length), -torch.inf, dtype=dtype).triu(1)
+        return module(body.embed_tokens(tokens[:, 1:]), hidden, rotary, mask)
+
+
+def _is_moe(names: Collection[str]) -> bool:
+    return any(".experts." in name for name in names)
