@@ -43,7 +43,7 @@ _LLAMA3_ROPE = {
     "factor": 4.0,
     "low_freq_factor": 1.5,
     "high_freq_factor": 3.0,
-    "original_max_position_embeddings": 32,
+    "original_max_position_embeddings": 48,
 }
 
 
@@ -173,6 +173,12 @@ def fuse(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return changed
 
 
+def fuse_all_but_mtp(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As Qwen3.5 was released."""
+    mtp = {name: tensor for name, tensor in tensors.items() if name.startswith("mtp.")}
+    return {**fuse({name: tensor for name, tensor in tensors.items() if name not in mtp}), **unfuse(mtp)}
+
+
 def _llama(name: str, **fields: Any) -> Case:
     fields = {**_DECODER, **_DENSE, "head_dim": 12, "rope_parameters": _LLAMA3_ROPE, **fields}
     return Case(name=name, module="llama", config="LlamaConfig", model="LlamaForCausalLM", fields=fields)
@@ -230,11 +236,11 @@ CASES = (
     _qwen3_next("Qwen3-Next, fused", mtp=True, change=fuse),
     _qwen3_5("Qwen3.5", mtp=True),
     _qwen3_5("Qwen3.5, tied", **_TIED),
-    _qwen3_5("Qwen3.5-MoE", moe=True, mtp=True),
+    _qwen3_5("Qwen3.5-MoE", moe=True, mtp=True, change=fuse),
     _qwen3_5("Qwen3.5-MoE, tied", moe=True, **_TIED),
     _qwen3_5("Qwen3.5-MoE, one tensor an expert", moe=True, mtp=True, change=unfuse),
     _qwen3_5("Qwen3.5-VL", vision=True, mtp=True),
-    _qwen3_5("Qwen3.5-VL-MoE", vision=True, moe=True, mtp=True),
+    _qwen3_5("Qwen3.5-VL-MoE", vision=True, moe=True, mtp=True, change=fuse_all_but_mtp),
 )
 """Every family, tied and untied, with experts fused and not, alone and in a vision-language model."""
 

@@ -31,7 +31,7 @@ class Qwen3MoeConfig(DecoderConfig):
         """
         text = text_config(config, "Qwen3-MoE", MODEL_TYPES)
         require(text, "Qwen3-MoE", hidden_act="silu", attention_bias=False, use_sliding_window=False)
-        # transformers 5 saves it under another name.
-        text = {"num_experts": text.get("num_local_experts"), **text}
+        if "num_local_experts" in text:  # the name under which transformers 5 saves it
+            text = {**text, "num_experts": text["num_local_experts"]}
         names = ("intermediate_size", *MOE_FIELDS, "norm_topk_prob")
         return cls(**decoder_fields(config, text, names), dense_layers=dense_layers(text))

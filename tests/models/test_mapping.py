@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from megatron_fp32.models.mapping import ConcatRows, GatedQkv, Mapping, Rename, SplitRows, ZeroCentred
 from tests.support import full_mantissa
@@ -52,6 +55,64 @@ def test_row_blocks_are_split_and_joined_again(rows: list[int], columns: int) ->
     _assert_is_a_bijection(ConcatRows(parts, "whole", (columns,)))
 
 
+@_few
+@given(rows=_rows, groups=_size, columns=_size)
+def test_row_blocks_that_recur_are_split_and_joined_again(rows: list[int], groups: int, columns: int) -> None:
+    parts = [(f"part{i}", count * groups) for i, count in enumerate(rows)]
+    _assert_is_a_bijection(SplitRows("whole", parts, (columns,), groups=groups))
+    _assert_is_a_bijection(ConcatRows(parts, "whole", (1, columns), groups=groups))
+
+
+@_few
+@given(groups=_size, heads_per_group=_size, head_dim=_size, hidden=_size)
+def test_qkv_has_for_each_group_its_queries_then_k_and_v(
+    groups: int, heads_per_group: int, head_dim: int, hidden: int
+) -> None:
+    rows = [("q", groups * heads_per_group * head_dim), ("k", groups * head_dim), ("v", groups * head_dim)]
+    mapping = ConcatRows(rows, "qkv", (hidden,), groups=groups)
+    q, k, v = _numbered(mapping)
+    expected: list[Tensor] = []
+    for group in range(groups):
+        for head in range(group * heads_per_group, (group + 1) * heads_per_group):
+            expected.extend(q[head * head_dim + row] for row in range(head_dim))
+        for source in (k, v):
+            expected.extend(source[group * head_dim + row] for row in range(head_dim))
+    assert torch.equal(mapping.to_megatron([q, k, v])[0], torch.stack(expected))
+
+
+@_few
+@given(key_heads=_size, values_per_key=_size, key_dim=_size, value_dim=_size)
+def test_blocks_by_key_head_come_apart_as_transformers_reads_them(
+    key_heads: int, values_per_key: int, key_dim: int, value_dim: int
+) -> None:
+    """`fix_query_key_value_ordering` of transformers' Qwen3-Next, on the rows of the weight."""
+    values = key_heads * values_per_key * value_dim
+    parts = [("query", key_heads * key_dim), ("key", key_heads * key_dim), ("value", values), ("z", values)]
+    mapping = SplitRows("qkvz", parts, (3,), groups=key_heads)
+    (whole,) = _numbered(mapping)
+    module = types.SimpleNamespace(
+        num_k_heads=key_heads, num_v_heads=key_heads * values_per_key, head_k_dim=key_dim, head_v_dim=value_dim
+    )
+    ba = torch.arange(2 * module.num_v_heads)[None, None]
+    theirs = Qwen3NextGatedDeltaNet.fix_query_key_value_ordering(module, whole.t()[None], ba)
+    for ours, activation in zip(mapping.to_megatron([whole]), theirs, strict=False):
+        assert torch.equal(ours, activation[0].reshape(3, -1).t())
+    rows = [("beta", module.num_v_heads), ("alpha", module.num_v_heads)]
+    beta, alpha = SplitRows("ba", rows, (), groups=key_heads).to_megatron([ba[0, 0]])
+    assert torch.equal(beta, theirs[4].flatten())
+    assert torch.equal(alpha, theirs[5].flatten())
+
+
+def test_an_element_of_a_stack_knows_its_place() -> None:
+    mapping = Rename("experts.down_proj", "decoder.layers.3.fc2", (4, 2)).place(megatron=lambda s: s.in_stack(5, 8))
+    assert mapping.hf[0].stored_shape == (4, 2)
+    (spec,) = mapping.place(megatron=lambda s: s.in_stack(3, 6, "decoder.layers.fc2")).megatron
+    assert (spec.name, spec.index, spec.stack, spec.shape) == ("decoder.layers.fc2", (3, 5), (6, 8), (4, 2))
+    assert spec.stored_shape == (6, 8, 4, 2)
+    assert str(spec) == "decoder.layers.fc2[3, 5]"
+    assert mapping.megatron[0].index == (5,)  # the mapping that was placed stays where it was
+
+
 def test_row_blocks_keep_their_order() -> None:
     whole = torch.arange(12).reshape(6, 2)
     split = SplitRows("whole", [("first", 1), ("second", 3), ("third", 2)], (2,))
@@ -96,6 +157,8 @@ def _gated_qkv(groups: int, heads_per_group: int, head_dim: int, hidden: int) ->
         Rename("a", "b", (3, 2)),
         SplitRows("whole", [("x", 1), ("y", 2)], (2,)),
         ConcatRows([("x", 1), ("y", 2)], "whole", (2,)),
+        SplitRows("whole", [("x", 2), ("y", 4)], (2,), groups=2),
+        ConcatRows([("x", 2), ("y", 4)], "whole", (2,), groups=2),
         _gated_qkv(1, 2, 3, 2),
     ],
     ids=lambda mapping: type(mapping).__name__,

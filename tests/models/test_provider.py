@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from transformers.models.qwen3_5 import Qwen3_5TextConfig
 
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models import provider, specs
+from megatron_fp32.models.decoder import DecoderConfig, Llama3RopeScaling
+from megatron_fp32.models.families import find_family
 from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
 from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
+from tests.families import case
 from tests.support import tiny_qwen3_5
 
 
@@ -23,6 +27,11 @@ def _config(**overrides: Any) -> Any:
 
 def _attention_modules(spec: Any) -> list[type]:
     return [layer.submodules.self_attention.module for layer in spec.layer_specs]
+
+
+def _parsed(name: str) -> DecoderConfig:
+    hf = case(name).text_config().to_dict()
+    return find_family(hf).parse(hf)
 
 
 @pytest.mark.usefixtures("megatron")
@@ -147,27 +156,51 @@ def test_keeping_nothing_leaves_megatrons_class() -> None:
     assert layer.A_log.dtype == torch.bfloat16
 
 
-def test_the_flags_for_megatrons_parser_make_the_same_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+_MODELS = {
+    "Qwen3.5": tiny_qwen3_5(rope_theta=1e7, layer_types=("linear_attention",) * 3 + ("full_attention",)),
+    **{
+        name: _parsed(name)
+        for name in ("Qwen3-Next", "Qwen3-Next, plain probabilities, tied, a dense layer", "Qwen3.5-MoE", "Qwen3, tied",
+                     "Qwen3-MoE", "Qwen3-MoE, a dense layer", "Llama without scaling")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", _MODELS.values(), ids=_MODELS)
+def test_the_flags_for_megatrons_parser_make_the_same_configuration(
+    monkeypatch: pytest.MonkeyPatch, model: DecoderConfig
+) -> None:
     arguments = pytest.importorskip("megatron.training.arguments", reason="megatron-core < 0.17 brings no training")
     if not hasattr(arguments, "parse_and_validate_args"):
         pytest.skip("read in megatron-core 0.19.2")
-    model = tiny_qwen3_5(rope_theta=1e7, layer_types=("linear_attention",) * 3 + ("full_attention",))
+    args, theirs = _parse(monkeypatch, arguments, model)
+    ours = provider.transformer_config(model, params_dtype=torch.bfloat16, bf16=True, transformer_impl="local")
+    for name in MODEL_FIELDS:
+        assert getattr(theirs, name) == getattr(ours, name), name
+    assert args.rotary_base == model.rope_theta
+    assert (args.rotary_percent, args.vocab_size) == (model.partial_rotary_factor, model.vocab_size)
+    assert args.untie_embeddings_and_output_weights is not model.tie_word_embeddings
+    assert not args.use_rope_scaling
+
+
+def test_llama_3_1_has_flags_for_its_rotary_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = pytest.importorskip("megatron.training.arguments", reason="megatron-core < 0.17 brings no training")
+    if not hasattr(arguments, "parse_and_validate_args"):
+        pytest.skip("read in megatron-core 0.19.2")
+    scaling = Llama3RopeScaling(
+        factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
+    args, _ = _parse(monkeypatch, arguments, dataclasses.replace(_parsed("Llama"), rope_scaling=scaling))
+    assert (args.use_rope_scaling, args.rope_scaling_factor) == (True, 32.0)
+
+
+def _parse(monkeypatch: pytest.MonkeyPatch, arguments: Any, model: DecoderConfig) -> tuple[Any, Any]:
     run = "--seq-length 8 --max-position-embeddings 8 --micro-batch-size 1 --train-iters 1 --lr 1 --bf16"
     run += " --transformer-impl local --no-rope-fusion --no-persist-layer-norm --tokenizer-type NullTokenizer"
     monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *model.megatron_arguments(), *run.split()])
     args = arguments.parse_args()
     arguments.validate_args(args, {})
-    theirs = arguments.core_transformer_config_from_args(args)
-    ours = _config_for(model)
-    for name in MODEL_FIELDS:
-        assert getattr(theirs, name) == getattr(ours, name), name
-    assert args.rotary_base == 10**7
-    assert (args.rotary_percent, args.vocab_size) == (model.partial_rotary_factor, model.vocab_size)
-    assert args.untie_embeddings_and_output_weights
-
-
-def _config_for(model: Any) -> Any:
-    return provider.transformer_config(model, params_dtype=torch.bfloat16, bf16=True, transformer_impl="local")
+    return args, arguments.core_transformer_config_from_args(args)
 
 
 # What transformer_config derives from a model.
@@ -176,7 +209,9 @@ MODEL_FIELDS = (
     "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "gated_linear_unit", "activation_func",
     "add_bias_linear", "hidden_dropout", "attention_dropout", "qk_layernorm", "attention_output_gate",
     "experimental_attention_variant", "linear_attention_freq", "linear_conv_kernel_dim", "linear_key_head_dim",
-    "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
+    "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads", "num_moe_experts",
+    "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax", "moe_layer_freq",
+    "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
 )  # fmt: skip
 
 

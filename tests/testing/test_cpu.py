@@ -16,6 +16,7 @@ from megatron.core.transformer.moe import moe_utils
 from megatron_fp32.testing.cpu import cpu_megatron, model_parallel, single_process
 
 MISSING = object()
+ROUTER_LACKS_A_NAME = not hasattr(moe_utils, "te_general_gemm")  # megatron-core 0.16 without Transformer Engine
 
 
 def gated_delta_net_modules() -> list[Any]:
@@ -52,7 +53,8 @@ def snapshot() -> dict[str, Any]:
     for module in gated_delta_net_modules():
         for name in ("l2norm", "HAVE_FLA"):
             state[f"{module.__name__}.{name}"] = getattr(module, name, MISSING)
-    state["te_general_gemm"] = getattr(moe_utils, "te_general_gemm", MISSING)
+    if ROUTER_LACKS_A_NAME:
+        state["te_general_gemm"] = getattr(moe_utils, "te_general_gemm", MISSING)
     return state
 
 
