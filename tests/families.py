@@ -82,9 +82,12 @@ class Case:
                 "num_heads": 2,
                 "out_hidden_size": config.hidden_size,
                 "num_position_embeddings": 16,
+                **({"deepstack_visual_indexes": [0]} if self.module == "qwen3_vl" else {}),
             }
             config = getattr(module, self.outer)(
-                text_config=config.to_dict(), vision_config=vision, tie_word_embeddings=config.tie_word_embeddings
+                text_config=config.to_dict(),
+                vision_config=vision,
+                tie_word_embeddings=self.fields.get("tie_word_embeddings", False),
             )
         model = getattr(module, self.model)(config)
         fill_parameters(model.bfloat16())
@@ -225,6 +228,10 @@ CASES = (
     _llama("Llama without scaling", rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
     _qwen3("Qwen3"),
     _qwen3("Qwen3, tied", **_TIED),
+    Case(
+        name="Qwen3-VL", module="qwen3_vl", config="Qwen3VLTextConfig", model="Qwen3VLForConditionalGeneration",
+        fields={**_DECODER, **_DENSE, "head_dim": 12}, outer="Qwen3VLConfig",
+    ),
     _qwen3_moe("Qwen3-MoE", norm_topk_prob=True),
     _qwen3_moe("Qwen3-MoE, plain probabilities, tied", norm_topk_prob=False, **_TIED),
     _qwen3_moe("Qwen3-MoE, fused", change=fuse),
@@ -241,7 +248,7 @@ CASES = (
     _qwen3_5("Qwen3.5-MoE, one tensor an expert", moe=True, mtp=True, change=unfuse),
     _qwen3_5("Qwen3.5-VL", vision=True, mtp=True),
     _qwen3_5("Qwen3.5-VL-MoE", vision=True, moe=True, mtp=True, change=fuse_all_but_mtp),
-)
+)  # fmt: skip
 """Every family, tied and untied, with experts fused and not, alone and in a vision-language model."""
 
 

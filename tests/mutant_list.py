@@ -24,6 +24,9 @@ RESUME = "tests/distributed/test_resume.py::test_a_resumed_run_is_the_uninterrup
 MEGATRON, CONVERT = "tests/checkpoint/test_through_megatron.py", "tests/checkpoint/test_convert.py"
 FP8, FP8_FILES = "tests/ops/test_fp8.py", "tests/checkpoint/test_fp8.py"
 
+FAMILIES = "tests/checkpoint/test_families.py"
+THROUGH = "tests/checkpoint/test_families_through_megatron.py"
+
 MUTANTS = [
     Mutant(
         name="round the logits on the CPU",
@@ -258,16 +261,16 @@ MUTANTS = [
     ),
     Mutant(
         name="swap beta and alpha",
-        file="models/qwen3_5.py",
-        old='f"{source}in_proj_b.weight", f"{target}in_proj.weight.beta"',
-        new='f"{source}in_proj_a.weight", f"{target}in_proj.weight.beta"',
-        test=f"{MEGATRON}::TestParity::test_one_rank",
+        file="models/blocks.py",
+        old='for name in ("beta", "alpha")]',
+        new='for name in ("alpha", "beta")]',
+        test=f"{THROUGH}::TestParity::test_one_rank",
     ),
     Mutant(
         name="swap gate and up",
-        file="models/qwen3_5.py",
-        old='[(f"{hf}mlp.gate_proj.weight", ffn), (f"{hf}mlp.up_proj.weight", ffn)]',
-        new='[(f"{hf}mlp.up_proj.weight", ffn), (f"{hf}mlp.gate_proj.weight", ffn)]',
+        file="models/blocks.py",
+        old='[(f"{source}gate_proj.weight", ffn), (f"{source}up_proj.weight", ffn)]',
+        new='[(f"{source}up_proj.weight", ffn), (f"{source}gate_proj.weight", ffn)]',
         test=f"{MEGATRON}::TestParity::test_one_rank",
     ),
     Mutant(
@@ -479,5 +482,63 @@ MUTANTS = [
         old='[("gate_proj", 0, rows // 2), ("up_proj", rows // 2, rows)]',
         new='[("up_proj", 0, rows // 2), ("gate_proj", rows // 2, rows)]',
         test=f"{FP8_FILES}::TestFusedExperts",
+    ),
+    Mutant(
+        name="swap the embedding's norm and the hidden state's in front of the MTP layer",
+        file="models/blocks.py",
+        old='yield Rename(f"{MTP}pre_fc_norm_embedding.weight", f"{megatron}enorm.weight", (hidden,))\n'
+        '    yield Rename(f"{MTP}pre_fc_norm_hidden.weight", f"{megatron}hnorm.weight", (hidden,))',
+        new='yield Rename(f"{MTP}pre_fc_norm_embedding.weight", f"{megatron}hnorm.weight", (hidden,))\n'
+        '    yield Rename(f"{MTP}pre_fc_norm_hidden.weight", f"{megatron}enorm.weight", (hidden,))',
+        test=f"{THROUGH}::TestMultiTokenPrediction",
+    ),
+    Mutant(
+        name="take q, k and v as they come instead of by group",
+        file="models/blocks.py",
+        old="yield ConcatRows(rows, qkv, (hidden,), groups=groups)",
+        new="yield ConcatRows(rows, qkv, (hidden,))",
+        test=f"{THROUGH}::TestParity",
+    ),
+    Mutant(
+        name="take q, k, v and z as they come instead of by key head",
+        file="models/blocks.py",
+        old='yield SplitRows(f"{source}in_proj_qkvz.weight", qkvz, row, groups=groups)',
+        new='yield SplitRows(f"{source}in_proj_qkvz.weight", qkvz, row)',
+        test=f"{THROUGH}::TestParity",
+    ),
+    Mutant(
+        name="normalize probabilities of experts that are not",
+        file="models/provider.py",
+        old='"moe_router_pre_softmax": not model.norm_topk_prob,',
+        new='"moe_router_pre_softmax": False,',
+        test=f"{THROUGH}::TestParity",
+    ),
+    Mutant(
+        name="scale Llama's frequencies by megatron-core's own numbers",
+        file="models/provider.py",
+        old="rope._apply_scaling(rope.inv_freq, **dataclasses.asdict(model.rope_scaling))",
+        new="rope._apply_scaling(rope.inv_freq, factor=model.rope_scaling.factor)",
+        test=f"{THROUGH}::TestParity",
+    ),
+    Mutant(
+        name="read all experts for each",
+        file="checkpoint/convert.py",
+        old="tensors = [reader.read(spec.name, spec.index) for spec in mapping.hf]",
+        new="tensors = [reader.read(spec.name)[spec.index] for spec in mapping.hf]",
+        test=f"{FAMILIES}::TestExperts",
+    ),
+    Mutant(
+        name="let the last expert decide on the dtype of all",
+        file="checkpoint/convert.py",
+        old="infos.update({name: info for name, info in sources.items() if name not in widened})",
+        new="infos.update(sources)",
+        test=f"{FAMILIES}::TestExperts",
+    ),
+    Mutant(
+        name="forget what the vision part was",
+        file="checkpoint/sidecar.py",
+        old="if digest(tensor) != self._sidecar.carried[name].digest:",
+        new="if False:",
+        test=f"{FAMILIES}::TestParts",
     ),
 ]

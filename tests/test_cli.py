@@ -40,6 +40,16 @@ def test_there_and_back(hf: Path, tmp_path: Path) -> None:
     assert assets(tmp_path / "hf") == assets(hf)
 
 
+def test_what_is_carried_is_counted_and_comes_back(hf: Path, tmp_path: Path) -> None:
+    there = _run("import", "--vision", "carry", hf, tmp_path / "megatron")
+    assert there.exit_code == 0, there.output
+    vision = [name for name in stored_tensors(hf) if name.startswith("model.visual.")]
+    assert f"carried beside the checkpoint as they are: {len(vision)}" in there.stdout
+    back = _run("export", tmp_path / "megatron", tmp_path / "hf")
+    assert back.exit_code == 0, back.output
+    assert stored_tensors(tmp_path / "hf") == stored_tensors(hf)
+
+
 def test_nothing_is_listed_where_nothing_was_left_out(hf: Path, tmp_path: Path) -> None:
     plain = write_small(tmp_path / "plain")
     result = _run("import", plain, tmp_path / "megatron")
@@ -157,6 +167,8 @@ class TestExport:
         ["import"],
         ["import", "no/such/directory", "out"],
         ["import", ".", "out", "--unknown"],
+        ["import", ".", "out", "--vision", "convert"],
+        ["import", ".", "out", "--mtp", "refuse"],
         ["export", "no/such/directory", "out"],
         ["export", ".", "out", "--source", "no/such/directory"],
         ["unknown"],

@@ -1,6 +1,6 @@
 """What an import leaves beside a Megatron checkpoint, so that an export can give back what came.
 
-`hf_source/` holds `source.json` (family, naming style, and dtype, shape and digest of every tensor), `originals/` (the
+`hf_source/` holds `source.json` (family, and dtype, shape and digest of every tensor), `originals/` (the
 exact values of tensors whose change of layout cannot be undone), `carried/` (tensors that are not converted, such as
 those of a vision part), and `assets/` (config, tokenizer and every other file of the Hugging Face directory that is no
 weights, byte for byte).
@@ -80,8 +80,6 @@ class Sidecar:
     """A `hf_source` directory."""
 
     directory: Path
-    prefix: str
-    """Which of the family's naming styles the tensors came under."""
     tensors: Mapping[str, SourceTensor]
     carried: Mapping[str, SourceTensor]
     """Tensors of the source that were not converted but kept here."""
@@ -190,7 +188,6 @@ def write_sidecar(
     content = {
         "version": 1,
         "family": plan.family.name,
-        "prefix": plan.naming.prefix,
         "tensors": _listed(tensors),
         "carried": _listed(carried),
         "left_out": list(plan.left_out),
@@ -243,7 +240,6 @@ def _read_sidecar(directory: Path) -> Sidecar:
             raise CheckpointError(f"{directory}: unknown version {content['version']!r} of source.json")
         return Sidecar(
             directory=directory,
-            prefix=content["prefix"],
             tensors=_unlisted(content["tensors"]),
             carried=_unlisted(content["carried"]),
             left_out=tuple(content["left_out"]),

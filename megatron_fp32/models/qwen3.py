@@ -1,6 +1,8 @@
-"""Qwen3, dense: attention with norms of q and k.
+"""Qwen3, dense, alone or as the text model of Qwen3-VL: attention with norms of q and k.
 
-Source: transformers `models/qwen3/modeling_qwen3.py`.
+What Qwen3-VL adds to its text model (DeepStack, sections of the rotary angles) concerns tokens of images alone.
+
+Source: transformers `models/qwen3/modeling_qwen3.py`, `models/qwen3_vl/modeling_qwen3_vl.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 from megatron_fp32.models import blocks
 from megatron_fp32.models.decoder import DecoderConfig, decoder_fields, require, text_config
 
-MODEL_TYPES = ("qwen3",)
+MODEL_TYPES = ("qwen3", "qwen3_vl_text", "qwen3_vl")
 
 mappings = blocks.decoder
 

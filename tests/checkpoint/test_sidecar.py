@@ -119,7 +119,7 @@ def test_without_a_sidecar_the_message_names_the_option(tmp_path: Path) -> None:
     ids=str,
 )
 def test_a_damaged_listing_is_refused(tmp_path: Path, content: str | dict[str, Any]) -> None:
-    whole = {"version": 1, "prefix": "model.", "tensors": {}, "left_out": []}
+    whole = {"version": 1, "tensors": {}, "carried": {}, "left_out": []}
     text = content if isinstance(content, str) else json.dumps({**whole, **content})
     (tmp_path / "source.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"source\.json is damaged"):
