@@ -26,8 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from megatron_fp32.checkpoint.digests import digest
 from megatron_fp32.checkpoint.huggingface import HuggingFaceReader
-from megatron_fp32.checkpoint.sidecar import digest, find_sidecar
+from megatron_fp32.checkpoint.sidecar import find_sidecar
 from megatron_fp32.models.provider import read_hf_config
 from megatron_fp32.testing.cpu import cpu_megatron
 from megatron_fp32.testing.qwen3_5 import load_qwen3_5, write_qwen3_5

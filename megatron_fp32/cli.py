@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_fp32.checkpoint import convert
+from megatron_fp32.checkpoint import convert, jobs
+from megatron_fp32.checkpoint.export_job import ExportDtype
+from megatron_fp32.checkpoint.fp8 import Fp8Scheme, detect_scheme, named_scheme
+from megatron_fp32.checkpoint.fp8.scheme import LAYOUTS
 from megatron_fp32.checkpoint.huggingface import CheckpointError
 from megatron_fp32.checkpoint.plan import Mtp, Vision
+from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 
 _EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
 _NEW = click.Path(path_type=Path)
+
+_workers = click.option(
+    "--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that write files at a time."
+)
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+_shard_bytes = click.option(
+    "--max-shard-bytes",
+    type=click.IntRange(1),
+    default=5 * 10**9,
+    show_default=True,
+    help="Size of a safetensors file.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -29,8 +48,11 @@ def main() -> None:
 
     Neither a GPU nor a process group is needed, and no model is built: one tensor at a time is in memory.
 
-    Exit status: 0 when everything was converted and verified, 1 when it was refused or failed (nothing is left
-    behind) or when `export --allow-rounded` exported rounded tensors, 2 for a mistake on the command line.
+    An output gets its name when all of it was written, read back and compared. Until then it grows in .NAME.partial
+    beside it; after an interruption, a full disk or a kill, the same command goes on from there.
+
+    Exit status: 0 when everything was converted and verified, 1 when it was refused or failed, or when `export
+    --allow-rounded` exported rounded tensors, 2 for a mistake on the command line.
     """
 
 
@@ -54,15 +76,22 @@ def main() -> None:
     "the model is trained without an MTP layer.",
 )
 @click.option("--text-only", is_flag=True, help="The same as --vision drop --mtp drop.")
-def import_(hf_dir: Path, megatron_dir: Path, vision: Vision, mtp: Mtp, text_only: bool) -> None:
+@_workers
+@_as_json
+def import_(
+    hf_dir: Path, megatron_dir: Path, vision: Vision, mtp: Mtp, text_only: bool, workers: int, as_json: bool
+) -> None:
     """Make MEGATRON_DIR, a torch_dist checkpoint, from the safetensors in HF_DIR.
 
     MEGATRON_DIR must not exist. Beside the checkpoint it holds hf_source/, which `export` needs later.
     """
     with _errors_exit(), _progress() as tell:
         report = convert.import_checkpoint(
-            hf_dir, megatron_dir, text_only=text_only, vision=vision, mtp=mtp, progress=tell
+            hf_dir, megatron_dir, text_only=text_only, vision=vision, mtp=mtp, workers=workers, progress=tell
         )
+    if as_json:
+        _print_json(report)
+        return
     console = _console()
     console.print(
         f"{report.checkpoint}: {report.tensors} tensors, {report.nbytes:,} bytes, each read back and equal; "
@@ -85,25 +114,117 @@ def import_(hf_dir: Path, megatron_dir: Path, vision: Vision, mtp: Mtp, text_onl
 @click.option(
     "--allow-rounded", is_flag=True, help="Export tensors of which the checkpoint holds fewer bits than the source had."
 )
-def export(megatron_dir: Path, hf_dir: Path, source: Path | None, allow_rounded: bool) -> None:
+@click.option(
+    "--dtype",
+    type=click.Choice(["trained", "source"]),
+    default="trained",
+    show_default=True,
+    help="What was trained in fp32 from a 16-bit source leaves as F32, or rounded to the source's dtype.",
+)
+@click.option("--fp8", "fp8_name", type=click.Choice(LAYOUTS), help="Quantize on the way, in this format.")
+@click.option("--fp8-like", type=_EXISTING, help="Quantize on the way, like this float8 checkpoint or its config.")
+@_shard_bytes
+@_workers
+@_as_json
+def export(
+    megatron_dir: Path,
+    hf_dir: Path,
+    source: Path | None,
+    allow_rounded: bool,
+    dtype: ExportDtype,
+    fp8_name: str | None,
+    fp8_like: Path | None,
+    max_shard_bytes: int,
+    workers: int,
+    as_json: bool,
+) -> None:
     """Make HF_DIR, safetensors with config and tokenizer, from the torch_dist checkpoint in MEGATRON_DIR.
 
     HF_DIR must not exist. Tensors leave with the dtype that they came with; those trained in fp32 leave as F32.
     """
     with _errors_exit(), _progress() as tell:
         report = convert.export_checkpoint(
-            megatron_dir, hf_dir, source=source, allow_rounded=allow_rounded, progress=tell
+            megatron_dir,
+            hf_dir,
+            source=source,
+            allow_rounded=allow_rounded,
+            dtype=dtype,
+            fp8=_scheme(fp8_name, fp8_like, names="--fp8 and --fp8-like"),
+            max_shard_bytes=max_shard_bytes,
+            workers=workers,
+            progress=tell,
         )
-    console = _console()
-    console.print(
-        f"{report.directory}: {report.tensors} tensors, {report.nbytes:,} bytes, each read back and equal to what was "
-        f"meant; {report.unchanged} of them as they came from Hugging Face"
-    )
-    if report.widened:
-        console.print(f"trained in fp32 from a 16-bit source, and left as F32: {', '.join(report.widened)}")
+    if as_json:
+        _print_json(report)
+    else:
+        console = _console()
+        console.print(
+            f"{report.directory}: {report.tensors} tensors, {report.nbytes:,} bytes, each read back and equal to what "
+            f"was meant; {report.unchanged} of them as they came from Hugging Face"
+        )
+        for what, names in (
+            ("trained in fp32 from a 16-bit source, and left as F32", report.widened),
+            ("trained in fp32 from a 16-bit source, and rounded to its dtype, as asked", report.narrowed),
+            ("rounded in the Megatron checkpoint", report.rounded),
+        ):
+            if names:
+                console.print(f"{what}: {', '.join(names)}")
     if report.rounded:
-        console.print(f"rounded in the Megatron checkpoint: {', '.join(report.rounded)}")
         sys.exit(1)
+
+
+@main.command()
+@click.argument("hf_dir", type=_EXISTING)
+@click.argument("fp8_dir", type=_NEW)
+@click.option("--scheme", "name", type=click.Choice(LAYOUTS), help="The format.")
+@click.option("--like", type=_EXISTING, help="A float8 checkpoint, or its config files, whose format to take.")
+@click.option("--device", default="cpu", show_default=True, help="Where to quantize; it does not change the result.")
+@_shard_bytes
+@_workers
+@_as_json
+def quantize(
+    hf_dir: Path,
+    fp8_dir: Path,
+    name: str | None,
+    like: Path | None,
+    device: str,
+    max_shard_bytes: int,
+    workers: int,
+    as_json: bool,
+) -> None:
+    """Make FP8_DIR, a float8 checkpoint for inference engines, from the 16-bit safetensors in HF_DIR.
+
+    FP8_DIR must not exist. Norms, routers, embeddings, the head and whatever else loses too much keep their dtype.
+    """
+    with _errors_exit(), _progress() as tell:
+        scheme = _scheme(name, like, names="--scheme and --like")
+        if scheme is None:
+            raise click.UsageError("one of --scheme and --like is needed")
+        report = quantize_checkpoint(
+            hf_dir, fp8_dir, scheme, device=device, max_shard_bytes=max_shard_bytes, workers=workers, progress=tell
+        )
+    if as_json:
+        _print_json(report)
+        return
+    _console().print(
+        f"{report.directory}: {len(report.quantized)} weights in float8 ({report.scheme.layout}), {len(report.kept)} "
+        f"tensors as they were; {report.nbytes:,} bytes of {report.source_nbytes:,}, each tensor read back and equal"
+    )
+
+
+def _scheme(name: str | None, like: Path | None, *, names: str) -> Fp8Scheme | None:
+    if name is not None and like is not None:
+        raise click.UsageError(f"only one of {names} can be given")
+    if like is not None:
+        return detect_scheme(like)
+    return None if name is None else named_scheme(name)
+
+
+def _print_json(report: Any) -> None:
+    def plain(value: Any) -> Any:
+        return sorted(value) if isinstance(value, frozenset) else str(value)
+
+    click.echo(json.dumps(dataclasses.asdict(report), default=plain))
 
 
 def _console() -> Console:
@@ -121,7 +242,7 @@ def _errors_exit() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[convert.Progress]:
+def _progress() -> Iterator[jobs.Progress]:
     columns = (
         TextColumn("{task.description:>7}"),
         BarColumn(),

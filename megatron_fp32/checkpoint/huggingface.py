@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints, read and written one tensor at a time."""
+"""Hugging Face checkpoints, read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,118 +126,7 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
             self._handles[name] = handle
 
 
-class HuggingFaceWriter:
-    """Writes tensors into safetensors files in the order in which they are declared.
-
-    The header of a safetensors file comes before its data, so all names, dtypes and shapes are given first; the values
-    may then arrive in any order, one at a time.
-
-    Args:
-        directory: an existing directory to write into.
-        tensors: every tensor that will be written.
-        max_shard_bytes: a file is closed before it grows past this.
-    """
-
-    def __init__(
-        self, directory: str | Path, tensors: Mapping[str, TensorInfo], *, max_shard_bytes: int = 5 * 10**9
-    ) -> None:
-        self._directory = Path(directory)
-        self._written: dict[str, set[tuple[int, ...]]] = {name: set() for name in tensors}
-        self._places: dict[str, tuple[Path, int, TensorInfo]] = {}
-        shards = _shards(tensors, max_shard_bytes)
-        names = _shard_names(len(shards))
-        for file, shard in zip(names, shards, strict=True):
-            self._declare(self._directory / file, {name: tensors[name] for name in shard})
-        if len(shards) > 1:
-            weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-            total = sum(info.nbytes for info in tensors.values())
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-    def write(self, name: str, tensor: Tensor, *, index: tuple[int, ...] = ()) -> None:
-        """Write one declared tensor, or `tensor[index]` of one.
-
-        Raises:
-            ValueError: when it was not declared so, or was written already.
-        """
-        if name not in self._written or self._written[name] & {index, ()}:
-            raise ValueError(f"tensor {name!r} was not declared, or is written already")
-        path, offset, info = self._places[name]
-        if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape[len(index) :]:
-            raise ValueError(
-                f"tensor {name!r} was declared {info.dtype} {info.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
-                + (f" for {list(index)}" if index else "")
-            )
-        element = 0
-        for at, size in zip(index, info.shape, strict=False):
-            if not 0 <= at < size:
-                raise ValueError(f"tensor {name!r} was declared {info.shape}, got a part at {list(index)}")
-            element = element * size + at
-        content = tensor_bytes(tensor)
-        with path.open("r+b") as file:
-            file.seek(offset + element * content.nbytes)
-            file.write(content)
-        self._written[name].add(index)
-
-    def finish(self) -> None:
-        """Check that every declared tensor was written.
-
-        Raises:
-            ValueError: naming those that were not.
-        """
-        pending = sorted(name for name, parts in self._written.items() if not self._is_whole(name, parts))
-        if pending:
-            raise ValueError(f"tensors declared but not written: {pending}")
-
-    def _is_whole(self, name: str, parts: set[tuple[int, ...]]) -> bool:
-        shape = self._places[name][2].shape
-        return bool(parts) and sum(math.prod(shape[len(index) :]) for index in parts) == math.prod(shape)
-
-    def _declare(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, info in tensors.items():
-            start, end = end, end + info.nbytes
-            header[name] = {
-                "dtype": DTYPE_NAMES[info.dtype],
-                "shape": list(info.shape),
-                "data_offsets": [start, end],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        data_start = 8 + len(text)
-        with path.open("xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(data_start + end)
-        for name, info in tensors.items():
-            self._places[name] = (path, data_start + header[name]["data_offsets"][0], info)
-
-
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The values in row-major order, little-endian, as the machine holds them."""
     flat = tensor.detach().contiguous().cpu().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def _shards(tensors: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    # Wider dtypes first keeps every tensor of a file aligned to its item size.
-    for name in _by_alignment(tensors):
-        nbytes = tensors[name].nbytes
-        if shards[-1] and size + nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += nbytes
-    return [_by_alignment({name: tensors[name] for name in shard}) for shard in shards]
-
-
-def _by_alignment(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    return sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-
-
-def _shard_names(count: int) -> Iterable[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]

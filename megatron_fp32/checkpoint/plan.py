@@ -6,9 +6,11 @@ side, whole tensors or elements of stacks that nobody else writes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from argparse import Namespace
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -196,3 +198,12 @@ def listing(names: Sequence[str], limit: int = 8) -> str:
     """Names for a message, not too many of them."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown}, and {len(names) - limit} more"
+
+
+@contextlib.contextmanager
+def naming(directory: Path) -> Iterator[None]:
+    """Say in the message of a CheckpointError which checkpoint it is about."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from error

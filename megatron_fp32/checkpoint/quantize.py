@@ -1,22 +1,33 @@
-"""A float8 checkpoint from a Hugging Face one in 16 bits."""
+"""A float8 checkpoint from a Hugging Face one in 16 bits: each part is a safetensors file."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
-import shutil
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_fp32.checkpoint.convert import Progress, _no_progress, _staging
-from megatron_fp32.checkpoint.fp8.config import MODELOPT_FILE, extra_files, quantization_config
+from megatron_fp32.checkpoint.digests import Digests, digest
+from megatron_fp32.checkpoint.fp8.config import MODELOPT_FILE, described_scheme, write_configs
 from megatron_fp32.checkpoint.fp8.detect import read_quantization_config
 from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, named_scheme
-from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, quantize_tensor
-from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader, HuggingFaceWriter, TensorInfo
-from megatron_fp32.checkpoint.sidecar import _WEIGHTS, digest
+from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, quantize_tensor
+from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader, TensorInfo
+from megatron_fp32.checkpoint.import_job import described, read_config
+from megatron_fp32.checkpoint.jobs import Part, Progress, Tell, run_job
+from megatron_fp32.checkpoint.safetensors_writer import (
+    SafetensorsFile,
+    cut_into_shards,
+    read_back,
+    shard_names,
+    write_index,
+)
+from megatron_fp32.checkpoint.sidecar import copy_assets
+from megatron_fp32.checkpoint.staging import Staging
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +51,7 @@ def quantize_checkpoint(
     *,
     device: torch.device | str = "cpu",
     max_shard_bytes: int = 5 * 10**9,
+    workers: int = 1,
     progress: Progress | None = None,
 ) -> Fp8Report:
     """Quantize a Hugging Face checkpoint; one tensor of it is in memory at a time.
@@ -53,78 +65,112 @@ def quantize_checkpoint(
         out: directory to make; it must not exist.
         scheme: the format, or the name of one.
         device: where to quantize. It does not change the result.
-        max_shard_bytes: see `HuggingFaceWriter`.
+        max_shard_bytes: a file is closed before it grows past this.
+        workers: see `import_checkpoint`.
         progress: told of every tensor.
 
     Raises:
         CheckpointError: when the source is incomplete, or quantized already, or nothing of it is to be quantized.
             Nothing is left behind.
+        OSError: as `import_checkpoint`.
         ValueError: for an unknown scheme, and for infinite or NaN weights, with the name.
     """
-    hf_dir, out, tell = Path(hf_dir), Path(out), progress or _no_progress
     if isinstance(scheme, str):
         scheme = named_scheme(scheme)
-    config = _read_config(hf_dir)
-    with HuggingFaceReader(hf_dir) as reader:
-        infos = _plan(hf_dir, reader.tensors, scheme)
-        with _staging(out) as staging:
-            _copy_assets(hf_dir, staging)
-            config["quantization_config"] = quantization_config(infos, scheme)
-            for file, content in {"config.json": config, **extra_files(infos, scheme)}.items():
-                (staging / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-            writer = HuggingFaceWriter(staging, infos, max_shard_bytes=max_shard_bytes)
-            total = sum(info.nbytes for info in infos.values())
-            meant = {}
-            for name in reader.tensors:
-                for output, tensor in quantize_tensor(name, reader.read(name).to(device), scheme).items():
-                    writer.write(output, tensor)
-                    meant[output] = digest(tensor)
-                    tell("write", tensor.nbytes, total)
-            writer.finish()
-            with HuggingFaceReader(staging) as written:
-                for name, expected in meant.items():
-                    tensor = written.read(name)
-                    if digest(tensor) != expected:
-                        raise CheckpointError(f"{staging}: {name!r} reads back other values than were written")
-                    tell("verify", tensor.nbytes, total)
-        quantized = tuple(name for name, info in infos.items() if info.dtype == torch.float8_e4m3fn)
+    open_job = functools.partial(open_quantization, Path(hf_dir), scheme, str(device), max_shard_bytes)
+    with open_job() as job:
+        run_job(job, open_job, Path(out), workers=workers, progress=progress)
         return Fp8Report(
-            directory=out,
+            directory=Path(out),
             scheme=scheme,
-            quantized=quantized,
-            kept=tuple(name for name, info in infos.items() if reader.tensors.get(name) == info),
-            nbytes=total,
-            source_nbytes=sum(info.nbytes for info in reader.tensors.values()),
+            quantized=tuple(name for name, info in job.infos.items() if info.dtype == torch.float8_e4m3fn),
+            kept=tuple(name for name, info in job.infos.items() if job.reader.tensors.get(name) == info),
+            nbytes=sum(info.nbytes for info in job.infos.values()),
+            source_nbytes=sum(info.nbytes for info in job.reader.tensors.values()),
         )
 
 
-def _read_config(hf_dir: Path) -> dict[str, Any]:
-    path = hf_dir / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
+class QuantizeJob:
+    """A quantization, open in one process. Made by `open_quantization`."""
+
+    def __init__(
+        self,
+        reader: HuggingFaceReader,
+        config: dict[str, Any],
+        scheme: Fp8Scheme,
+        *,
+        device: str,
+        max_shard_bytes: int,
+    ) -> None:
+        self.reader, self._config, self._scheme, self._device = reader, config, scheme, device
+        self.infos = _plan(reader, scheme)
+        self.identity = {
+            "job": "quantize",
+            "version": 1,
+            "options": {"scheme": described_scheme(scheme), "max_shard_bytes": max_shard_bytes},
+            "source": described(reader.directory),
+        }
+        self.parts: Sequence[Part] = self._cut(max_shard_bytes)
+
+    def run(self, part: Part, path: Path, tell: Tell) -> dict[str, Any]:
+        """Write a safetensors file; see `Job`."""
+        outputs, names = part.steps
+        file, digests = SafetensorsFile(path, {name: self.infos[name] for name in outputs}), Digests()
+        for name in names:
+            tensor = self.reader.read(name).to(self._device)
+            for output, value in quantize_tensor(name, tensor, self._scheme).items():
+                file.write(output, value)
+                digests.add(output, value)
+                tell("write", value.nbytes)
+        file.finish(durable=True)
+        with read_back(path) as read:
+            for name, expected in digests.by_name().items():
+                tensor = read(name, ())
+                if digest(tensor) != expected:
+                    raise CheckpointError(f"{path}: {name!r} reads back other values than were written")
+                tell("verify", tensor.nbytes)
+        return {}
+
+    def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:
+        """Write the index and the files that are no weights; see `Job`."""
+        copy_assets(self.reader.directory, staging.output, without=(MODELOPT_FILE,))
+        write_configs(staging.output, self._config, self.infos, self._scheme)
+        write_index(staging.output, {part.file: part.steps[0] for part in self.parts}, self.infos)
+
+    def _cut(self, limit: int) -> list[Part]:
+        tensors = self.reader.tensors
+        outputs = {name: list(infos_of(name, info, self._scheme)) for name, info in tensors.items()}
+        shards = cut_into_shards(outputs.values(), self.infos, limit)
+        place = {output: index for index, shard in enumerate(shards) for output in shard}
+        sources: list[list[str]] = [[] for _ in shards]
+        for name, of_name in outputs.items():
+            sources[place[of_name[0]]].append(name)
+        return [
+            Part(file=file, nbytes=sum(self.infos[name].nbytes for name in shard), steps=(shard, names))
+            for file, shard, names in zip(shard_names(len(shards)), shards, sources, strict=True)
+        ]
+
+
+@contextlib.contextmanager
+def open_quantization(hf_dir: Path, scheme: Fp8Scheme, device: str, max_shard_bytes: int) -> Iterator[QuantizeJob]:
+    """Raises as `quantize_checkpoint`, before anything is written."""
+    config = read_config(hf_dir)
     found = read_quantization_config(hf_dir)
     if found is not None:
         raise CheckpointError(
             f"{hf_dir} is quantized already: {found.get('quant_method') or found.get('quantization')}"
         )
-    config: dict[str, Any] = json.loads(path.read_text())
-    return config
+    with HuggingFaceReader(hf_dir) as reader:
+        yield QuantizeJob(reader, config, scheme, device=device, max_shard_bytes=max_shard_bytes)
 
 
-def _plan(hf_dir: Path, tensors: dict[str, TensorInfo], scheme: Fp8Scheme) -> dict[str, TensorInfo]:
-    eight_bits = [n for n, i in tensors.items() if i.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)]
+def _plan(reader: HuggingFaceReader, scheme: Fp8Scheme) -> dict[str, TensorInfo]:
+    eight_bits = [n for n, i in reader.tensors.items() if i.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)]
     if eight_bits:
-        raise CheckpointError(f"{hf_dir} is quantized already: {eight_bits[0]} is {tensors[eight_bits[0]].dtype}")
-    infos = fp8_infos(tensors, scheme)
+        raise CheckpointError(
+            f"{reader.directory} is quantized already: {eight_bits[0]} is {reader.tensors[eight_bits[0]].dtype}"
+        )
+    infos = fp8_infos(reader.tensors, scheme)
     if all(info.dtype != torch.float8_e4m3fn for info in infos.values()):
-        raise CheckpointError(f"{hf_dir} holds no weight that the {scheme.layout} scheme quantizes")
+        raise CheckpointError(f"{reader.directory} holds no weight that the {scheme.layout} scheme quantizes")
     return infos
-
-
-def _copy_assets(hf_dir: Path, staging: Path) -> None:
-    for path in sorted(hf_dir.rglob("*")):
-        place = path.relative_to(hf_dir)
-        hidden = any(part.startswith(".") for part in place.parts[:-1])
-        if path.is_file() and not hidden and not path.name.endswith(_WEIGHTS) and path.name != MODELOPT_FILE:
-            (staging / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, staging / place)

@@ -10,61 +10,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_fp32.checkpoint.digests import Digests, digest
 from megatron_fp32.checkpoint.huggingface import (
     DTYPE_NAMES,
     DTYPES,
     CheckpointError,
     HuggingFaceReader,
-    HuggingFaceWriter,
     TensorInfo,
-    tensor_bytes,
 )
 from megatron_fp32.checkpoint.plan import ImportPlan
+from megatron_fp32.checkpoint.safetensors_writer import HuggingFaceWriter
+from megatron_fp32.checkpoint.staging import Staging
 from megatron_fp32.checkpoint.torch_dist import find_checkpoint
 
 DIRECTORY = "hf_source"
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5")
-
-
-def digest(tensor: Tensor) -> str:
-    """SHA-256 of dtype, shape and values: equal for tensors that are equal byte for byte."""
-    header = f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)} ".encode()
-    sha = hashlib.sha256(header)
-    sha.update(tensor_bytes(tensor))
-    return sha.hexdigest()
-
-
-class Digests:
-    """Digests of tensors that come whole or, where they are stacks, element by element in any order."""
-
-    def __init__(self) -> None:
-        self._parts: dict[str, dict[tuple[int, ...], str]] = {}
-
-    def add(self, name: str, tensor: Tensor, index: tuple[int, ...] = ()) -> str:
-        """Take in a tensor, or element `index` of a stack; its digest."""
-        value = digest(tensor)
-        self._parts.setdefault(name, {})[index] = value
-        return value
-
-    def by_name(self) -> dict[str, str]:
-        """`digest` of every tensor; of a stack, the SHA-256 of its elements' digests one after another."""
-        return {
-            name: parts[()]
-            if () in parts
-            else hashlib.sha256("".join(parts[i] for i in sorted(parts)).encode()).hexdigest()
-            for name, parts in self._parts.items()
-        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,32 +115,27 @@ class CarriedTensors:
 
 
 def write_sidecar(
-    root: Path,
+    staging: Staging,
     reader: HuggingFaceReader,
     plan: ImportPlan,
     *,
     tensors: Mapping[str, SourceTensor],
     originals: Mapping[str, Tensor],
 ) -> None:
-    """Make `root/hf_source`.
+    """Make `hf_source`.
 
     Args:
-        root: what the import makes.
+        staging: of the import.
         reader: of the Hugging Face checkpoint.
         plan: of the import.
         tensors: those that were converted.
         originals: exact values of those whose change of layout cannot be undone.
     """
-    directory, hf_dir = root / DIRECTORY, reader.directory
-    (directory / "assets").mkdir(parents=True)
-    for path in sorted(hf_dir.rglob("*")):
-        place = path.relative_to(hf_dir)
-        # Hidden folders are those of git and of download caches.
-        hidden = any(part.startswith(".") for part in place.parts[:-1])
-        if path.is_file() and not hidden and not path.name.endswith(_WEIGHTS):
-            target = directory / "assets" / place
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+    directory = staging.output / DIRECTORY
+    # What a run that was interrupted here has left.
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    copy_assets(reader.directory, directory / "assets")
     if originals:
         infos = {n: TensorInfo(dtype=t.dtype, shape=tuple(t.shape)) for n, t in originals.items()}
         _write_tensors(directory / "originals", infos, originals.__getitem__)
@@ -186,7 +151,7 @@ def write_sidecar(
         _write_tensors(directory / "carried", {name: reader.tensors[name] for name in plan.carried}, read)
         carried = {n: SourceTensor(info=reader.tensors[n], digest=value) for n, value in digests.by_name().items()}
     content = {
-        "version": 1,
+        "version": 2,
         "family": plan.family.name,
         "tensors": _listed(tensors),
         "carried": _listed(carried),
@@ -195,17 +160,41 @@ def write_sidecar(
     (directory / "source.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
+def copy_assets(hf_dir: Path, directory: Path, *, without: Collection[str] = ()) -> None:
+    """Copy every file of a Hugging Face checkpoint that is no weights.
+
+    Args:
+        hf_dir: from where.
+        directory: to where; it is made when it does not exist.
+        without: names of files to leave out.
+    """
+    directory.mkdir(exist_ok=True)
+    for path in sorted(hf_dir.rglob("*")):
+        place = path.relative_to(hf_dir)
+        # Hidden folders are those of git and of download caches.
+        hidden = any(part.startswith(".") for part in place.parts[:-1])
+        if path.is_file() and not hidden and not path.name.endswith(_WEIGHTS) and path.name not in without:
+            (directory / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, directory / place)
+
+
 def _write_tensors(directory: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> None:
     directory.mkdir()
-    writer = HuggingFaceWriter(directory, infos)
+    writer, meant = HuggingFaceWriter(directory, infos), {}
     for name in infos:
-        writer.write(name, read(name))
+        tensor = read(name)
+        writer.write(name, tensor)
+        meant[name] = digest(tensor)
     writer.finish()
+    with HuggingFaceReader(directory) as written:
+        wrong = [name for name, expected in meant.items() if digest(written.read(name)) != expected]
+    if wrong:
+        raise CheckpointError(f"{directory}: {wrong} read back other values than were written; the disk may be damaged")
 
 
 def _listed(tensors: Mapping[str, SourceTensor]) -> dict[str, Any]:
     return {
-        name: {"dtype": DTYPE_NAMES[t.info.dtype], "shape": list(t.info.shape), "sha256": t.digest}
+        name: {"dtype": DTYPE_NAMES[t.info.dtype], "shape": list(t.info.shape), "xxh3_128": t.digest}
         for name, t in tensors.items()
     }
 
@@ -236,7 +225,7 @@ def _places(megatron_dir: Path) -> list[Path]:
 def _read_sidecar(directory: Path) -> Sidecar:
     try:
         content = json.loads((directory / "source.json").read_text())
-        if content["version"] != 1:
+        if content["version"] != 2:
             raise CheckpointError(f"{directory}: unknown version {content['version']!r} of source.json")
         return Sidecar(
             directory=directory,
@@ -253,7 +242,7 @@ def _read_sidecar(directory: Path) -> Sidecar:
 def _unlisted(listed: dict[str, Any]) -> dict[str, SourceTensor]:
     return {
         name: SourceTensor(
-            info=TensorInfo(dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"])), digest=entry["sha256"]
+            info=TensorInfo(dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"])), digest=entry["xxh3_128"]
         )
         for name, entry in listed.items()
     }

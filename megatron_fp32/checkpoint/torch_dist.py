@@ -1,4 +1,4 @@
-"""megatron-core's `torch_dist` checkpoints, read and written without a model, a GPU or a process group.
+"""megatron-core's `torch_dist` checkpoints, read without a model, a GPU or a process group.
 
 A checkpoint is a directory: `.metadata`, a pickled `torch.distributed.checkpoint.metadata.Metadata` that says where
 each chunk of each tensor lies; `*.distcp`, concatenated `torch.save` blobs; `metadata.json`, which names the format;
@@ -14,10 +14,8 @@ import io
 import itertools
 import json
 import pickle
-from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -27,8 +25,6 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 from megatron_fp32.checkpoint.huggingface import CheckpointError, TensorInfo
 
 TRACKER = "latest_checkpointed_iteration.txt"
-
-_DATA_FILE = "__0_0.distcp"
 
 _ALLOWED = {
     metadata.__name__: {
@@ -126,7 +122,7 @@ class TorchDistReader:
     ) -> dict[tuple[int, ...], list[metadata.ChunkStorageMetadata]]:
         """For every index of the first axes, the chunks that hold something of it."""
         if (name, axes) not in self._by_index:
-            if not _tiles(entry):
+            if not covers(entry):
                 raise CheckpointError(
                     f"{self.directory}: the chunks of {name!r} do not make up the {tuple(entry.size)} tensor"
                 )
@@ -160,105 +156,11 @@ class TorchDistReader:
         return value
 
 
-class TorchDistWriter:
-    """Writes a `torch_dist` checkpoint, one tensor, or one element of a stack of tensors, at a time.
-
-    Args:
-        directory: an existing, empty directory; it becomes a checkpoint when `finish` returns.
-    """
-
-    def __init__(self, directory: str | Path) -> None:
-        self._directory = Path(directory)
-        self._stream = (self._directory / _DATA_FILE).open("xb")
-        self._entries: dict[str, Any] = {}
-        self._storage: dict[metadata.MetadataIndex, Any] = {}
-
-    def write(self, name: str, tensor: Tensor, *, index: tuple[int, ...] = (), stack: tuple[int, ...] = ()) -> None:
-        """Write a tensor under its global name, or element `index` of a stack, which becomes a chunk of its own.
-
-        Args:
-            name: global name.
-            tensor: its values.
-            index: which element of the stack it is; empty for a whole tensor.
-            stack: sizes of the stack's axes, as many as `index` has; they come first in the checkpoint's tensor.
-
-        Raises:
-            ValueError: when other elements of the stack have another dtype or shape.
-        """
-        size = torch.Size([*stack, *tensor.shape])
-        offsets = torch.Size([*index, *([0] * tensor.dim())])
-        chunk = metadata.ChunkStorageMetadata(offsets=offsets, sizes=torch.Size([*([1] * len(index)), *tensor.shape]))
-        entry = self._entries.setdefault(
-            name, metadata.TensorStorageMetadata(metadata.TensorProperties(dtype=tensor.dtype), size, [])
-        )
-        if (entry.size, entry.properties.dtype) != (size, tensor.dtype):
-            raise ValueError(
-                f"{name!r} is {entry.properties.dtype} {tuple(entry.size)}, got {tensor.dtype} {tuple(size)}"
-            )
-        # clone() leaves the rest of a shared storage behind, which torch.save would write too.
-        self._append(metadata.MetadataIndex(name, offsets), tensor.detach().reshape(chunk.sizes).contiguous().clone())
-        entry.chunks.append(chunk)
-
-    def write_object(self, name: str, value: Any) -> None:
-        """Write something that is no tensor. megatron-core expects objects as one-element lists."""
-        self._append(metadata.MetadataIndex(name), [value])
-        self._entries[name] = metadata.BytesStorageMetadata()
-
-    def finish(self, common: dict[str, Any]) -> None:
-        """Write the common state and the metadata; the checkpoint is complete after this.
-
-        Args:
-            common: what a trainer reads besides tensors: `args`, `checkpoint_version`, `iteration`.
-
-        Raises:
-            ValueError: when elements of a stack are missing, or were written twice.
-        """
-        tensors = {n: e for n, e in self._entries.items() if isinstance(e, metadata.TensorStorageMetadata)}
-        wrong = sorted(name for name, entry in tensors.items() if not _tiles(entry))
-        if wrong:
-            raise ValueError(f"elements of these stacks are missing, or were written twice: {wrong}")
-        self.write_object("common_state/shard_0_1", common)
-        self._stream.close()
-        torch.save(common, self._directory / "common.pt")
-        complete = metadata.Metadata(
-            state_dict_metadata=self._entries,
-            planner_data=None,
-            storage_data=self._storage,
-            storage_meta=metadata.StorageMeta(),
-        )
-        (self._directory / ".metadata").write_bytes(pickle.dumps(complete))
-        declared = {
-            "sharded_backend": "torch_dist",
-            "sharded_backend_version": 1,
-            "common_backend": "torch",
-            "common_backend_version": 1,
-        }
-        (self._directory / "metadata.json").write_text(json.dumps(declared))
-
-    def __enter__(self) -> TorchDistWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stream.close()
-
-    def _append(self, index: metadata.MetadataIndex, value: Any) -> None:
-        start = self._stream.tell()
-        torch.save(value, self._stream)
-        self._storage[index] = filesystem._StorageInfo(_DATA_FILE, start, self._stream.tell() - start)
-
-
-def common_state(args: Namespace) -> dict[str, Any]:
-    """The common state of a checkpoint that no trainer has touched yet."""
-    return {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}
-
-
 def _box(chunk: metadata.ChunkStorageMetadata) -> tuple[slice, ...]:
     return tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
-def _tiles(entry: metadata.TensorStorageMetadata) -> bool:
+def covers(entry: metadata.TensorStorageMetadata) -> bool:
     """The chunks lie inside the tensor, do not overlap, and cover it.
 
     They do exactly when their indicator functions add up to the tensor's, and these are determined by their corners,

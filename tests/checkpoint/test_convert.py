@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM
 
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader, HuggingFaceWriter
-from megatron_fp32.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
+from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader
+from megatron_fp32.checkpoint.safetensors_writer import SafetensorsFile
+from megatron_fp32.checkpoint.torch_dist import TorchDistReader
+from megatron_fp32.checkpoint.torch_dist_writer import DataFile, TorchDistWriter
 from tests.checkpoint.conftest import Source
 from tests.checkpoint.support import A_LOG, EVEN, NORM, assets, rewrite, stored_tensors, tree, write_small
 
@@ -257,23 +259,14 @@ class TestOutput:
             export_checkpoint(imported(), out)
         assert tree(tmp_path) == before
 
-    @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["OSError", "Ctrl-C"])
-    def test_a_failed_import_leaves_nothing(
-        self, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    @pytest.mark.parametrize("writer", [DataFile, SafetensorsFile])
+    def test_what_fails_because_of_the_data_leaves_nothing(
+        self, source: Source, imported: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: type
     ) -> None:
-        _fail_on(monkeypatch, TorchDistWriter, call=5, error=error)
-        with pytest.raises(type(error)):
-            import_checkpoint(source(), tmp_path / "out")
-        assert list(tmp_path.iterdir()) == []
-
-    @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["OSError", "Ctrl-C"])
-    def test_a_failed_export_leaves_nothing(
-        self, imported: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-    ) -> None:
-        made = imported()
-        _fail_on(monkeypatch, HuggingFaceWriter, call=5, error=error)
-        with pytest.raises(type(error)):
-            export_checkpoint(made, tmp_path / "out")
+        convert, made = (import_checkpoint, source()) if writer is DataFile else (export_checkpoint, imported())
+        _fail_on(monkeypatch, writer, call=5, error=CheckpointError("damaged"))
+        with pytest.raises(CheckpointError, match="damaged"):
+            convert(made, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 
     def test_a_refused_import_leaves_no_parents_behind(self, own: Path, tmp_path: Path) -> None:
@@ -309,7 +302,7 @@ class TestOutput:
     ) -> None:
         events: list[str] = []
         _record(monkeypatch, HuggingFaceReader, "read", events)
-        _record(monkeypatch, TorchDistWriter, "write", events)
+        _record(monkeypatch, DataFile, "write", events)
         import_checkpoint(source(), tmp_path / "m")
         runs = "".join("r" if event == "read" else "w" for event in events).split("w")
         assert max(len(reads) for reads in runs) == 3  # q, k and v
@@ -319,7 +312,7 @@ class TestVerification:
     def test_an_import_notices_a_flipped_bit(
         self, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        _damage_after(monkeypatch, TorchDistWriter, "__0_0.distcp")
+        _damage_after(monkeypatch, DataFile, "close")
         with pytest.raises(CheckpointError, match=r"reads back other values|is damaged"):
             import_checkpoint(source(), tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
@@ -328,7 +321,7 @@ class TestVerification:
         self, imported: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         made = imported()
-        _damage_after(monkeypatch, HuggingFaceWriter, "model.safetensors")
+        _damage_after(monkeypatch, SafetensorsFile, "finish")
         with pytest.raises(CheckpointError, match="reads back other values"):
             export_checkpoint(made, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
@@ -356,18 +349,18 @@ def _record(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, events: l
     monkeypatch.setattr(owner, method, recording)
 
 
-def _damage_after(monkeypatch: pytest.MonkeyPatch, writer: type, file: str) -> None:
+def _damage_after(monkeypatch: pytest.MonkeyPatch, writer: type, method: str) -> None:
     """Flip one bit in the middle of a file once the writer is done with it."""
-    finish = writer.finish
+    finish = getattr(writer, method)
 
-    def damaging(self: Any, *args: Any) -> None:
-        finish(self, *args)
-        path = self._directory / file
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
+    def damaging(self: Any, *args: Any, **kwargs: Any) -> None:
+        finish(self, *args, **kwargs)
+        if kwargs:
+            content = bytearray(self._path.read_bytes())
+            content[len(content) // 2] ^= 1
+            self._path.write_bytes(content)
 
-    monkeypatch.setattr(writer, "finish", damaging)
+    monkeypatch.setattr(writer, method, damaging)
 
 
 def test_the_padding_of_the_vocabulary_is_cut_off(imported: Source, source: Source, tmp_path: Path) -> None:

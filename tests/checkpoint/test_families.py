@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader
-from megatron_fp32.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
+from megatron_fp32.checkpoint.torch_dist import TorchDistReader
+from megatron_fp32.checkpoint.torch_dist_writer import TorchDistWriter
 from tests.checkpoint.support import assets, rewrite, stored_tensors
 from tests.families import CASES, Case, case
 

@@ -510,18 +510,17 @@ class TestWholeCheckpoints:
             quantize_checkpoint(tmp_path / "empty", tmp_path / "new", "blockwise")
 
     def test_a_disk_that_forgets_is_noticed(self, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from megatron_fp32.checkpoint.huggingface import HuggingFaceWriter
+        from megatron_fp32.checkpoint.safetensors_writer import SafetensorsFile
 
-        finish = HuggingFaceWriter.finish
+        finish = SafetensorsFile.finish
 
-        def damage(writer: HuggingFaceWriter) -> None:
-            finish(writer)
-            path, offset, _ = writer._places["model.layers.1.mlp.up_proj.weight"]
-            with path.open("r+b") as file:
-                file.seek(offset + 5)
-                file.write(b"\x01")
+        def damage(file: SafetensorsFile, **options: Any) -> None:
+            finish(file, **options)
+            with file._path.open("r+b") as stream:
+                stream.seek(file._starts["model.layers.1.mlp.up_proj.weight"] + 5)
+                stream.write(b"\x01")
 
-        monkeypatch.setattr(HuggingFaceWriter, "finish", damage)
+        monkeypatch.setattr(SafetensorsFile, "finish", damage)
         with pytest.raises(CheckpointError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' reads back other values"):
             quantize_checkpoint(dense, tmp_path / "out", "blockwise")
         assert not (tmp_path / "out").exists()

@@ -11,14 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM
 
-from megatron_fp32.checkpoint.huggingface import (
-    DTYPES,
-    INDEX,
-    CheckpointError,
-    HuggingFaceReader,
-    HuggingFaceWriter,
-    TensorInfo,
-)
+from megatron_fp32.checkpoint.huggingface import DTYPES, INDEX, CheckpointError, HuggingFaceReader, TensorInfo
+from megatron_fp32.checkpoint.safetensors_writer import HuggingFaceWriter
 from tests.checkpoint.conftest import Source
 from tests.checkpoint.support import bits
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_fp32.checkpoint.digests import digest
 from megatron_fp32.checkpoint.huggingface import CheckpointError
-from megatron_fp32.checkpoint.sidecar import digest, find_sidecar, fits
+from megatron_fp32.checkpoint.sidecar import find_sidecar, fits
 from tests.checkpoint.conftest import Source
 from tests.checkpoint.support import stored_tensors
 
@@ -110,8 +111,8 @@ def test_without_a_sidecar_the_message_names_the_option(tmp_path: Path) -> None:
         "no json",
         "[]",
         "{}",
-        '{"version": 1}',
-        {"tensors": {"a": {"dtype": "F99", "shape": [1], "sha256": ""}}},
+        '{"version": 2}',
+        {"tensors": {"a": {"dtype": "F99", "shape": [1], "xxh3_128": ""}}},
         {"tensors": ["a"]},
         {"tensors": {"a": {"dtype": "F32"}}},
         {"left_out": None},
@@ -119,7 +120,7 @@ def test_without_a_sidecar_the_message_names_the_option(tmp_path: Path) -> None:
     ids=str,
 )
 def test_a_damaged_listing_is_refused(tmp_path: Path, content: str | dict[str, Any]) -> None:
-    whole = {"version": 1, "tensors": {}, "carried": {}, "left_out": []}
+    whole = {"version": 2, "tensors": {}, "carried": {}, "left_out": []}
     text = content if isinstance(content, str) else json.dumps({**whole, **content})
     (tmp_path / "source.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"source\.json is damaged"):
@@ -127,6 +128,6 @@ def test_a_damaged_listing_is_refused(tmp_path: Path, content: str | dict[str, A
 
 
 def test_a_listing_of_a_later_version_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "source.json").write_text('{"version": 2}')
-    with pytest.raises(CheckpointError, match="unknown version 2"):
+    (tmp_path / "source.json").write_text('{"version": 3}')
+    with pytest.raises(CheckpointError, match="unknown version 3"):
         find_sidecar(tmp_path, tmp_path)

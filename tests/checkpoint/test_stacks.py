@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata
 
 from megatron_fp32.checkpoint import torch_dist
-from megatron_fp32.checkpoint.huggingface import HuggingFaceReader, HuggingFaceWriter, TensorInfo
-from megatron_fp32.checkpoint.sidecar import Digests, digest
-from megatron_fp32.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
+from megatron_fp32.checkpoint.digests import Digests, digest
+from megatron_fp32.checkpoint.huggingface import HuggingFaceReader, TensorInfo
+from megatron_fp32.checkpoint.safetensors_writer import HuggingFaceWriter
+from megatron_fp32.checkpoint.torch_dist import TorchDistReader
+from megatron_fp32.checkpoint.torch_dist_writer import TorchDistWriter
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
 
@@ -95,8 +97,9 @@ class TestTorchDist:
     def test_elements_have_one_dtype_and_shape(self, tmp_path: Path, other: Tensor) -> None:
         with TorchDistWriter(tmp_path) as writer:
             writer.write("stack", _whole()[0, 0], index=(0, 0), stack=_STACK)
+            writer.write("stack", other, index=(0, 1), stack=_STACK)
             with pytest.raises(ValueError, match=r"'stack' is torch.bfloat16 \(2, 3, 4, 5\), got"):
-                writer.write("stack", other, index=(0, 1), stack=_STACK)
+                writer.finish({})
 
 
 def _load_halves(directory: str) -> dict[str, Tensor]:
@@ -154,7 +157,7 @@ def test_chunks_tile_a_tensor_exactly_when_every_value_lies_in_one(
     wanted = torch.zeros([9] * len(size))
     wanted[tuple(slice(s) for s in size)] = 1
     entry = metadata.TensorStorageMetadata(metadata.TensorProperties(dtype=torch.float32), torch.Size(size), chunks)
-    assert torch_dist._tiles(entry) is torch.equal(counts, wanted)
+    assert torch_dist.covers(entry) is torch.equal(counts, wanted)
 
 
 class TestHuggingFace:

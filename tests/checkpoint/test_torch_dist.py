@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata
 
 from megatron_fp32.checkpoint.huggingface import CheckpointError
-from megatron_fp32.checkpoint.torch_dist import TRACKER, TorchDistReader, TorchDistWriter, common_state, find_checkpoint
+from megatron_fp32.checkpoint.torch_dist import TRACKER, TorchDistReader, find_checkpoint
+from megatron_fp32.checkpoint.torch_dist_writer import TorchDistWriter, common_state
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
 from tests.checkpoint.support import bits
@@ -193,8 +194,8 @@ class TestReader:
         script = (
             "import sys, torch\n"
             "sys.modules['megatron'] = None\n"
-            "from megatron_fp32.checkpoint import convert, torch_dist\n"
-            "with torch_dist.TorchDistWriter(sys.argv[1]) as writer:\n"
+            "from megatron_fp32.checkpoint import convert, torch_dist, torch_dist_writer\n"
+            "with torch_dist_writer.TorchDistWriter(sys.argv[1]) as writer:\n"
             "    writer.write('a', torch.arange(3))\n"
             "    writer.finish({})\n"
             "assert torch_dist.TorchDistReader(sys.argv[1]).read('a').tolist() == [0, 1, 2]\n"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +52,27 @@ def quantization_config(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> d
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
     }
+
+
+def write_configs(
+    directory: Path, config: Mapping[str, Any], infos: Mapping[str, TensorInfo], scheme: Fp8Scheme
+) -> None:
+    """`config.json` and whatever else says how a checkpoint is quantized.
+
+    Args:
+        directory: to write into.
+        config: the model's `config.json`.
+        infos: all tensors of the float8 checkpoint.
+        scheme: its format.
+    """
+    quantized = {**config, "quantization_config": quantization_config(infos, scheme)}
+    for file, content in {"config.json": quantized, **extra_files(infos, scheme)}.items():
+        (directory / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def described_scheme(scheme: Fp8Scheme) -> dict[str, Any]:
+    """All of a scheme, for JSON."""
+    return {**dataclasses.asdict(scheme), "modules": sorted(scheme.modules or ())}
 
 
 def extra_files(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[str, Any]:

@@ -78,19 +78,59 @@ def fp8_infos(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[str, T
     """
     _check_experts(infos)
     found: dict[str, TensorInfo] = {}
-    refused: list[str] = []
     for name, info in infos.items():
-        for part, part_info in _unfused(name, info, scheme).items():
-            quantized = is_quantized(part, part_info, scheme)
-            outputs = _quantized_infos(part, part_info, scheme) if quantized else {part: part_info}
-            if not found.keys().isdisjoint(outputs):
-                raise CheckpointError(f"the tensors {sorted(found.keys() & outputs)} would be there twice")
-            found.update(outputs)
-            if not quantized and scheme.modules is not None and part.removesuffix(".weight") in scheme.modules:
-                refused.append(part)
+        outputs = infos_of(name, info, scheme)
+        if not found.keys().isdisjoint(outputs):
+            raise CheckpointError(f"the tensors {sorted(found.keys() & outputs)} would be there twice")
+        found.update(outputs)
+    refused = [
+        name
+        for name, info in found.items()
+        if info.dtype != torch.float8_e4m3fn and name.removesuffix(".weight") in (scheme.modules or ())
+    ]
     if refused:
         raise CheckpointError(f"the scheme's checkpoint has float8 weights that are never quantized here: {refused}")
     return found
+
+
+def infos_of(name: str, info: TensorInfo, scheme: Fp8Scheme) -> dict[str, TensorInfo]:
+    """What one tensor of the model becomes; `fp8_infos` has checked it among the others."""
+    found: dict[str, TensorInfo] = {}
+    for part, part_info in _unfused(name, info, scheme).items():
+        quantized = is_quantized(part, part_info, scheme)
+        found.update(_quantized_infos(part, part_info, scheme) if quantized else {part: part_info})
+    return found
+
+
+def quantize_element(
+    name: str, info: TensorInfo, index: tuple[int, ...], tensor: Tensor, scheme: Fp8Scheme
+) -> list[tuple[str, tuple[int, ...], Tensor]]:
+    """As `quantize_tensor`, where a tensor may come element by element.
+
+    Args:
+        name: of the whole tensor.
+        info: what that is.
+        index: which element of it this is; empty for all of it.
+        tensor: the values.
+        scheme: the format.
+
+    Returns:
+        Name, index and values of what it becomes.
+
+    Raises:
+        ValueError: for infinite or NaN weights, with the name and the place of the first.
+    """
+    if not index:
+        return [(output, (), value) for output, value in quantize_tensor(name, tensor, scheme).items()]
+    if name in _unfused(name, info, scheme):
+        return [(name, index, tensor)]
+    assert len(index) == 1
+    return [
+        (output, (), value)
+        for part in expert_parts(name, info.shape)
+        if part.expert == index[0]
+        for output, value in quantize_tensor(part.name, tensor[part.start : part.stop], scheme).items()
+    ]
 
 
 def quantize_tensor(name: str, tensor: Tensor, scheme: Fp8Scheme, *, check: bool = True) -> dict[str, Tensor]:

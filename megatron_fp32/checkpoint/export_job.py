@@ -1,0 +1,258 @@
+"""`torch_dist` -> Hugging Face: each part is a safetensors file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_fp32.checkpoint.digests import Digests, digest
+from megatron_fp32.checkpoint.fp8.config import described_scheme, write_configs
+from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme
+from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, quantize_element
+from megatron_fp32.checkpoint.huggingface import CheckpointError, TensorInfo
+from megatron_fp32.checkpoint.import_job import described
+from megatron_fp32.checkpoint.jobs import Part, Tell
+from megatron_fp32.checkpoint.plan import PADDED_VOCABULARY, Plan, listing, naming, plan_export
+from megatron_fp32.checkpoint.safetensors_writer import (
+    SafetensorsFile,
+    cut_into_shards,
+    read_back,
+    shard_names,
+    write_index,
+)
+from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, find_sidecar, fits
+from megatron_fp32.checkpoint.staging import Staging
+from megatron_fp32.checkpoint.torch_dist import TorchDistReader, known_non_model_entries
+from megatron_fp32.models import mapping as models
+
+ExportDtype = Literal["trained", "source"]
+"""What a parameter that was trained in fp32 from a 16-bit source leaves as: F32, or rounded to what it came as."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dtypes:
+    """What every exported tensor will be."""
+
+    infos: Mapping[str, TensorInfo]
+    rounded: tuple[str, ...]
+    """Fewer bits in the Megatron checkpoint than in the source."""
+    widened: tuple[str, ...]
+    """F32 in the Megatron checkpoint, with values that the source's dtype cannot hold."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """See `export_checkpoint`."""
+
+    megatron_dir: Path
+    source: Path | None
+    allow_rounded: bool
+    dtype: ExportDtype
+    fp8: Fp8Scheme | None
+    max_shard_bytes: int
+
+
+class ExportJob:
+    """An export, open in one process. Made by `open_export`."""
+
+    def __init__(
+        self,
+        reader: TorchDistReader,
+        sidecar: Sidecar,
+        carried: CarriedTensors,
+        options: ExportOptions,
+        dtypes: Dtypes | None,
+    ) -> None:
+        self.reader, self.sidecar, self._carried, self._options = reader, sidecar, carried, options
+        present = {n: i for n, i in reader.tensors.items() if n not in known_non_model_entries([n])}
+        with naming(reader.directory):
+            self.plan: Plan = plan_export(sidecar.hf_config, sidecar.tensors.keys(), present)
+        self._originals = sidecar.originals()
+        self.dtypes = dtypes or self._decide_dtypes()
+        self.infos = self.dtypes.infos if options.fp8 is None else fp8_infos(self.dtypes.infos, options.fp8)
+        self.identity = {
+            "job": "export",
+            "version": 1,
+            "options": {
+                "dtype": options.dtype,
+                "fp8": None if options.fp8 is None else described_scheme(options.fp8),
+                "max_shard_bytes": options.max_shard_bytes,
+            },
+            "source": described(reader.directory),
+            "sidecar": described(sidecar.directory),
+        }
+        self.parts: Sequence[Part] = self._cut()
+
+    def run(self, part: Part, path: Path, tell: Tell) -> dict[str, Any]:
+        """Write a safetensors file; see `Job`."""
+        outputs, mappings, carried = part.steps
+        file, digests = SafetensorsFile(path, {name: self.infos[name] for name in outputs}), Digests()
+        meant: list[tuple[str, tuple[int, ...], str]] = []
+
+        def write(name: str, index: tuple[int, ...], tensor: Tensor) -> None:
+            for output, at, value in self._quantized(name, index, tensor.to(self.dtypes.infos[name].dtype)):
+                file.write(output, value, index=at)
+                meant.append((output, at, digests.add(output, value, at)))
+                tell("write", value.nbytes)
+
+        for mapping in mappings:
+            for spec, tensor in zip(mapping.hf, self._hf_tensors(mapping), strict=True):
+                write(spec.name, spec.index, tensor)
+        for name in carried:
+            write(name, (), self._carried.read(name))
+        file.finish(durable=True)
+        with read_back(path) as read:
+            for name, index, expected in meant:
+                tensor = read(name, index)
+                if digest(tensor) != expected:
+                    raise CheckpointError(
+                        f"{path}: {name!r} reads back other values than were written; the disk may be damaged"
+                    )
+                tell("verify", tensor.nbytes)
+        return {"digests": digests.to_json()}
+
+    def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:
+        """Write the index and the files that are no weights; see `Job`."""
+        self.sidecar.copy_assets(staging.output)
+        if self._options.fp8 is not None:
+            write_configs(staging.output, self.sidecar.hf_config, self.infos, self._options.fp8)
+        write_index(staging.output, {part.file: part.steps[0] for part in self.parts}, self.infos)
+
+    def unchanged(self, records: Sequence[dict[str, Any]]) -> int:
+        """How many tensors are what they were in the source, byte for byte, from the records of the parts."""
+        digests = Digests()
+        for record in records:
+            digests.merge(record["digests"])
+        wanted = {**self.sidecar.tensors, **self.sidecar.carried}
+        return sum(name in wanted and wanted[name].digest == value for name, value in digests.by_name().items())
+
+    def _quantized(
+        self, name: str, index: tuple[int, ...], tensor: Tensor
+    ) -> list[tuple[str, tuple[int, ...], Tensor]]:
+        if self._options.fp8 is None:
+            return [(name, index, tensor)]
+        return quantize_element(name, self.dtypes.infos[name], index, tensor, self._options.fp8)
+
+    def _hf_tensors(self, mapping: models.Mapping) -> tuple[Tensor, ...]:
+        """The mapping's Hugging Face tensors, in the dtype that the checkpoint holds (or the originals')."""
+        tensors = []
+        for spec in mapping.megatron:
+            tensor = self.reader.read(spec.name, spec.index)
+            tensors.append(tensor[: spec.shape[0]] if spec.name in PADDED_VOCABULARY else tensor)
+        return exact_hf_tensors(mapping, tensors, self._originals)
+
+    def _decide_dtypes(self) -> Dtypes:
+        infos: dict[str, TensorInfo] = {}
+        rounded: dict[str, None] = {}
+        widened: dict[str, None] = {}
+        for mapping in self.plan.mappings:
+            stored = {self.reader.tensors[spec.name].dtype for spec in mapping.megatron}
+            sources = {spec.name: self.sidecar.tensors[spec.name].info for spec in mapping.hf}
+            infos.update({name: info for name, info in sources.items() if name not in widened})
+            if mapping.invertible and stored == {info.dtype for info in sources.values()}:
+                continue
+            for (name, info), tensor in zip(sources.items(), self._hf_tensors(mapping), strict=True):
+                is_original = (
+                    not mapping.invertible and tensor.dtype == info.dtype and tensor is self._originals.get(name)
+                )
+                if is_original or (torch.float32 in stored and fits(tensor, info.dtype)):
+                    continue
+                if stored == {torch.float32}:
+                    # One element of a stack is enough to widen all of it.
+                    widened[name] = None
+                    if self._options.dtype == "trained":
+                        infos[name] = TensorInfo(dtype=torch.float32, shape=info.shape)
+                else:
+                    rounded[name] = None
+        if rounded and not self._options.allow_rounded:
+            raise CheckpointError(
+                f"{self.reader.directory}: these tensors were rounded, the checkpoint holds fewer bits of them than "
+                f"the source: {listing(list(rounded))}. --allow-rounded exports them all the same"
+            )
+        infos |= {name: tensor.info for name, tensor in self.sidecar.carried.items()}
+        return Dtypes(infos=infos, rounded=tuple(rounded), widened=tuple(widened))
+
+    def _cut(self) -> list[Part]:
+        sources: list[tuple[list[str], list[models.Mapping], list[str]]] = [
+            *((names, mappings, []) for names, mappings in _connected(self.plan.mappings)),
+            *(([name], [], [name]) for name in self.sidecar.carried),
+        ]
+        outputs = [[output for name in names for output in self._outputs(name)] for names, _, _ in sources]
+        shards = cut_into_shards(outputs, self.infos, self._options.max_shard_bytes)
+        place = {output: index for index, shard in enumerate(shards) for output in shard}
+        mappings: list[list[models.Mapping]] = [[] for _ in shards]
+        carried: list[list[str]] = [[] for _ in shards]
+        for group, (_, of_group, names) in zip(outputs, sources, strict=True):
+            mappings[place[group[0]]] += of_group
+            carried[place[group[0]]] += names
+        return [
+            Part(
+                file=file, nbytes=sum(self.infos[name].nbytes for name in shards[i]),
+                steps=(shards[i], mappings[i], carried[i]),
+            )
+            for i, file in enumerate(shard_names(len(shards)))
+        ]  # fmt: skip
+
+    def _outputs(self, name: str) -> list[str]:
+        """Names of what a tensor leaves as."""
+        if self._options.fp8 is None:
+            return [name]
+        return list(infos_of(name, self.dtypes.infos[name], self._options.fp8))
+
+
+@contextlib.contextmanager
+def open_export(options: ExportOptions, dtypes: Dtypes | None = None) -> Iterator[ExportJob]:
+    """Raises as `export_checkpoint`, before anything is written. `dtypes` from another process: finding them reads."""
+    reader = TorchDistReader(options.megatron_dir)
+    sidecar = find_sidecar(options.megatron_dir, options.source)
+    with sidecar.open_carried() as carried:
+        yield ExportJob(reader, sidecar, carried, options, dtypes)
+
+
+def exact_hf_tensors(
+    mapping: models.Mapping, megatron: Sequence[Tensor], originals: dict[str, Tensor]
+) -> tuple[Tensor, ...]:
+    """`mapping.to_hf`, or the originals where the Megatron tensors are still what an import made of them.
+
+    Args:
+        mapping: the tensors' mapping.
+        megatron: the Megatron tensors, in the order of `mapping.megatron`.
+        originals: exact Hugging Face tensors by name, for mappings that are not invertible.
+    """
+    names = [spec.name for spec in mapping.hf]
+    if not mapping.invertible and all(name in originals for name in names):
+        imported = mapping.to_megatron([originals[name] for name in names])
+        if all(_same_values(a, b) for a, b in zip(imported, megatron, strict=True)):
+            return tuple(originals[name] for name in names)
+    return mapping.to_hf(megatron)
+
+
+def _connected(mappings: Sequence[models.Mapping]) -> list[tuple[list[str], list[models.Mapping]]]:
+    """Hugging Face tensors that must be in one file because one mapping writes to all of them, and those mappings."""
+    groups: list[tuple[list[str], list[models.Mapping]]] = []
+    place: dict[str, int] = {}
+    for mapping in mappings:
+        names = list(dict.fromkeys(spec.name for spec in mapping.hf))
+        known = sorted({place[name] for name in names if name in place})
+        if not known:
+            groups.append(([], []))
+            known = [len(groups) - 1]
+        into = groups[known[0]]
+        for other in known[1:]:
+            into[0].extend(groups[other][0])
+            into[1].extend(groups[other][1])
+            groups[other] = ([], [])
+        into[0].extend(name for name in names if name not in place)
+        into[1].append(mapping)
+        place.update(dict.fromkeys(into[0], known[0]))
+    return [group for group in groups if group[0]]
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.float().view(torch.int32), b.float().view(torch.int32))

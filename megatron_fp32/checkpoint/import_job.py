@@ -1,0 +1,160 @@
+"""Hugging Face -> `torch_dist`: each part is a data file with the tensors of some mappings."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fp32.checkpoint.digests import Digests, digest
+from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader
+from megatron_fp32.checkpoint.jobs import Part, Tell
+from megatron_fp32.checkpoint.plan import ImportPlan, Mtp, Vision, naming, plan_import
+from megatron_fp32.checkpoint.sidecar import SourceTensor, write_sidecar
+from megatron_fp32.checkpoint.staging import Staging
+from megatron_fp32.checkpoint.torch_dist import TRACKER
+from megatron_fp32.checkpoint.torch_dist_writer import (
+    COMMON_STATE,
+    Chunk,
+    DataFile,
+    common_state,
+    read_chunk,
+    write_metadata,
+)
+from megatron_fp32.models.mapping import Mapping
+
+RELEASE = "release"
+"""Directory of a checkpoint that no trainer has touched: Megatron then asks for no optimizer state."""
+
+
+class ImportJob:
+    """An import, open in one process. Made by `open_import`."""
+
+    def __init__(
+        self, reader: HuggingFaceReader, plan: ImportPlan, *, vision: Vision, mtp: Mtp, max_part_bytes: int
+    ) -> None:
+        self.reader, self.plan, self._max_part_bytes = reader, plan, max_part_bytes
+        self.identity = {
+            "job": "import",
+            "version": 1,
+            "torch": torch.__version__,
+            "options": {"vision": vision, "mtp": mtp, "max_part_bytes": max_part_bytes},
+            "source": described(reader.directory),
+        }
+        self.parts: Sequence[Part] = self._cut()
+
+    def run(self, part: Part, path: Path, tell: Tell) -> dict[str, Any]:
+        """Write a data file; see `Job`."""
+        digests, meant = Digests(), []
+        with DataFile(path) as file:
+            for mapping in part.steps:
+                for target, tensor in zip(mapping.megatron, self._megatron_tensors(mapping, digests), strict=True):
+                    file.write(target.name, tensor, index=target.index, stack=target.stack)
+                    meant.append(digest(tensor))
+                tell("write", self._nbytes(mapping))
+            file.close(durable=True)
+        written = zip(file.chunks, meant, strict=True)
+        for mapping in part.steps:
+            for target, (chunk, expected) in zip(mapping.megatron, written, strict=False):
+                if digest(read_chunk(path, chunk).reshape(target.shape)) != expected:
+                    raise CheckpointError(
+                        f"{path}: '{target}' reads back other values than were written; the disk may be damaged"
+                    )
+            tell("verify", self._nbytes(mapping))
+        return {"chunks": [chunk.to_json() for chunk in file.chunks], "digests": digests.to_json()}
+
+    def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:
+        """Write the objects, the metadata and the sidecar; see `Job`."""
+        common = common_state(self.plan.megatron_args())
+        objects = f"__{len(self.parts)}_0.distcp"
+        with staging.file(f"{RELEASE}/{objects}") as path, DataFile(path) as file:
+            for key in self.plan.extra_states:
+                file.write_object(key, torch.empty(0, dtype=torch.uint8))
+            file.write_object(COMMON_STATE, common)
+            file.close(durable=True)
+        files = [
+            (Path(part.file).name, [Chunk.from_json(chunk) for chunk in record["chunks"]])
+            for part, record in zip(self.parts, records, strict=True)
+        ]
+        write_metadata(staging.output / RELEASE, [*files, (objects, file.chunks)], common)
+        (staging.output / TRACKER).write_text(RELEASE)
+        originals = {
+            spec.name: self.reader.read(spec.name)
+            for mapping in self.plan.mappings
+            if not mapping.invertible
+            for spec in mapping.hf
+        }
+        write_sidecar(staging, self.reader, self.plan, tensors=self.source(records), originals=originals)
+
+    def source(self, records: Sequence[dict[str, Any]]) -> dict[str, SourceTensor]:
+        """What was read, from the records of the parts."""
+        digests = Digests()
+        for record in records:
+            digests.merge(record["digests"])
+        return {n: SourceTensor(info=self.reader.tensors[n], digest=d) for n, d in digests.by_name().items()}
+
+    def _megatron_tensors(self, mapping: Mapping, digests: Digests) -> tuple[Tensor, ...]:
+        tensors = [self.reader.read(spec.name, spec.index) for spec in mapping.hf]
+        for spec, tensor in zip(mapping.hf, tensors, strict=True):
+            digests.add(spec.name, tensor, spec.index)
+        return mapping.to_megatron(tensors)
+
+    def _nbytes(self, mapping: Mapping) -> int:
+        """Of its Hugging Face tensors."""
+        return sum(self.reader.tensors[s.name].dtype.itemsize * torch.Size(s.shape).numel() for s in mapping.hf)
+
+    def _cut(self) -> list[Part]:
+        cuts: list[list[Mapping]] = [[]]
+        sizes = [0]
+        for mapping in self.plan.mappings:
+            nbytes = self._nbytes(mapping)
+            if cuts[-1] and sizes[-1] + nbytes > self._max_part_bytes:
+                cuts.append([])
+                sizes.append(0)
+            cuts[-1].append(mapping)
+            sizes[-1] += nbytes
+        return [
+            Part(file=f"{RELEASE}/__{index}_0.distcp", nbytes=nbytes, steps=mappings)
+            for index, (mappings, nbytes) in enumerate(zip(cuts, sizes, strict=True))
+        ]
+
+
+@contextlib.contextmanager
+def open_import(hf_dir: Path, vision: Vision, mtp: Mtp, max_part_bytes: int) -> Iterator[ImportJob]:
+    """Raises as `import_checkpoint`, before anything is written."""
+    config = read_config(hf_dir)
+    with HuggingFaceReader(hf_dir) as reader:
+        with naming(reader.directory):
+            plan = plan_import(config, reader.tensors, vision=vision, mtp=mtp)
+        yield ImportJob(reader, plan, vision=vision, mtp=mtp, max_part_bytes=max_part_bytes)
+
+
+def read_config(hf_dir: Path) -> dict[str, Any]:
+    """`config.json`, parsed.
+
+    Raises:
+        CheckpointError: when it is missing or no JSON.
+    """
+    path = hf_dir / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    return content
+
+
+def described(directory: Path) -> dict[str, Any]:
+    """Path, and size and time of every file: enough to notice that a source is another one than before."""
+    files = {
+        str(path.relative_to(directory)): [path.stat().st_size, path.stat().st_mtime_ns]
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    return {"directory": str(directory.absolute()), "files": files}

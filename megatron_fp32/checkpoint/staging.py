@@ -1,0 +1,150 @@
+"""Where an output grows: a directory beside it, found again after a crash, that becomes the output in one step.
+
+`.NAME.partial/` holds `job.json` (what is being made, from what), `output/` (what there is of it), and `parts/` (a
+record of every part that is complete and verified). A part gets its name, and then its record, only when it is on the
+disk; so whenever a process ends, what bears a name is right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_fp32.checkpoint.huggingface import CheckpointError
+
+_UNFINISHED = ".unfinished-"
+
+
+class Staging:
+    """An output that is not complete yet. Made by `open_staging`."""
+
+    def __init__(self, out: Path, root: Path) -> None:
+        self._out, self._root = out, root
+        self.output = root / "output"
+        self._parts = root / "parts"
+        for directory in (self.output, self._parts):
+            directory.mkdir(exist_ok=True)
+
+    @contextlib.contextmanager
+    def file(self, name: str) -> Iterator[Path]:
+        """A path to write to. When the block ends well, that file takes the place of `name` in the output."""
+        target = self.output / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A process that outlived its parent may still be at work on the same part.
+        path = target.with_name(f"{_UNFINISHED}{os.getpid()}-{target.name}")
+        path.unlink(missing_ok=True)
+        try:
+            yield path
+            path.rename(target)
+        finally:
+            path.unlink(missing_ok=True)
+
+    def record(self, part: int) -> dict[str, Any] | None:
+        """What was noted of a part; None when it is not complete."""
+        path = self._record(part)
+        content: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+        return content
+
+    def note(self, part: int, content: dict[str, Any]) -> None:
+        """Say that a part is complete."""
+        _write_at_once(self._record(part), json.dumps(content))
+
+    def publish(self) -> None:
+        """Give the output its name."""
+        for path in (self.output, *self.output.rglob("*")):
+            _sync(path)
+        self.output.rename(self._out)
+        _sync(self._out.parent)
+        shutil.rmtree(self._root)
+
+    def _record(self, part: int) -> Path:
+        return self._parts / f"{part:06d}.json"
+
+
+@contextlib.contextmanager
+def open_staging(out: Path, job: dict[str, Any]) -> Iterator[Staging]:
+    """The staging directory of `out`, with what an earlier run of the same job left there.
+
+    When the block fails because of what is converted, nothing is left behind. What is done stays there after everything
+    else, such as a full disk, an interruption, or the end of the process: the same job goes on from there.
+
+    Args:
+        out: what is to be made.
+        job: what it is made of, for JSON: another job does not go on with this one's parts.
+
+    Raises:
+        CheckpointError: when `out` exists, or another process or another job has the staging directory.
+    """
+    root = out.parent / f".{out.name}.partial"
+    if out.exists():
+        # What was left behind when a process ended between the last two steps.
+        if (root / "job.json").is_file() and not (root / "output").exists():
+            shutil.rmtree(root)
+        raise CheckpointError(f"{out} exists already; name a directory that does not")
+    new_parents = [parent for parent in out.absolute().parents if not parent.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(root):
+            _begin(root, job)
+            yield Staging(out, root)
+    except (OSError, KeyboardInterrupt):
+        raise
+    except _Foreign as error:
+        raise CheckpointError(str(error)) from None
+    except BaseException:
+        shutil.rmtree(root, ignore_errors=True)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                parent.rmdir()
+        raise
+
+
+class _Foreign(Exception):
+    """The staging directory is somebody else's."""
+
+
+def _begin(root: Path, job: dict[str, Any]) -> None:
+    path = root / "job.json"
+    text = json.dumps(job, indent=1, sort_keys=True)
+    if not path.is_file():
+        _write_at_once(path, text)
+    elif path.read_text() != text:
+        raise _Foreign(
+            f"{root} holds parts of another conversion: the source, the options or the versions were others. Delete it "
+            "to begin anew"
+        )
+    for left in root.glob(f"output/**/{_UNFINISHED}*"):
+        left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    with (root / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _Foreign(f"another process is at work in {root}") from None
+        yield
+
+
+def _write_at_once(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
