@@ -19,10 +19,10 @@ from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, quantize_t
 from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader, TensorInfo
 from megatron_fp32.checkpoint.import_job import described, read_config
 from megatron_fp32.checkpoint.jobs import Part, Progress, Tell, run_job
+from megatron_fp32.checkpoint.safetensors_file import read_header, read_tensor
 from megatron_fp32.checkpoint.safetensors_writer import (
     SafetensorsFile,
     cut_into_shards,
-    read_back,
     shard_names,
     write_index,
 )
@@ -123,12 +123,12 @@ class QuantizeJob:
                 digests.add(output, value)
                 tell("write", value.nbytes)
         file.finish(durable=True)
-        with read_back(path) as read:
-            for name, expected in digests.by_name().items():
-                tensor = read(name, ())
-                if digest(tensor) != expected:
-                    raise CheckpointError(f"{path}: {name!r} reads back other values than were written")
-                tell("verify", tensor.nbytes)
+        header = read_header(path)
+        for name, expected in digests.by_name().items():
+            tensor = read_tensor(header, name)
+            if digest(tensor) != expected:
+                raise CheckpointError(f"{path}: {name!r} reads back other values than were written")
+            tell("verify", tensor.nbytes)
         return {}
 
     def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, INDEX, TensorInfo, tensor_bytes
@@ -102,13 +100,6 @@ class SafetensorsFile:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(data_start + end)
         return {name: data_start + header[name]["data_offsets"][0] for name in self._infos}
-
-
-@contextmanager
-def read_back(path: Path) -> Iterator[Callable[[str, tuple[int, ...]], Tensor]]:
-    """Gives a function that reads a tensor, or an element of one, of a file."""
-    with safe_open(path, framework="pt") as file:
-        yield lambda name, index: file.get_slice(name)[index] if index else file.get_tensor(name)
 
 
 class HuggingFaceWriter:

@@ -7,7 +7,6 @@ when all of them are there.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import pickle
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, DTYPES
 from megatron_fp32.checkpoint.torch_dist import covers
+from megatron_fp32.checkpoint.torch_file import open_torch_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,9 +161,10 @@ def write_metadata(directory: Path, files: Iterable[tuple[str, Iterable[Chunk]]]
 
 def read_chunk(path: Path, chunk: Chunk) -> Tensor:
     """The values of a chunk of a data file."""
-    with path.open("rb") as file:
-        file.seek(chunk.start)
-        value: Tensor = torch.load(io.BytesIO(file.read(chunk.length)), map_location="cpu", weights_only=True)
+    with open_torch_file(path, f"the data of {chunk.name!r}", chunk.start, chunk.length) as blob:
+        stored = blob.tensor()
+        value = torch.empty(stored.shape, dtype=stored.dtype)
+        blob.read_into(stored, (), value)
     return value
 
 

@@ -363,7 +363,8 @@ class TestDamage:
 
     def test_data_of_another_shape_than_promised_is_refused(self, checkpoint: Path) -> None:
         def promise(m: Any) -> None:
-            m.storage_data[_place("transposed", 2)] = m.storage_data[_place("f32", 2)]
+            one, other = _place("transposed", 2), _place("f32", 2)
+            m.storage_data[one], m.storage_data[other] = m.storage_data[other], m.storage_data[one]
 
         _change_metadata(checkpoint, promise)
         with pytest.raises(CheckpointError, match=r"'transposed' is not the torch\.float32 \(4, 3\) promised"):

@@ -1,0 +1,149 @@
+"""Bytes of files, read where they are asked for and nowhere else: no mmap, no position that others share."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from megatron_fp32.checkpoint.tensors import CheckpointError, summary
+
+_BLOCK = 2**20
+
+
+def read_into(file: BinaryIO, start: int, tensor: Tensor) -> memoryview:
+    """Fill a contiguous tensor with bytes of a file, without a copy on the way.
+
+    Args:
+        file: opened without a buffer.
+        start: position of the first byte.
+        tensor: contiguous, on the CPU.
+
+    Returns:
+        the tensor's memory.
+
+    Raises:
+        EOFError: when the file ends before.
+    """
+    if not tensor.numel():
+        return memoryview(b"")
+    memory: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
+    file.seek(start)
+    done = 0
+    while done < len(memory):
+        # A system call reads 2 GiB at most, and a network file system less.
+        count = file.readinto(memory[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError(f"the file ends {len(memory) - done} bytes early")
+        done += count
+    return memory
+
+
+class Section(io.RawIOBase):
+    """Bytes `[start, start + length)` of a file, as a file. Reads that `limit` forbids raise EOFError.
+
+    Args:
+        file: opened without a buffer.
+        start: where it begins.
+        length: of the section; it must lie in the file.
+        limit: most bytes that one `read` may ask for: a damaged file can promise any number.
+
+    Raises:
+        EOFError: when the file ends before the section does.
+    """
+
+    def __init__(self, file: BinaryIO, start: int, length: int, *, limit: int = 2**24) -> None:
+        size = os.fstat(file.fileno()).st_size
+        if start < 0 or length < 0 or start + length > size:
+            raise EOFError(f"bytes {start} to {start + length} are promised, the file has {size}")
+        self.length = length
+        self._file, self._start, self._limit = file, start, limit
+        self._position = 0
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def tell(self) -> int:
+        """Position in the section."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move; as for any file."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.length}[whence]
+        if base + offset < 0:
+            raise ValueError(f"a position of {base + offset}")
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes; fewer only at the section's end."""
+        left = max(0, self.length - self._position)
+        size = left if size is None or size < 0 else min(size, left)
+        if size > self._limit:
+            raise EOFError(f"{size} bytes are promised where at most {self._limit} may be")
+        content = torch.empty(size, dtype=torch.uint8)
+        memory = self.read_into(self._position, content)
+        self._position += size
+        return bytes(memory)
+
+    def read_into(self, start: int, tensor: Tensor) -> memoryview:
+        """Fill a contiguous tensor with the bytes from `start` of the section on; see `read_into`."""
+        if start < 0 or start + tensor.nbytes > self.length:
+            raise EOFError(f"bytes {start} to {start + tensor.nbytes} are promised, there are {self.length}")
+        return read_into(self._file, self._start + start, tensor)
+
+    def crc32(self, start: int, length: int) -> int:
+        """CRC-32 of a part, which is never in memory as a whole."""
+        block, value = torch.empty(min(length, _BLOCK), dtype=torch.uint8), 0
+        for at in range(start, start + length, _BLOCK):
+            value = zlib.crc32(self.read_into(at, block[: start + length - at]), value)
+        return value
+
+
+def parse_json(content: bytes) -> Any:
+    """JSON without duplicate keys.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    try:
+        return json.loads(content.decode(), object_pairs_hook=_without_duplicates)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_json(path: Path, what: str) -> Any:
+    """A JSON file without duplicate keys.
+
+    Args:
+        path: of the file.
+        what: it should be, for the message.
+
+    Raises:
+        CheckpointError: naming the file, when it cannot be read.
+    """
+    try:
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is no {what}: {summary(error)}") from error
+
+
+def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:200]!r} is there twice")
+        found[key] = value
+    return found
