@@ -36,7 +36,17 @@ def stack_layers(mappings: Iterable[Mapping], num_layers: int) -> Iterator[Mappi
 
 def has_stacked_layers(names: Collection[str]) -> bool:
     """Whether a checkpoint with these tensors has stacked the decoder's layers."""
-    return any(name.startswith("decoder.layers.") and not _LAYER.fullmatch(name) for name in names)
+    return any(map(is_stack_of_layers, names))
+
+
+def is_stack_of_layers(name: str) -> bool:
+    """Whether the tensor of this name has the decoder's layers as its first axis."""
+    return name.startswith("decoder.layers.") and not _LAYER.fullmatch(name)
+
+
+def name_in_layer(stack: str, layer: int) -> str:
+    """What an element of a stack of layers is called where they are not stacked."""
+    return stack.replace("decoder.layers.", f"decoder.layers.{layer}.", 1)
 
 
 def extra_states(mappings: Iterable[Mapping]) -> list[str]:

@@ -1,0 +1,172 @@
+"""By how much two tensors differ, bit for bit first and then in float64, a million values at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+Index = tuple[int, ...]
+
+_CHUNK = 1 << 20
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_EXPONENT_OF_8_BITS = 0x7C
+"""From here on the codes of float8_e5m2 are infinite or NaN; of float8_e4m3fn, the last one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Largest:
+    """The largest difference, and where it is."""
+
+    size: float
+    index: Index
+    """In the tensor; the first in row-major order where several are as large."""
+    a: float
+    b: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValueDifference:
+    """How the values of two tensors of one shape differ.
+
+    Two values are the same when their bits are, in a dtype that holds both: 0.0 and -0.0 differ (by 0), and a NaN
+    equals a NaN with the same bits.
+    """
+
+    count: int
+    """Values that differ."""
+    total: int
+    absolute: Largest | None
+    """|a - b| in float64. None when no two finite values differ."""
+    relative: Largest | None
+    """|a - b| / max(|a|, |b|) in float64, from 0 to 2."""
+    nan: tuple[int, int]
+    """NaN values of a and of b, also those that are equal."""
+    infinite: tuple[int, int]
+    """Infinite values of a and of b, also those that are equal."""
+
+
+class Comparison:
+    """Compares one tensor with another: whole, or the elements of a stack in any order.
+
+    Args:
+        shape: of the whole tensor.
+    """
+
+    def __init__(self, shape: Index) -> None:
+        self._shape = shape
+        self._count = 0
+        self._absolute: Largest | None = None
+        self._relative: Largest | None = None
+        self._nan = [0, 0]
+        self._infinite = [0, 0]
+
+    def add(self, a: Tensor, b: Tensor, index: Index = ()) -> None:
+        """Take in two tensors of one shape, or element `index` of two stacks. Their dtypes may differ."""
+        assert tuple(a.shape) == tuple(b.shape) == self._shape[len(index) :], (a.shape, b.shape, self._shape, index)
+        for start, first, second in _chunks(a, b):
+            self._count_non_finite(0, first)
+            is_equal = first.dtype == second.dtype and torch.equal(_bits(first), _bits(second))
+            self._count_non_finite(1, first if is_equal else second)
+            if not is_equal:
+                self._measure(first, second, start, index)
+
+    def result(self) -> ValueDifference:
+        """Of everything that was taken in."""
+        return ValueDifference(
+            count=self._count,
+            total=math.prod(self._shape),
+            absolute=self._absolute,
+            relative=self._relative,
+            nan=(self._nan[0], self._nan[1]),
+            infinite=(self._infinite[0], self._infinite[1]),
+        )
+
+    def _measure(self, a: Tensor, b: Tensor, start: int, index: Index) -> None:
+        differs = _differs(a, b)
+        count = int(differs.sum())
+        self._count += count
+        if not count:
+            return
+        x, y = a.double(), b.double()
+        usable = differs & x.isfinite() & y.isfinite()
+        # The difference of two finite values may be infinite, which JSON has no word for.
+        absolute = (x - y).abs().clamp_(max=torch.finfo(torch.float64).max)
+        scale = torch.maximum(x.abs(), y.abs())
+        relative = torch.where(scale == 0, 0.0, absolute / scale)
+        self._absolute = self._larger(self._absolute, absolute, usable, (x, y), start, index)
+        self._relative = self._larger(self._relative, relative, usable, (x, y), start, index)
+
+    def _larger(
+        self,
+        known: Largest | None,
+        sizes: Tensor,
+        usable: Tensor,
+        values: tuple[Tensor, Tensor],
+        start: int,
+        index: Index,
+    ) -> Largest | None:
+        sizes = torch.where(usable, sizes, -1.0)
+        at = int(sizes.argmax())
+        size = float(sizes[at])
+        if size < 0:
+            return known
+        place = (*index, *_unravel(start + at, self._shape[len(index) :]))
+        # Elements may come in any order, ties go to the first in the tensor.
+        if known is not None and (size, known.index) <= (known.size, place):
+            return known
+        return Largest(size=size, index=place, a=float(values[0][at]), b=float(values[1][at]))
+
+    def _count_non_finite(self, side: int, values: Tensor) -> None:
+        if _may_be_non_finite(values):
+            wide = values.double()
+            self._nan[side] += int(wide.isnan().sum())
+            self._infinite[side] += int(wide.isinf().sum())
+
+
+def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    flat_a, flat_b = a.detach().contiguous().view(-1), b.detach().contiguous().view(-1)
+    for start in range(0, flat_a.numel(), _CHUNK):
+        yield start, flat_a[start : start + _CHUNK], flat_b[start : start + _CHUNK]
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.view(_INTEGERS[values.dtype.itemsize])
+
+
+def _differs(a: Tensor, b: Tensor) -> Tensor:
+    """Where the values are not the same: bits in a dtype that holds those of both."""
+    if a.dtype == b.dtype:
+        return _bits(a) != _bits(b)
+    if a.dtype.is_floating_point and b.dtype.is_floating_point:
+        common = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+    else:
+        common = torch.float64 if a.dtype.is_floating_point or b.dtype.is_floating_point else torch.int64
+    differs = _bits(a.to(common)) != _bits(b.to(common))
+    for values in (a, b):
+        if values.dtype == torch.int64 and common == torch.float64:
+            differs |= values.double().long() != values
+    return differs
+
+
+def _may_be_non_finite(values: Tensor) -> bool:
+    """A sum shows whether any value is NaN or infinite, many times faster than a look at each of them."""
+    if not values.dtype.is_floating_point:
+        return False
+    if values.dtype.itemsize == 1:
+        return bool((values.view(torch.uint8) & 0x7F).max() >= _EXPONENT_OF_8_BITS)
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    return not math.isfinite(float(values.sum(dtype=wide)))
+
+
+def _unravel(position: int, shape: Index) -> Index:
+    index = []
+    for size in reversed(shape):
+        position, at = divmod(position, size)
+        index.append(at)
+    return tuple(reversed(index))
