@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from megatron_fp32 import cli_compare
 from megatron_fp32.checkpoint import convert, jobs
 from megatron_fp32.checkpoint.export_job import ExportDtype
 from megatron_fp32.checkpoint.fp8 import Fp8Scheme, detect_scheme, named_scheme
@@ -41,7 +42,7 @@ _shard_bytes = click.option(
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="megatron_fp32")
 def main() -> None:
-    """Convert checkpoints between Hugging Face and Megatron, exact in every dtype.
+    """Convert checkpoints between Hugging Face and Megatron, exact in every dtype, compare them, and look into them.
 
     Families: Qwen3.5 and Qwen3.5-MoE, alone and as the text model of a vision-language checkpoint, Qwen3-Next, Qwen3,
     Qwen3-MoE, Llama 3.
@@ -52,7 +53,8 @@ def main() -> None:
     beside it; after an interruption, a full disk or a kill, the same command goes on from there.
 
     Exit status: 0 when everything was converted and verified, 1 when it was refused or failed, or when `export
-    --allow-rounded` exported rounded tensors, 2 for a mistake on the command line.
+    --allow-rounded` exported rounded tensors, 2 for a mistake on the command line. `verify`
+    and `inspect` have their own: 0, 1 for a difference, 2 for what cannot be read.
     """
 
 
@@ -259,3 +261,7 @@ def _progress() -> Iterator[jobs.Progress]:
             bars.update(tasks[action], advance=nbytes)
 
         yield tell
+
+
+main.add_command(cli_compare.verify)
+main.add_command(cli_compare.inspect)

@@ -41,6 +41,8 @@ class ValueDifference:
     count: int
     """Values that differ."""
     total: int
+    first: Index | None
+    """Where the first of them is, in row-major order. None when all are equal."""
     absolute: Largest | None
     """|a - b| in float64. None when no two finite values differ."""
     relative: Largest | None
@@ -61,6 +63,7 @@ class Comparison:
     def __init__(self, shape: Index) -> None:
         self._shape = shape
         self._count = 0
+        self._first: Index | None = None
         self._absolute: Largest | None = None
         self._relative: Largest | None = None
         self._nan = [0, 0]
@@ -81,6 +84,7 @@ class Comparison:
         return ValueDifference(
             count=self._count,
             total=math.prod(self._shape),
+            first=self._first,
             absolute=self._absolute,
             relative=self._relative,
             nan=(self._nan[0], self._nan[1]),
@@ -93,6 +97,8 @@ class Comparison:
         self._count += count
         if not count:
             return
+        first = self._place(start + int(differs.int().argmax()), index)
+        self._first = first if self._first is None else min(self._first, first)
         x, y = a.double(), b.double()
         usable = differs & x.isfinite() & y.isfinite()
         # The difference of two finite values may be infinite, which JSON has no word for.
@@ -116,11 +122,14 @@ class Comparison:
         size = float(sizes[at])
         if size < 0:
             return known
-        place = (*index, *_unravel(start + at, self._shape[len(index) :]))
+        place = self._place(start + at, index)
         # Elements may come in any order, ties go to the first in the tensor.
         if known is not None and (size, known.index) <= (known.size, place):
             return known
         return Largest(size=size, index=place, a=float(values[0][at]), b=float(values[1][at]))
+
+    def _place(self, position: int, index: Index) -> Index:
+        return (*index, *_unravel(position, self._shape[len(index) :]))
 
     def _count_non_finite(self, side: int, values: Tensor) -> None:
         if _may_be_non_finite(values):
