@@ -109,6 +109,15 @@ class TorchDistReader:
             self._read_chunk(name, chunk, inside, result[_box(chunk)[len(index) :]])
         return result
 
+    def place_of_object(self, name: str) -> tuple[Path, int, int]:
+        """The file that holds an object, the position of its first byte there, and how many there are.
+
+        Raises:
+            CheckpointError: when it is missing.
+        """
+        file, where = self._place(metadata.MetadataIndex(name))
+        return file, where.offset, where.length
+
     def _chunks(
         self, name: str, entry: metadata.TensorStorageMetadata, axes: int
     ) -> dict[tuple[int, ...], list[metadata.ChunkStorageMetadata]]:
@@ -123,7 +132,10 @@ class TorchDistReader:
             for chunk in entry.chunks:
                 if not chunk.sizes.numel():
                     continue
-                nbytes, (_, where) = chunk.sizes.numel() * entry.properties.dtype.itemsize, self._place(name, chunk)
+                nbytes, (_, where) = (
+                    chunk.sizes.numel() * entry.properties.dtype.itemsize,
+                    self._place(metadata.MetadataIndex(name, chunk.offsets)),
+                )
                 if nbytes > where.length:
                     raise CheckpointError(
                         f"{self.directory}: the data of {name!r} takes {where.length} bytes, {nbytes} are promised"
@@ -133,11 +145,12 @@ class TorchDistReader:
             self._by_index[name, axes] = found
         return self._by_index[name, axes]
 
-    def _place(self, name: str, chunk: metadata.ChunkStorageMetadata) -> tuple[Path, Any]:
-        """The file that holds a chunk, and which of its bytes."""
-        where = self._metadata.storage_data.get(metadata.MetadataIndex(name, chunk.offsets))
+    def _place(self, index: metadata.MetadataIndex) -> tuple[Path, Any]:
+        """The file that holds a chunk or an object, and which of its bytes."""
+        name, where = index.fqn, self._metadata.storage_data.get(index)
         if where is None:
-            raise CheckpointError(f"{self.directory}: no data for {name!r} at {tuple(chunk.offsets)}")
+            at = f" at {tuple(index.offset)}" if index.offset is not None else ""
+            raise CheckpointError(f"{self.directory}: no data for {name!r}{at}")
         file = self.directory / where.relative_path
         if Path(where.relative_path).name != where.relative_path or not os.path.isfile(file):
             raise CheckpointError(f"{self.directory}: the data file {where.relative_path!r} of {name!r} is missing")
@@ -149,7 +162,7 @@ class TorchDistReader:
         self, name: str, chunk: metadata.ChunkStorageMetadata, index: tuple[int, ...], target: Tensor
     ) -> None:
         """Read `chunk[index]` into `target`."""
-        file, where = self._place(name, chunk)
+        file, where = self._place(metadata.MetadataIndex(name, chunk.offsets))
         place = (where.relative_path, where.offset)
         with open_torch_file(file, f"the data of {name!r}", where.offset, where.length) as blob:
             stored = blob.tensor()

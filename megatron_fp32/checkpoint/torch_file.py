@@ -81,6 +81,7 @@ class TorchFile:
     """A file, or a part of one, that `torch.save` wrote; made by `open_torch_file`."""
 
     def __init__(self, section: Section) -> None:
+        self.size = section.length
         self._section = section
         with zipfile.ZipFile(section) as archive:
             members = archive.infolist()

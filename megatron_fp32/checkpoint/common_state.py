@@ -1,0 +1,179 @@
+"""What a trainer saved besides tensors: arguments, iteration, schedulers, settings of the optimizer.
+
+megatron-core up to 0.18 keeps it in `common.pt`, later releases in the object `common_state`
+(megatron/core/dist_checkpointing/serialization.py, `load_common_state_dict`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from argparse import Namespace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_fp32.checkpoint.pickles import enum_member
+from megatron_fp32.checkpoint.tensors import CheckpointError
+from megatron_fp32.checkpoint.torch_file import StoredTensor, TensorUnpickler, TorchFile, open_torch_file
+
+if TYPE_CHECKING:
+    from megatron_fp32.checkpoint.torch_dist import TorchDistReader
+
+_OBJECT = "common_state/shard_0_1"
+
+_KINDS = {
+    ("argparse", "Namespace"): Namespace,
+    ("types", "SimpleNamespace"): SimpleNamespace,
+    ("signal", "Signals"): signal.Signals,
+    ("torch", "device"): torch.device,
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+    ("builtins", "complex"): complex,
+    # Paths are names here, not places on this machine.
+    **{
+        (module, start + name): kind
+        for module in ("pathlib", "pathlib._local")
+        for name, kind in (("PosixPath", PurePosixPath), ("WindowsPath", PureWindowsPath))
+        for start in ("", "Pure")
+    },
+}
+
+
+class Opaque:
+    """Stands for an object of a class that is not admitted, such as Megatron's own. It does nothing.
+
+    Attributes:
+        arguments: what the class would have been called with: the value of a member of an enumeration.
+        state: its attributes, as a rule in a dictionary; None when it has none.
+        items: of a list; pairs of keys and values of a dictionary.
+    """
+
+    arguments: tuple[Any, ...]
+    state: Any
+    items: list[Any]
+
+    def __new__(cls, *arguments: Any, **_: Any) -> Opaque:
+        """Never fails."""
+        made = super().__new__(cls)
+        made.arguments, made.state, made.items = arguments, None, []
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def append(self, item: Any) -> None:
+        """Take in an item, as a list does."""
+        self.items.append(item)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items.append((key, value))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__module__}.{type(self).__qualname__} {self.arguments}>"
+
+
+def read_common_state(reader: TorchDistReader) -> dict[str, Any]:
+    """The common state of a checkpoint, from `common.pt` where there is one, as megatron-core does.
+
+    Nothing in it is run. What is not plain Python, a tensor, a dtype, a number of numpy's, a path, a signal or a
+    namespace comes as `Opaque`: an `AttnBackend` of megatron-core is one whose `arguments` hold its value.
+
+    Args:
+        reader: of the checkpoint.
+
+    Raises:
+        CheckpointError: naming the file, when it is damaged, or there is no common state.
+    """
+    path = reader.directory / "common.pt"
+    if os.path.isfile(path):
+        found = _read(path, 0, None)
+    elif _OBJECT in reader.objects:
+        path, offset, length = reader.place_of_object(_OBJECT)
+        found = _read(path, offset, length)
+        if not isinstance(found, list) or len(found) != 1:
+            raise CheckpointError(f"{path}: {_OBJECT!r} is no list of one")
+        found = found[0]
+    else:
+        raise CheckpointError(f"{reader.directory} holds neither common.pt nor {_OBJECT!r}")
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise CheckpointError(f"{path}: the common state is no dictionary with names")
+    return found
+
+
+def _read(path: Path, offset: int, length: int | None) -> Any:
+    with open_torch_file(path, "the common state", offset, length) as file:
+        return _ObjectUnpickler(file).load()
+
+
+class _Dtype:
+    """A dtype of numpy's, by name: numpy's own takes any state and believes it."""
+
+    def __init__(self, name: Any, *_: Any) -> None:
+        self.name, self.order = str(name), "<"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = str(state[1])
+
+
+def _numpy_scalar(dtype: _Dtype, content: bytes) -> Any:
+    if dtype.name not in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"):
+        raise ValueError(f"a number of dtype {dtype.name[:40]!r}")
+    (value,) = np.frombuffer(content, ("=" if dtype.order == "|" else dtype.order) + dtype.name)
+    return value
+
+
+def _bytes(text: str, encoding: str) -> bytes:
+    """Stands for `_codecs.encode`: old protocols pickle bytes as text."""
+    if encoding != "latin1":
+        raise ValueError(f"bytes as text in {encoding[:40]!r}")
+    return text.encode(encoding)
+
+
+class _ObjectUnpickler(TensorUnpickler):
+    """Admits what is inert, reads tensors, and puts `Opaque` in the place of everything else."""
+
+    def __init__(self, file: TorchFile) -> None:
+        super().__init__(file)
+        self._stand_ins: dict[tuple[str, str], type[Opaque]] = {}
+        self._left = file.size
+
+    def make_tensor(self, stored: StoredTensor) -> Tensor:
+        """Read it; all of them together do not take more memory than the file has bytes."""
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        self._left -= tensor.nbytes
+        if self._left < 0:
+            raise ValueError("its tensors are larger than the file")
+        self._file.read_into(stored, (), tensor)
+        return tensor
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Never raises."""
+        if module == "__builtin__":  # as Python 2 and old protocols call it
+            module = "builtins"
+        if (module, name) in _KINDS:
+            return _KINDS[module, name]
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
+            return _numpy_scalar
+        if (module, name) == ("numpy", "dtype"):
+            return _Dtype
+        if (module, name) == ("_codecs", "encode"):
+            return _bytes
+        if (module, name) == ("builtins", "getattr"):
+            return self._member
+        try:
+            return super().find_class(module, name)
+        except CheckpointError:
+            return self._stand_in(module, name)
+
+    def _member(self, owner: Any, name: str) -> Any:
+        return owner(name) if isinstance(owner, type) and issubclass(owner, Opaque) else enum_member(owner, name)
+
+    def _stand_in(self, module: str, name: str) -> type[Opaque]:
+        if (module, name) not in self._stand_ins:
+            self._stand_ins[module, name] = type(name, (Opaque,), {"__module__": module})
+        return self._stand_ins[module, name]
