@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_fp32.checkpoint.convert import exact_hf_tensors
+from megatron_fp32.checkpoint.export_job import exact_hf_tensors
 from megatron_fp32.checkpoint.findings import Findings, Progress, VerifiedSide, VerifyReport
 from megatron_fp32.checkpoint.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fp32.checkpoint.kind import Kind, kind_of, model_tensors, read_config, sidecar_of

@@ -19,7 +19,8 @@ from megatron_fp32.checkpoint import verify
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_fp32.checkpoint.findings import TensorDifference, VerifyReport
 from megatron_fp32.checkpoint.huggingface import INDEX, CheckpointError, TensorInfo
-from megatron_fp32.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
+from megatron_fp32.checkpoint.torch_dist import TorchDistReader
+from megatron_fp32.checkpoint.torch_dist_writer import TorchDistWriter
 from megatron_fp32.checkpoint.verify import verify_checkpoints
 from megatron_fp32.models import provider
 from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
