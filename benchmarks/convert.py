@@ -4,8 +4,7 @@
 
 Makes a Llama checkpoint of random bits in DIR, which needs room for four times its size. Every run begins with a cold
 cache: the pages of the files that it will read are dropped. The unit is `cp --reflink=never` and a sync of the source.
-Memory is the largest resident set of one process, by the operating system's account, less what importing torch and this
-package takes, and beside the largest tensor.
+Memory is the largest resident set of one process, by the operating system's account (VmHWM), torch and all.
 """
 
 from __future__ import annotations
@@ -93,12 +92,11 @@ def copied(source: Path, out: Path) -> float:
 
 
 RUN = """
-import json, resource, sys, time
+import json, sys, time
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 if __name__ == "__main__":
     what, source, out, workers = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.monotonic()
     if what == "import":
         import_checkpoint(source, out, workers=workers)
@@ -106,9 +104,7 @@ if __name__ == "__main__":
         export_checkpoint(source, out, workers=workers)
     else:
         quantize_checkpoint(source, out, "blockwise", workers=workers)
-    seconds = time.monotonic() - start
-    largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(json.dumps({"seconds": seconds, "rss": (largest - before) * 1024}))
+    print(json.dumps({"seconds": time.monotonic() - start}))
 """
 
 
@@ -119,9 +115,34 @@ def converted(what: str, source: Path, out: Path, workers: int) -> dict[str, flo
     script.write_text(RUN)
     command = [sys.executable, str(script), what, str(source), str(out), str(workers)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    largest = 0
+    while process.poll() is None:
+        largest = max(largest, *map(high_water, [process.pid, *descendants(process.pid)]))
+        time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit(f"{what} failed")
+    assert process.stdout is not None
+    found: dict[str, float] = json.loads(process.stdout.read())
+    return {**found, "rss": largest}
+
+
+def high_water(process: int) -> int:
+    """The largest resident set that a process has had, in bytes; 0 when it is gone."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
+
+
+def descendants(process: int) -> list[int]:
+    """Children, and theirs."""
+    try:
+        children = [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
+    return [*children, *(below for child in children for below in descendants(child))]
 
 
 def check(source: Path, exported: Path) -> None:
@@ -155,12 +176,12 @@ def main(work: Path, gigabytes: float, workers: tuple[int, ...], json_path: Path
             row = converted(what, work / f"import{count}" if what == "export" else source, out, count)
             after = copied(source, work / "copy")
             row |= {"what": what, "workers": count, "copy_seconds": (before + after) / 2}
-            row |= {"ratio": row["seconds"] / row["copy_seconds"], "rss_of_largest_tensor": row["rss"] / largest}
+            row |= {"ratio": row["seconds"] / row["copy_seconds"]}
             rows.append(row)
             print(
                 f"{what:9} {count} workers  {row['seconds']:6.1f} s  {nbytes / row['seconds'] / 1e9:5.2f} GB/s  "
                 f"{row['ratio']:5.2f} of a copy ({before:.1f} s, {after:.1f} s)  "
-                f"memory {row['rss'] / 1e9:5.2f} GB = {row['rss_of_largest_tensor']:.2f} of the largest tensor",
+                f"memory {row['rss'] / 1e9:5.2f} GB, {(row['rss'] - 0.7e9) / largest:.2f} largest tensors + 0.7 GB",
                 flush=True,
             )
             if what == "export":
