@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from megatron_fp32 import cli
@@ -160,6 +162,59 @@ class TestExport:
         result = _run("export", tmp_path / "trained", tmp_path / "out", "--source", tmp_path / "megatron")
         assert result.exit_code == 0, result.output
         assert f"left as F32: {A_LOG}" in result.stdout
+        assert stored_tensors(tmp_path / "out")[A_LOG][0] == "F32"
+        to_source = _run(
+            "export", tmp_path / "trained", tmp_path / "bf16", "--source", tmp_path / "megatron", "--dtype", "source"
+        )
+        assert to_source.exit_code == 0, to_source.output
+        assert f"rounded to its dtype, as asked: {A_LOG}" in to_source.stdout
+        dtype, _, data = stored_tensors(tmp_path / "bf16")[A_LOG]
+        a_log = next(name for name in reader.tensors if name.endswith("A_log"))
+        expected = (reader.read(a_log).float() + 1e-4).bfloat16()
+        assert (dtype, data) == ("BF16", expected.view(torch.int16).numpy().tobytes())
+
+
+class TestJson:
+    def test_every_command_prints_one_object(self, tmp_path: Path) -> None:
+        plain = write_small(tmp_path / "plain")
+        stored = stored_tensors(plain)
+        there = _run("import", "--json", "--workers", "2", plain, tmp_path / "megatron")
+        report = json.loads(there.stdout)
+        assert (there.exit_code, report["tensors"], sorted(report["fp32_tensors"])) == (0, len(stored), _fp32(stored))
+        back = _run("export", "--json", "--max-shard-bytes", "5000", tmp_path / "megatron", tmp_path / "hf")
+        report = json.loads(back.stdout)
+        assert (back.exit_code, report["unchanged"], report["directory"]) == (0, len(stored), str(tmp_path / "hf"))
+        assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+        quantized = _run("quantize", "--json", "--scheme", "modelopt", plain, tmp_path / "fp8")
+        report = json.loads(quantized.stdout)
+        fp8 = [name for name, (dtype, _, _) in stored_tensors(tmp_path / "fp8").items() if dtype == "F8_E4M3"]
+        assert (quantized.exit_code, sorted(report["quantized"])) == (0, sorted(fp8))
+
+
+def _fp32(stored: dict[str, Any]) -> list[str]:
+    return sorted(name for name, (dtype, _, _) in stored.items() if dtype == "F32")
+
+
+class TestFloat8:
+    def test_an_export_is_the_quantized_checkpoint(self, tmp_path: Path) -> None:
+        plain = write_small(tmp_path / "plain")
+        assert _run("import", plain, tmp_path / "megatron").exit_code == 0
+        for scheme in ("blockwise", "channelwise", "modelopt"):
+            direct = _run("quantize", plain, tmp_path / f"direct-{scheme}", "--scheme", scheme)
+            assert direct.exit_code == 0, direct.output
+            assert f"weights in float8 ({scheme})" in direct.stdout
+            on_the_way = _run("export", tmp_path / "megatron", tmp_path / scheme, "--fp8", scheme)
+            assert on_the_way.exit_code == 0, on_the_way.output
+            assert stored_tensors(tmp_path / scheme) == stored_tensors(tmp_path / f"direct-{scheme}")
+            assert assets(tmp_path / scheme) == assets(tmp_path / f"direct-{scheme}")
+            like = _run("export", tmp_path / "megatron", tmp_path / f"like-{scheme}", "--fp8-like", tmp_path / scheme)
+            assert like.exit_code == 0, like.output
+            assert stored_tensors(tmp_path / f"like-{scheme}") == stored_tensors(tmp_path / scheme)
+
+    @pytest.mark.parametrize("args", [[], ["--scheme", "blockwise", "--like", "."], ["--scheme", "other"]])
+    def test_one_format_must_be_named(self, hf: Path, tmp_path: Path, args: list[str]) -> None:
+        assert _run("quantize", hf, tmp_path / "fp8", *args).exit_code == 2
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -188,9 +243,11 @@ def test_a_mistake_on_the_command_line_has_status_2(args: list[str]) -> None:
     [
         ([], ["import", "export", "Exit status", "--version"]),
         (["import"], ["HF_DIR", "MEGATRON_DIR", "--vision", "--mtp", "--text-only", "must not exist"]),
+        (["import"], ["--workers", "--json"]),
         (["export"], ["HF_DIR", "MEGATRON_DIR", "--source", "--allow-rounded", "must not exist"]),
+        (["export"], ["--dtype", "--fp8", "--fp8-like", "--max-shard-bytes", "--workers", "--json"]),
+        (["quantize"], ["HF_DIR", "FP8_DIR", "--scheme", "--like", "--device", "--max-shard-bytes", "--workers"]),
     ],
-    ids=["main", "import", "export"],
 )
 def test_help_mentions_every_option(command: list[str], mentioned: list[str], flag: str) -> None:
     result = _run(*command, flag)

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from megatron_fp32.checkpoint.common_state import Opaque, read_common_state
 from megatron_fp32.checkpoint.tensors import CheckpointError
-from megatron_fp32.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
+from megatron_fp32.checkpoint.torch_dist import TorchDistReader
+from megatron_fp32.checkpoint.torch_dist_writer import TorchDistWriter
 from megatron_fp32.checkpoint.torch_file import open_torch_file
 from tests.checkpoint.support import bits
 
