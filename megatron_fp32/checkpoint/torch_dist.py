@@ -78,7 +78,8 @@ class TorchDistReader:
 
     def __init__(self, path: str | Path) -> None:
         self.directory = find_checkpoint(path)
-        self._metadata = read_metadata(self.directory / ".metadata")
+        self._listing = self.directory / ".metadata"
+        self._metadata = read_metadata(self._listing)
         self._by_index: dict[tuple[str, int], dict[tuple[int, ...], list[metadata.ChunkStorageMetadata]]] = {}
         self._checked: set[tuple[str, int]] = set()
         self.tensors: dict[str, TensorInfo] = {}
@@ -126,19 +127,17 @@ class TorchDistReader:
             # The test takes twice as long for every axis; nothing is known that has more of them.
             if len(entry.size) > 8 or not covers(entry):
                 raise CheckpointError(
-                    f"{self.directory}: the chunks of {name!r} do not make up the {tuple(entry.size)} tensor"
+                    f"{self._listing}: the chunks of {name!r} do not make up the {tuple(entry.size)} tensor"
                 )
             found: dict[tuple[int, ...], list[metadata.ChunkStorageMetadata]] = {}
             for chunk in entry.chunks:
                 if not chunk.sizes.numel():
                     continue
-                nbytes, (_, where) = (
-                    chunk.sizes.numel() * entry.properties.dtype.itemsize,
-                    self._place(metadata.MetadataIndex(name, chunk.offsets)),
-                )
+                _, where = self._place(metadata.MetadataIndex(name, chunk.offsets))
+                nbytes = chunk.sizes.numel() * entry.properties.dtype.itemsize
                 if nbytes > where.length:
                     raise CheckpointError(
-                        f"{self.directory}: the data of {name!r} takes {where.length} bytes, {nbytes} are promised"
+                        f"{self._listing}: the data of {name!r} takes {where.length} bytes, {nbytes} are promised"
                     )
                 for index in itertools.product(*(range(s.start, s.stop) for s in _box(chunk)[:axes])):
                     found.setdefault(index, []).append(chunk)
@@ -150,7 +149,7 @@ class TorchDistReader:
         name, where = index.fqn, self._metadata.storage_data.get(index)
         if where is None:
             at = f" at {tuple(index.offset)}" if index.offset is not None else ""
-            raise CheckpointError(f"{self.directory}: no data for {name!r}{at}")
+            raise CheckpointError(f"{self._listing}: no data for {name!r}{at}")
         file = self.directory / where.relative_path
         if Path(where.relative_path).name != where.relative_path or not os.path.isfile(file):
             raise CheckpointError(f"{self.directory}: the data file {where.relative_path!r} of {name!r} is missing")

@@ -46,6 +46,9 @@ _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).val
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
+# A data descriptor, the next member, the directory.
+_AFTER = (b"PK\x07\x08", b"PK\3\4", b"PK\1\2")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTensor:
@@ -179,8 +182,10 @@ class TorchFile:
         ):
             raise ValueError(f"the member {member.filename[:200]!r} is not where the directory says")
         start = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-        if start + member.file_size > self._section.length:
-            raise ValueError(f"the member {member.filename[:200]!r} is larger than the file")
+        # What follows shows that the bytes begin where they should, with or without a checksum.
+        self._section.seek(start + member.file_size)
+        if self._section.read(4) not in _AFTER:
+            raise ValueError(f"the member {member.filename[:200]!r} does not end where another begins")
         return start
 
     @staticmethod
