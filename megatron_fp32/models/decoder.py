@@ -9,7 +9,7 @@ Sources: transformers' `models/<family>/configuration_*.py`, for names and for w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -201,7 +201,50 @@ def text_config(config: Any, family: str, model_types: Collection[str]) -> dict[
     if text.get("model_type") not in model_types:
         wanted = " or ".join(map(repr, model_types))
         raise ValueError(f"{family}: expected model_type {wanted}, got {text.get('model_type')!r}")
+    rope = _rope(text)
+    wrong = [
+        f"{name} must be {kind}, got {str(value[name])[:100]!r}"
+        for value, kinds in ((text, _KINDS), (rope, _ROPE_KINDS))
+        for name, (kind, is_right) in kinds.items()
+        if value.get(name) is not None and not is_right(value[name])
+    ]
+    if wrong:
+        raise ValueError(f"config.json: {'; '.join(wrong)}")
     return text
+
+
+_Kind = tuple[str, Callable[[Any], bool]]
+
+
+def _integer(least: int, most: int = 2**31 - 1) -> _Kind:
+    # bool is an int.
+    return f"an integer from {least} to {most}", lambda value: type(value) is int and least <= value <= most
+
+
+_NUMBER: _Kind = "a finite number", lambda value: type(value) in (int, float) and abs(value) < 1e300
+_TRUTH: _Kind = "true or false", lambda value: isinstance(value, bool)
+
+_KINDS: dict[str, _Kind] = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads"), _integer(1)),
+    **dict.fromkeys((*LINEAR_ATTENTION_FIELDS, "decoder_sparse_step"), _integer(1)),
+    **dict.fromkeys(("head_dim", "full_attention_interval", "num_experts_per_tok"), _integer(0)),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), _integer(0)),
+    # One mapping or more is made for each; far above every model.
+    "num_hidden_layers": _integer(1, 4096),
+    **dict.fromkeys(("num_experts", "num_local_experts"), _integer(0, 65536)),
+    "rms_norm_eps": _NUMBER,
+    **dict.fromkeys(("norm_topk_prob", "tie_word_embeddings"), _TRUTH),
+    "layer_types": ("a list of text", lambda value: _is_list(value, str)),
+    "mlp_only_layers": ("a list of integers", lambda value: _is_list(value, int)),
+}
+_ROPE_KINDS = {
+    name: _NUMBER
+    for name in ("rope_theta", "partial_rotary_factor", *(f.name for f in dataclasses.fields(Llama3RopeScaling)))
+}
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
 def require(text: dict[str, Any], family: str, *, rope_types: Sequence[str] = ("default",), **expected: Any) -> None:
@@ -235,8 +278,8 @@ def decoder_fields(
     """
     rope = _rope(text)
     common = ("vocab_size", "hidden_size", "num_attention_heads", "rms_norm_eps")
-    missing = sorted({*common, *names, "num_hidden_layers"} - text.keys())
-    missing += [] if "rope_theta" in rope else ["rope_parameters.rope_theta"]
+    missing = sorted(name for name in {*common, *names, "num_hidden_layers"} if text.get(name) is None)
+    missing += [] if rope.get("rope_theta") is not None else ["rope_parameters.rope_theta"]
     if "linear_num_key_heads" in names and not (text.get("layer_types") or text.get("full_attention_interval")):
         missing.append("layer_types")
     if missing:
@@ -273,6 +316,9 @@ def _layer_types(text: dict[str, Any]) -> tuple[str, ...]:
 
 def _rope(text: dict[str, Any]) -> dict[str, Any]:
     """`rope_parameters`, or the fields that said the same before transformers 5."""
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(text.get(name), dict | None):
+            raise ValueError(f"config.json: {name} must hold an object, got {str(text[name])[:100]!r}")
     if text.get("rope_parameters"):
         rope: dict[str, Any] = text["rope_parameters"]
         return {"partial_rotary_factor": text.get("partial_rotary_factor"), **rope}
@@ -284,7 +330,7 @@ def _rope_scaling(rope: dict[str, Any]) -> Llama3RopeScaling | None:
     if rope.get("rope_type", rope.get("type")) != "llama3":
         return None
     fields = [field.name for field in dataclasses.fields(Llama3RopeScaling)]
-    missing = [f"rope_parameters.{name}" for name in fields if name not in rope]
+    missing = [f"rope_parameters.{name}" for name in fields if rope.get(name) is None]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
     return Llama3RopeScaling(**{name: rope[name] for name in fields})

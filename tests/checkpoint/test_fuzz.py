@@ -29,10 +29,10 @@ from torch import Tensor
 from megatron_fp32.checkpoint.common_state import read_common_state
 from megatron_fp32.checkpoint.huggingface import INDEX, HuggingFaceReader
 from megatron_fp32.checkpoint.plan import plan_import
-from megatron_fp32.checkpoint.tensors import CheckpointError
+from megatron_fp32.checkpoint.tensors import CheckpointError, TensorInfo
 from megatron_fp32.checkpoint.torch_dist import TRACKER, TorchDistReader, TorchDistWriter
-from tests.checkpoint.conftest import Source
 from tests.checkpoint.support import bits
+from tests.families import case
 
 _EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 fuzzed = settings(
@@ -348,16 +348,32 @@ def test_common_state(megatron_dirs: dict[bool, Path], tmp_path: Path, checksums
         assert repr(found) == repr(read_common_state(TorchDistReader(megatron_dirs[True])))
 
 
+@pytest.fixture(scope="module")
+def configurations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes, dict[str, TensorInfo]]]:
+    """`config.json` and the tensors beside it."""
+    made = {}
+    for name in FAMILIES:
+        directory = case(name).write(tmp_path_factory.mktemp("family") / "hf")
+        made[name] = (directory / "config.json").read_bytes(), HuggingFaceReader(directory).tensors
+    return made
+
+
+FAMILIES = ("Llama", "Qwen3-MoE, a dense layer", "Qwen3-Next", "Qwen3.5-VL-MoE")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 @fuzzed
 @given(mutate=mutations())
-def test_a_configuration(source: Source, mutate: Mutation) -> None:
-    with HuggingFaceReader(source()) as reader:
-        tensors = reader.tensors
-    content = mutate((source() / "config.json").read_bytes())
+def test_a_configuration(
+    configurations: dict[str, tuple[bytes, dict[str, TensorInfo]]], name: str, mutate: Mutation
+) -> None:
+    content, tensors = configurations[name]
     try:
         with little_memory():
-            plan = plan_import(json.loads(content), tensors)
+            plan = plan_import(json.loads(mutate(content)), tensors, vision="drop")
     except ValueError as error:
         _check_message(error, ("",))
     else:
-        assert plan.hf_shapes == {name: info.shape for name, info in tensors.items()}
+        planned = {*plan.hf_shapes, *plan.left_out}
+        assert planned == tensors.keys()
+        assert all(shape == tensors[name].shape for name, shape in plan.hf_shapes.items())

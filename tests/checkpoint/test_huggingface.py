@@ -187,6 +187,22 @@ class TestReaderRefuses:
         with pytest.raises(CheckpointError, match="'a' is in more than one file"):
             HuggingFaceReader(sharded)
 
+    def test_a_tensor_that_the_index_does_not_name(self, sharded: Path) -> None:
+        save_file({"b": torch.ones(2), "c": torch.ones(2)}, sharded / "two.safetensors")
+        with pytest.raises(CheckpointError, match=r"two\.safetensors holds tensors .* does not place there: \['c'\]"):
+            HuggingFaceReader(sharded)
+
+    def test_a_name_twice_in_the_index(self, sharded: Path) -> None:
+        (sharded / INDEX).write_text('{"weight_map": {"a": "one.safetensors", "b": "x", "b": "two.safetensors"}}')
+        with pytest.raises(CheckpointError, match=r"index\.json.*the key 'b' is there twice"):
+            HuggingFaceReader(sharded)
+
+    @pytest.mark.parametrize("file", ["", ".", "..", "x" * 5000, "a\0b", "\ud800"])
+    def test_an_index_that_names_no_file(self, sharded: Path, file: str) -> None:
+        _index(sharded, {"a": "one.safetensors", "b": file})
+        with pytest.raises(CheckpointError, match=r"is missing|outside of its directory"):
+            HuggingFaceReader(sharded)
+
     @pytest.mark.parametrize("file", ["../outside.safetensors", "sub/in.safetensors"])
     def test_an_index_that_leads_elsewhere(self, tmp_path: Path, file: str) -> None:
         here = tmp_path / "here"
@@ -201,7 +217,9 @@ class TestReaderRefuses:
         with pytest.raises(CheckpointError, match="files outside of its directory"):
             HuggingFaceReader(sharded)
 
-    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": ["a"]}', "\xff"])
+    @pytest.mark.parametrize(
+        "text", ["", "[]", "{}", "[" * 10**5, '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', "\xff"]
+    )
     def test_an_index_that_is_none(self, sharded: Path, text: str) -> None:
         (sharded / INDEX).write_bytes(text.encode("latin-1"))
         with pytest.raises(CheckpointError, match=r"index\.json is no safetensors index"):

@@ -184,6 +184,16 @@ class TestReader:
         }
         assert all(_same(reader.read(name), tensor) for name, tensor in tensors.items())
 
+    @pytest.mark.parametrize("index", [(3,), (-1,), (0, 7), (0, 0, 0)])
+    def test_a_part_that_is_not_there_is_an_error(self, checkpoint: Path, index: tuple[int, ...]) -> None:
+        with pytest.raises(IndexError, match="has no part at"):
+            TorchDistReader(checkpoint).read("f32", index)
+
+    def test_a_reader_can_be_sent_to_another_process(self, checkpoint: Path) -> None:
+        reader = TorchDistReader(checkpoint)
+        sent = pickle.loads(pickle.dumps(reader))
+        assert all(_same(sent.read(name), reader.read(name)) for name in reader.tensors)
+
     def test_objects_are_no_tensors(self, checkpoint: Path) -> None:
         reader = TorchDistReader(checkpoint)
         assert sorted(reader.objects) == ["common_state/shard_0_1", "module._extra_state/shard_0_1"]
@@ -387,6 +397,73 @@ class TestDamage:
         _change_metadata(checkpoint, shrink)
         with pytest.raises(CheckpointError, match="'f32'"):
             TorchDistReader(checkpoint).read("f32")
+
+    def test_chunks_in_the_same_bytes_are_refused(self, checkpoint: Path) -> None:
+        def share(m: Any) -> None:
+            m.storage_data[_place("transposed", 2)] = m.storage_data[_place("f32", 2)]
+
+        _change_metadata(checkpoint, share)
+        with pytest.raises(CheckpointError, match=r"\.metadata.*'f32' and 'transposed' lie in the same bytes"):
+            TorchDistReader(checkpoint)
+
+    @pytest.mark.parametrize("size", [(2**62, 2**62), (2**62, 4), (2**40, 2**40, 0)])
+    def test_sizes_that_no_tensor_has_are_refused(self, checkpoint: Path, size: tuple[int, ...]) -> None:
+        def lie(m: Any) -> None:
+            entry = m.state_dict_metadata["f32"]
+            entry.size = torch.Size(size)
+            entry.chunks[:] = [metadata.ChunkStorageMetadata(torch.Size([0] * len(size)), torch.Size(size))]
+
+        _change_metadata(checkpoint, lie)
+        with pytest.raises(CheckpointError, match=r"\.metadata.*'f32' cannot have a part of shape"):
+            TorchDistReader(checkpoint)
+
+    @pytest.mark.parametrize("index", [(), (0,), (5,)])
+    def test_more_values_than_there_are_bytes_are_refused_before_memory_is_reserved(
+        self, checkpoint: Path, index: tuple[int, ...]
+    ) -> None:
+        def lie(m: Any) -> None:
+            entry = m.state_dict_metadata["f32"]
+            entry.size = torch.Size([2**30, 7])
+            entry.chunks[0].sizes = torch.Size([2**30, 7])
+
+        _change_metadata(checkpoint, lie)
+        with pytest.raises(CheckpointError, match=r"the data of 'f32' takes \d+ bytes, 30064771072 are promised"):
+            TorchDistReader(checkpoint).read("f32", index)
+
+    def test_more_axes_than_can_be_checked_are_refused(self, checkpoint: Path) -> None:
+        def lie(m: Any) -> None:
+            entry = m.state_dict_metadata["f32"]
+            entry.size = entry.chunks[0].sizes = entry.chunks[0].offsets = torch.Size([1] * 40)
+
+        _change_metadata(checkpoint, lie)
+        with pytest.raises(CheckpointError, match="chunks of 'f32' do not make up"):
+            TorchDistReader(checkpoint).read("f32")
+
+    def test_a_place_beyond_the_end_of_the_file_is_refused(self, checkpoint: Path) -> None:
+        _change_metadata(checkpoint, lambda m: _move(m, "f32", offset=2**40))
+        with pytest.raises(CheckpointError, match=r"distcp: the data of 'f32' is damaged: the file ends"):
+            TorchDistReader(checkpoint).read("f32")
+
+    @pytest.mark.parametrize(("field", "value"), [("offset", -1), ("length", -1), ("length", 1.5), ("offset", True)])
+    def test_a_place_that_is_none_is_refused(self, checkpoint: Path, field: str, value: Any) -> None:
+        _change_metadata(checkpoint, lambda m: _move(m, "f32", **{field: value}))
+        with pytest.raises(CheckpointError, match=r"\.metadata.*the place of 'f32' is damaged"):
+            TorchDistReader(checkpoint)
+
+    def test_data_that_torch_compressed_is_refused(self, checkpoint: Path) -> None:
+        _change_metadata(checkpoint, lambda m: _move(m, "f32", transform_descriptors=["zstd"]))
+        with pytest.raises(CheckpointError, match="'f32' is compressed or encrypted"):
+            TorchDistReader(checkpoint)
+
+    def test_a_changed_value_is_noticed(self, checkpoint: Path) -> None:
+        data = bytearray((checkpoint / _DATA).read_bytes())
+        data[data.find(TorchDistReader(checkpoint).read("i64").numpy().tobytes())] ^= 1
+        (checkpoint / _DATA).write_bytes(data)
+        reader = TorchDistReader(checkpoint)
+        for index in ((), (0,), (1, 2)):
+            with pytest.raises(CheckpointError, match="the data of 'i64' is damaged: ValueError: the checksum"):
+                reader.read("i64", index)
+        reader.read("f32")
 
     @pytest.mark.parametrize("field", ["size", "chunks", "properties"])
     def test_metadata_that_lacks_a_field_is_refused(self, checkpoint: Path, field: str) -> None:

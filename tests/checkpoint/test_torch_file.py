@@ -146,6 +146,20 @@ class TestDamage:
         assert torch.equal(_read(path), torch.arange(1000.0))
         assert torch.equal(_read(path, (7,)), torch.tensor(7.0))
 
+    def test_values_without_checksums_that_begin_elsewhere_are_refused(self, tmp_path: Path) -> None:
+        before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            path = _save(tmp_path / "f", torch.arange(1000.0))
+        finally:
+            torch.serialization.set_crc32_options(before)
+        content = bytearray(path.read_bytes())
+        header = content.rfind(b"PK\3\4", 0, content.find(torch.arange(1000.0).numpy().tobytes()))
+        content[header + 28] -= 4  # length of the extra field
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="data/0' does not end where another begins"):
+            _read(path)
+
     def _rewrite(self, path: Path, change: Callable[[str, bytes], bytes], **options: Any) -> None:
         with zipfile.ZipFile(path) as archive:
             members = {name: archive.read(name) for name in archive.namelist()}

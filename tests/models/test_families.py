@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,30 @@ def test_a_missing_field_is_named(name: str, field: str) -> None:
     config = _config(name)
     del config[field]
     with pytest.raises(ValueError, match=f"lacks {field.replace('local_', '')}"):
+        find_family(config).parse(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("Llama", {"hidden_size": "36"}, "hidden_size must be an integer from 1 to 2147483647, got '36'"),
+        ("Llama", {"num_attention_heads": 0}, "num_attention_heads must be an integer from 1"),
+        ("Llama", {"vocab_size": True}, "vocab_size must be an integer from 1"),
+        ("Llama", {"num_hidden_layers": 10**9}, "num_hidden_layers must be an integer from 1 to 4096"),
+        ("Llama", {"num_hidden_layers": None}, "config.json lacks num_hidden_layers"),
+        ("Llama", {"rms_norm_eps": [1e-5]}, "rms_norm_eps must be a finite number"),
+        ("Llama", {"rope_parameters": "default"}, "rope_parameters must hold an object, got 'default'"),
+        ("Llama", {"rope_parameters": {"rope_theta": "1"}}, "rope_theta must be a finite number, got '1'"),
+        ("Qwen3-MoE", {"num_local_experts": 10**6}, "num_local_experts must be an integer from 0 to 65536"),
+        ("Qwen3-MoE", {"mlp_only_layers": 1}, "mlp_only_layers must be a list of integers, got '1'"),
+        ("Qwen3-MoE", {"decoder_sparse_step": 0}, "decoder_sparse_step must be an integer from 1"),
+        ("Qwen3.5", {"layer_types": [1, 2, 3]}, "layer_types must be a list of text"),
+        ("Qwen3.5", {"linear_key_head_dim": None}, "config.json lacks linear_key_head_dim"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(name: str, fields: dict[str, Any], message: str) -> None:
+    config = _config(name, **fields)
+    with pytest.raises(ValueError, match=re.escape(message)):
         find_family(config).parse(config)
 
 
