@@ -30,7 +30,8 @@ from megatron_fp32.checkpoint.common_state import read_common_state
 from megatron_fp32.checkpoint.huggingface import INDEX, HuggingFaceReader
 from megatron_fp32.checkpoint.plan import plan_import
 from megatron_fp32.checkpoint.tensors import CheckpointError, TensorInfo
-from megatron_fp32.checkpoint.torch_dist import TRACKER, TorchDistReader, TorchDistWriter
+from megatron_fp32.checkpoint.torch_dist import TRACKER, TorchDistReader
+from megatron_fp32.checkpoint.torch_dist_writer import TorchDistWriter
 from tests.checkpoint.support import bits
 from tests.families import case
 
