@@ -9,7 +9,7 @@ import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_fp32.config import Fp32Config
-from megatron_fp32.models.provider import build_qwen3_5, transformer_config
+from megatron_fp32.models.provider import build_model, transformer_config
 from megatron_fp32.testing.training import Batch, Trainer
 from tests.support import tiny_qwen3_5
 
@@ -25,7 +25,7 @@ def training(fused: Any, **options: Any) -> tuple[list[float], torch.Tensor]:
     config = transformer_config(
         shapes, bf16=True, params_dtype=torch.bfloat16, transformer_impl="local", persist_layer_norm=False
     )
-    model = build_qwen3_5(shapes, config, Fp32Config(fused_loss=fused, **options)).cuda()
+    model = build_model(shapes, config, Fp32Config(fused_loss=fused, **options)).cuda()
     trainer = Trainer(model)
     batch = Batch.random(1024, length=128).to("cuda")
     losses = [trainer.step([batch]) for _ in range(4)]
