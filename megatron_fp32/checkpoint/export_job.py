@@ -16,8 +16,7 @@ from megatron_fp32.checkpoint.fp8.config import described_scheme, write_configs
 from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme
 from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, quantize_element
 from megatron_fp32.checkpoint.huggingface import CheckpointError, TensorInfo
-from megatron_fp32.checkpoint.import_job import described
-from megatron_fp32.checkpoint.jobs import Part, Tell
+from megatron_fp32.checkpoint.jobs import Part, Tell, described
 from megatron_fp32.checkpoint.plan import PADDED_VOCABULARY, Plan, listing, naming, plan_export
 from megatron_fp32.checkpoint.safetensors_file import read_header, read_tensor
 from megatron_fp32.checkpoint.safetensors_writer import (
@@ -70,22 +69,18 @@ class ExportJob:
         dtypes: Dtypes | None,
     ) -> None:
         self.reader, self.sidecar, self._carried, self._options = reader, sidecar, carried, options
+        # Before anything is read: what changes from here on is noticed.
+        self.sources = {"checkpoint": described(reader.directory), "sidecar": described(sidecar.directory)}
         present = {n: i for n, i in reader.tensors.items() if n not in known_non_model_entries([n])}
         with naming(reader.directory):
             self.plan: Plan = plan_export(sidecar.hf_config, sidecar.tensors.keys(), present)
         self._originals = sidecar.originals()
         self.dtypes = dtypes or self._decide_dtypes()
         self.infos = self.dtypes.infos if options.fp8 is None else fp8_infos(self.dtypes.infos, options.fp8)
-        self.identity = {
-            "job": "export",
-            "version": 1,
-            "options": {
-                "dtype": options.dtype,
-                "fp8": None if options.fp8 is None else described_scheme(options.fp8),
-                "max_shard_bytes": options.max_shard_bytes,
-            },
-            "source": described(reader.directory),
-            "sidecar": described(sidecar.directory),
+        self.options = {
+            "dtype": options.dtype,
+            "fp8": None if options.fp8 is None else described_scheme(options.fp8),
+            "max_shard_bytes": options.max_shard_bytes,
         }
         self.parts: Sequence[Part] = self._cut()
 

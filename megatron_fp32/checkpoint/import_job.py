@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_fp32.checkpoint.digests import Digests, digest
 from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader
-from megatron_fp32.checkpoint.jobs import Part, Tell
+from megatron_fp32.checkpoint.jobs import Part, Tell, described
 from megatron_fp32.checkpoint.plan import ImportPlan, Mtp, Vision, naming, plan_import
 from megatron_fp32.checkpoint.sidecar import SourceTensor, write_sidecar
 from megatron_fp32.checkpoint.staging import Staging
@@ -36,16 +36,18 @@ class ImportJob:
     """An import, open in one process. Made by `open_import`."""
 
     def __init__(
-        self, reader: HuggingFaceReader, plan: ImportPlan, *, vision: Vision, mtp: Mtp, max_part_bytes: int
+        self,
+        reader: HuggingFaceReader,
+        plan: ImportPlan,
+        sources: dict[str, Any],
+        *,
+        vision: Vision,
+        mtp: Mtp,
+        max_part_bytes: int,
     ) -> None:
         self.reader, self.plan, self._max_part_bytes = reader, plan, max_part_bytes
-        self.identity = {
-            "job": "import",
-            "version": 1,
-            "torch": torch.__version__,
-            "options": {"vision": vision, "mtp": mtp, "max_part_bytes": max_part_bytes},
-            "source": described(reader.directory),
-        }
+        self.options = {"vision": vision, "mtp": mtp, "max_part_bytes": max_part_bytes}
+        self.sources = sources
         self.parts: Sequence[Part] = self._cut()
 
     def run(self, part: Part, path: Path, tell: Tell) -> dict[str, Any]:
@@ -127,11 +129,12 @@ class ImportJob:
 @contextlib.contextmanager
 def open_import(hf_dir: Path, vision: Vision, mtp: Mtp, max_part_bytes: int) -> Iterator[ImportJob]:
     """Raises as `import_checkpoint`, before anything is written."""
+    sources = {"source": described(hf_dir)}
     config = read_config(hf_dir)
     with HuggingFaceReader(hf_dir) as reader:
         with naming(reader.directory):
             plan = plan_import(config, reader.tensors, vision=vision, mtp=mtp)
-        yield ImportJob(reader, plan, vision=vision, mtp=mtp, max_part_bytes=max_part_bytes)
+        yield ImportJob(reader, plan, sources, vision=vision, mtp=mtp, max_part_bytes=max_part_bytes)
 
 
 def read_config(hf_dir: Path) -> dict[str, Any]:
@@ -148,13 +151,3 @@ def read_config(hf_dir: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from error
     return content
-
-
-def described(directory: Path) -> dict[str, Any]:
-    """Path, and size and time of every file: enough to notice that a source is another one than before."""
-    files = {
-        str(path.relative_to(directory)): [path.stat().st_size, path.stat().st_mtime_ns]
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
-    return {"directory": str(directory.absolute()), "files": files}

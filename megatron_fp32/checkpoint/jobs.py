@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_fp32.checkpoint.huggingface import CheckpointError
-from megatron_fp32.checkpoint.staging import Staging, open_staging
+from megatron_fp32.checkpoint.staging import Staging, is_the_machines, open_staging
 
 Progress = Callable[[str, int, int], None]
 """Called after each tensor with what was done to it, its size, and the size of all tensors that it is done to."""
@@ -38,8 +39,10 @@ class Part:
 class Job(Protocol):
     """A conversion, open in one process. Every process finds the same parts."""
 
-    identity: dict[str, Any]
-    """What is converted and how, for JSON: two jobs with the same make the same bytes."""
+    options: dict[str, Any]
+    """How it is converted, for JSON."""
+    sources: dict[str, Any]
+    """What is converted, for JSON, taken before any of it is read: `described` directories."""
     parts: Sequence[Part]
 
     def run(self, part: Part, path: Path, tell: Tell) -> dict[str, Any]:
@@ -81,7 +84,14 @@ def run_job(
         if progress is not None:
             progress(action, nbytes, total)
 
-    with open_staging(out, job.identity) as staging:
+    identity = {
+        "version": 1,
+        "job": type(job).__name__,
+        "torch": torch.__version__,
+        "options": job.options,
+        "sources": job.sources,
+    }
+    with open_staging(out, identity) as staging:
         pending = []
         for index, part in enumerate(job.parts):
             if staging.record(index) is None or not (staging.output / part.file).is_file():
@@ -96,8 +106,22 @@ def run_job(
             _in_processes(open_job, pending, staging, min(workers, len(pending)), tell)
         records = [staging.record(index) or {} for index in range(len(job.parts))]
         job.finish(staging, records)
+        for name, before in job.sources.items():
+            if described(Path(before["directory"])) != before:
+                raise CheckpointError(f"the {name} in {before['directory']} has changed while it was converted")
         staging.publish()
     return records
+
+
+def described(directory: Path) -> dict[str, Any]:
+    """Path, and size and time of every file: enough to notice that a source is not what it was."""
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        place = path.relative_to(directory)
+        # Hidden folders are those of git, of download caches, and of outputs that grow.
+        if path.is_file() and not any(part.startswith(".") for part in place.parts[:-1]):
+            files[str(place)] = [path.stat().st_size, path.stat().st_mtime_ns]
+    return {"directory": str(directory.absolute()), "files": files}
 
 
 def run_part(job: Job, index: int, staging: Staging, tell: Tell) -> None:
@@ -139,7 +163,9 @@ def _in_processes(open_job: Opener, pending: list[int], staging: Staging, count:
                 elif (index := next(waiting, None)) is None:
                     del busy[pipe]
                 else:
-                    pipe.send(index)
+                    # When nobody is there any more, the next recv says so.
+                    with contextlib.suppress(BrokenPipeError):
+                        pipe.send(index)
 
 
 def _serve(open_job: Opener, staging: Staging, pipe: Connection) -> None:
@@ -148,18 +174,34 @@ def _serve(open_job: Opener, staging: Staging, pipe: Connection) -> None:
     torch.set_num_threads(1)
     try:
         with open_job() as job:
-            pipe.send(("idle", None))
-            while True:
-                run_part(job, pipe.recv(), staging, lambda *args: pipe.send(("told", args)))
-                pipe.send(("idle", None))
-    except (EOFError, BrokenPipeError):
-        # Whoever began this is gone, or has no more work.
-        return
-    except (CheckpointError, ValueError, OSError) as error:
-        pipe.send(("failed", error))
+            while (index := _next_part(pipe)) is not None:
+                run_part(job, index, staging, lambda *args: _say(pipe, "told", args))
+    except (ValueError, OSError) as error:
+        if is_the_machines(error) and not isinstance(error, OSError):
+            # What is behind an error does not travel with it.
+            error = OSError(str(error))
+        _say(pipe, "failed", error)
     except BaseException as error:
-        pipe.send(("failed", RuntimeError(f"a worker failed: {error!r}")))
+        _say(pipe, "failed", RuntimeError(f"a worker failed: {error!r}"))
         raise
+
+
+def _next_part(pipe: Connection) -> int | None:
+    """Ask for work; None when there is no more, or nobody to ask."""
+    try:
+        pipe.send(("idle", None))
+        index: int = pipe.recv()
+    except (EOFError, BrokenPipeError):
+        return None
+    return index
+
+
+def _say(pipe: Connection, kind: str, content: Any) -> None:
+    try:
+        pipe.send((kind, content))
+    except BrokenPipeError:
+        # Whoever began this is gone.
+        sys.exit()
 
 
 def _end(process: Any, pipe: Connection) -> None:

@@ -17,8 +17,8 @@ from megatron_fp32.checkpoint.fp8.detect import read_quantization_config
 from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, named_scheme
 from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, quantize_tensor
 from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader, TensorInfo
-from megatron_fp32.checkpoint.import_job import described, read_config
-from megatron_fp32.checkpoint.jobs import Part, Progress, Tell, run_job
+from megatron_fp32.checkpoint.import_job import read_config
+from megatron_fp32.checkpoint.jobs import Part, Progress, Tell, described, run_job
 from megatron_fp32.checkpoint.safetensors_file import read_header, read_tensor
 from megatron_fp32.checkpoint.safetensors_writer import (
     SafetensorsFile,
@@ -98,18 +98,15 @@ class QuantizeJob:
         reader: HuggingFaceReader,
         config: dict[str, Any],
         scheme: Fp8Scheme,
+        sources: dict[str, Any],
         *,
         device: str,
         max_shard_bytes: int,
     ) -> None:
         self.reader, self._config, self._scheme, self._device = reader, config, scheme, device
         self.infos = _plan(reader, scheme)
-        self.identity = {
-            "job": "quantize",
-            "version": 1,
-            "options": {"scheme": described_scheme(scheme), "max_shard_bytes": max_shard_bytes},
-            "source": described(reader.directory),
-        }
+        self.options = {"scheme": described_scheme(scheme), "max_shard_bytes": max_shard_bytes}
+        self.sources = sources
         self.parts: Sequence[Part] = self._cut(max_shard_bytes)
 
     def run(self, part: Part, path: Path, tell: Tell) -> dict[str, Any]:
@@ -154,6 +151,7 @@ class QuantizeJob:
 @contextlib.contextmanager
 def open_quantization(hf_dir: Path, scheme: Fp8Scheme, device: str, max_shard_bytes: int) -> Iterator[QuantizeJob]:
     """Raises as `quantize_checkpoint`, before anything is written."""
+    sources = {"source": described(hf_dir)}
     config = read_config(hf_dir)
     found = read_quantization_config(hf_dir)
     if found is not None:
@@ -161,7 +159,7 @@ def open_quantization(hf_dir: Path, scheme: Fp8Scheme, device: str, max_shard_by
             f"{hf_dir} is quantized already: {found.get('quant_method') or found.get('quantization')}"
         )
     with HuggingFaceReader(hf_dir) as reader:
-        yield QuantizeJob(reader, config, scheme, device=device, max_shard_bytes=max_shard_bytes)
+        yield QuantizeJob(reader, config, scheme, sources, device=device, max_shard_bytes=max_shard_bytes)
 
 
 def _plan(reader: HuggingFaceReader, scheme: Fp8Scheme) -> dict[str, TensorInfo]:

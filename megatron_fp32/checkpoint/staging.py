@@ -27,6 +27,7 @@ class Staging:
     def __init__(self, out: Path, root: Path) -> None:
         self._out, self._root = out, root
         self.output = root / "output"
+        self.is_published = False
         self._parts = root / "parts"
         for directory in (self.output, self._parts):
             directory.mkdir(exist_ok=True)
@@ -57,11 +58,12 @@ class Staging:
 
     def publish(self) -> None:
         """Give the output its name."""
+        _remove_unfinished(self._root)
         for path in (self.output, *self.output.rglob("*")):
             _sync(path)
         self.output.rename(self._out)
+        self.is_published = True
         _sync(self._out.parent)
-        shutil.rmtree(self._root)
 
     def _record(self, part: int) -> Path:
         return self._parts / f"{part:06d}.json"
@@ -71,8 +73,9 @@ class Staging:
 def open_staging(out: Path, job: dict[str, Any]) -> Iterator[Staging]:
     """The staging directory of `out`, with what an earlier run of the same job left there.
 
-    When the block fails because of what is converted, nothing is left behind. What is done stays there after everything
-    else, such as a full disk, an interruption, or the end of the process: the same job goes on from there.
+    When the block fails because of what is converted (a ValueError with no OSError or MemoryError behind it), nothing
+    is left. What is done stays there after everything else, such as a full disk, an interruption, or the end of the
+    process: the same job goes on from there.
 
     Args:
         out: what is to be made.
@@ -82,31 +85,41 @@ def open_staging(out: Path, job: dict[str, Any]) -> Iterator[Staging]:
         CheckpointError: when `out` exists, or another process or another job has the staging directory.
     """
     root = out.parent / f".{out.name}.partial"
-    if out.exists():
-        # What was left behind when a process ended between the last two steps.
-        if (root / "job.json").is_file() and not (root / "output").exists():
-            shutil.rmtree(root)
-        raise CheckpointError(f"{out} exists already; name a directory that does not")
+    _refuse_existing(out, root)
     new_parents = [parent for parent in out.absolute().parents if not parent.exists()]
     root.mkdir(parents=True, exist_ok=True)
-    try:
-        with _locked(root):
-            _begin(root, job)
-            yield Staging(out, root)
-    except (OSError, KeyboardInterrupt):
-        raise
-    except _Foreign as error:
-        raise CheckpointError(str(error)) from None
-    except BaseException:
+    with _locked(root):
+        # Another process may have made it in the meantime.
+        _refuse_existing(out, root)
+        _begin(root, job)
+        staging = Staging(out, root)
+        try:
+            yield staging
+        except ValueError as error:
+            if not is_the_machines(error):
+                shutil.rmtree(root, ignore_errors=True)
+                for parent in new_parents:
+                    with contextlib.suppress(OSError):  # somebody else has put something there
+                        parent.rmdir()
+            raise
+    if staging.is_published:
+        # What is left of it does no harm, and a network file system keeps a file that was open a moment ago.
         shutil.rmtree(root, ignore_errors=True)
-        for parent in new_parents:
-            with contextlib.suppress(OSError):  # somebody else has put something there
-                parent.rmdir()
-        raise
 
 
-class _Foreign(Exception):
-    """The staging directory is somebody else's."""
+def _refuse_existing(out: Path, root: Path) -> None:
+    if not out.exists():
+        return
+    # What was left behind when a process ended between the last two steps.
+    if (root / "job.json").is_file() and not (root / "output").exists():
+        shutil.rmtree(root, ignore_errors=True)
+    raise CheckpointError(f"{out} exists already; name a directory that does not")
+
+
+def is_the_machines(error: BaseException) -> bool:
+    """Whether a disk or the memory is behind an error that names the data."""
+    links = (error.__cause__, error.__context__)
+    return isinstance(error, (OSError, MemoryError)) or any(is_the_machines(link) for link in links if link)
 
 
 def _begin(root: Path, job: dict[str, Any]) -> None:
@@ -115,10 +128,14 @@ def _begin(root: Path, job: dict[str, Any]) -> None:
     if not path.is_file():
         _write_at_once(path, text)
     elif path.read_text() != text:
-        raise _Foreign(
+        raise CheckpointError(
             f"{root} holds parts of another conversion: the source, the options or the versions were others. Delete it "
             "to begin anew"
         )
+    _remove_unfinished(root)
+
+
+def _remove_unfinished(root: Path) -> None:
     for left in root.glob(f"output/**/{_UNFINISHED}*"):
         left.unlink(missing_ok=True)
 
@@ -129,7 +146,9 @@ def _locked(root: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _Foreign(f"another process is at work in {root}") from None
+            raise CheckpointError(f"another process is at work in {root}") from None
+        except OSError as error:
+            raise OSError(error.errno, f"no lock on {file.name}: the file system has none (flock)") from error
         yield
 
 

@@ -7,6 +7,7 @@ when all of them are there.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -107,8 +108,14 @@ class DataFile:
 
     def _append(self, value: Any) -> tuple[int, int]:
         start = self._stream.tell()
-        with _without_crc():
-            torch.save(value, self._stream)
+        try:
+            with _without_crc():
+                torch.save(value, self._stream)
+        except RuntimeError as error:
+            # torch's zip writer has its own words for a stream that could not be written.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         return start, self._stream.tell() - start
 
 
@@ -145,7 +152,9 @@ def write_metadata(directory: Path, files: Iterable[tuple[str, Iterable[Chunk]]]
     wrong = sorted(name for name, entry in tensors.items() if not covers(entry))
     if wrong:
         raise ValueError(f"elements of these stacks are missing, or were written twice: {wrong}")
-    torch.save(common, directory / "common.pt")
+    buffer = io.BytesIO()
+    torch.save(common, buffer)
+    (directory / "common.pt").write_bytes(buffer.getvalue())
     complete = metadata.Metadata(
         state_dict_metadata=entries, planner_data=None, storage_data=storage, storage_meta=metadata.StorageMeta()
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from megatron_fp32.checkpoint import import_job
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_fp32.checkpoint.huggingface import CheckpointError
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
@@ -136,6 +140,77 @@ def test_parts_that_are_done_are_not_done_again(
     assert "output_layer.weight" in written
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_disk_that_takes_no_more(convert: Convert, tmp_path: Path) -> None:
+    """The kernel's own refusal, in the middle of a file, whoever writes it."""
+    convert(tmp_path / "whole")
+    expected = contents(tmp_path / "whole")
+    largest = max(len(content) for name, content in expected.items() if name.endswith((".distcp", ".safetensors")))
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 100, largest - 100))
+        try:
+            convert(tmp_path / "out")
+        except OSError as error:
+            os._exit(17 if error.errno == errno.EFBIG else 18)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+        os._exit(19)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 17
+    assert (tmp_path / ".out.partial" / "job.json").is_file()
+    convert(tmp_path / "out")
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("error", [OSError(116, "Stale file handle"), MemoryError("no more")], ids=["disk", "memory"])
+def test_a_source_that_cannot_be_read_for_now(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    read, calls = import_job.HuggingFaceReader.read, []
+
+    def failing(self: Any, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 9:
+            raise CheckpointError("cannot be read") from error
+        return read(self, *args)
+
+    monkeypatch.setattr(import_job.HuggingFaceReader, "read", failing)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        import_checkpoint(source(), tmp_path / "out", max_part_bytes=SMALL)
+    assert list((tmp_path / ".out.partial" / "parts").iterdir())
+
+
+@pytest.mark.parametrize("way", ["import", "export"])
+def test_a_source_that_changes_is_noticed(source: Source, imported: Source, tmp_path: Path, way: str) -> None:
+    made = source() if way == "import" else imported()
+    own = Path(shutil.copytree(made, tmp_path / "own"))
+    touched = own / "config.json" if way == "import" else next((own / "release").glob("*.distcp"))
+    calls: list[str] = []
+
+    def change(action: str, nbytes: int, total: int) -> None:
+        calls.append(action)
+        if len(calls) == 5:
+            os.utime(touched)
+
+    convert = import_checkpoint if way == "import" else export_checkpoint
+    with pytest.raises(CheckpointError, match=r"the \w+ in .*own.* has changed while it was converted"):
+        convert(own, tmp_path / "out", progress=change)
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_an_output_inside_of_its_source(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Path(shutil.copytree(source(), tmp_path / "own"))
+    _full_disk(monkeypatch, DataFile, call=9)
+    with pytest.raises(OSError, match="No space left"):
+        import_checkpoint(own, own / "megatron", max_part_bytes=SMALL)
+    monkeypatch.undo()
+    import_checkpoint(own, own / "megatron", max_part_bytes=SMALL)
+    import_checkpoint(source(), tmp_path / "elsewhere", max_part_bytes=SMALL)
+    assert contents(own / "megatron") == contents(tmp_path / "elsewhere")
+
+
 def _full_disk(monkeypatch: pytest.MonkeyPatch, writer: type, *, call: int) -> None:
     write, calls = writer.write, []
 
@@ -184,8 +259,6 @@ class TestWorkers:
         assert contents(tmp_path / "hf1") == contents(tmp_path / "hf2")
 
     def test_their_errors_arrive(self, source: Source, tmp_path: Path) -> None:
-        import shutil
-
         hf = Path(shutil.copytree(source(), tmp_path / "hf"))
         import_checkpoint(hf, tmp_path / "megatron", max_part_bytes=SMALL)
         data = tmp_path / "megatron" / "release" / "__1_0.distcp"
@@ -242,8 +315,6 @@ class TestStaging:
         assert contents(tmp_path) == before
 
     def test_another_source_of_the_same_name(self, source: Source, tmp_path: Path) -> None:
-        import shutil
-
         hf = Path(shutil.copytree(source(), tmp_path / "hf"))
         with pytest.MonkeyPatch.context() as patch:
             _full_disk(patch, DataFile, call=9)

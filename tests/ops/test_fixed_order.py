@@ -97,6 +97,13 @@ def test_the_gradient_of_a_token_is_the_same_in_every_batch(precision: Any) -> N
         assert torch.equal(hidden_grad(slice(start, stop)), whole[start:stop])
 
 
+def test_a_gradient_that_would_depend_on_the_batch_is_refused() -> None:
+    x, w, y = (t.half() if t.is_floating_point() else t for t in operands(700))
+    with pytest.raises(ValueError, match=r"invariant=True cannot be kept here: float16 pieces of dY share one scale"):
+        linear_logprobs(x.requires_grad_(), w, y, invariant=True, grad_precision="bf16x2")
+    linear_logprobs(x.detach(), w, y, invariant=True, grad_precision="bf16x2")
+
+
 @pytest.mark.parametrize("bad", ["label", "weight", "huge"])
 def test_a_gradient_that_is_no_number_says_so(bad: str) -> None:
     """Integers have no NaN: what must not be added as one is announced by its bound."""

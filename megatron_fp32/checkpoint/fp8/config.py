@@ -72,7 +72,7 @@ def write_configs(
 
 def described_scheme(scheme: Fp8Scheme) -> dict[str, Any]:
     """All of a scheme, for JSON."""
-    return {**dataclasses.asdict(scheme), "modules": sorted(scheme.modules or ())}
+    return {**dataclasses.asdict(scheme), "modules": None if scheme.modules is None else sorted(scheme.modules)}
 
 
 def extra_files(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[str, Any]:

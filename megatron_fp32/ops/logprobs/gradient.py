@@ -109,7 +109,9 @@ def softmax_gradient(
     if raw.is_cuda:
         from megatron_fp32.ops.logprobs.kernels import IN_PLACE_COLUMNS, gradient_triton
 
-        fits = raw.shape[1] <= IN_PLACE_COLUMNS and raw.stride(0) % 8 == 0
+        # The second piece begins at a multiple of 8 columns, which must not lie beyond the row.
+        aligned = raw.stride(0) % 8 == 0 and raw.storage_offset() % 8 == 0
+        fits = raw.shape[1] <= IN_PLACE_COLUMNS and aligned
         in_place = consume and count == 2 and dtype.itemsize == 2 and fits
         with torch.cuda.device(raw.device):
             parts = gradient_triton(raw, vectors, labels, shard, first, count, dtype, scale, in_place)

@@ -72,6 +72,11 @@ def head_options(
         raise ValueError(f"chunk_size must be positive or None, got {chunk_size}")
     if invariant:
         _check_invariant(hidden, weight, ranks)
+        if weight.dtype == torch.float16 and grad_precision != "bf16" and hidden.requires_grad:
+            raise ValueError(
+                "invariant=True cannot be kept here: float16 pieces of dY share one scale, which depends on the batch; "
+                f"expected grad_precision='bf16' for float16, got {grad_precision!r}"
+            )
     first_column = rank * columns
     total = columns * ranks if vocab_size is None else vocab_size
     shard = Shard(
