@@ -81,7 +81,8 @@ def read_common_state(reader: TorchDistReader) -> dict[str, Any]:
     """The common state of a checkpoint, from `common.pt` where there is one, as megatron-core does.
 
     Nothing in it is run. What is not plain Python, a tensor, a dtype, a number of numpy's, a path, a signal or a
-    namespace comes as `Opaque`: an `AttnBackend` of megatron-core is one whose `arguments` hold its value.
+    namespace comes as `Opaque`: an `AttnBackend` of megatron-core is one whose `arguments` hold its value, or its name
+    where Python pickles that (3.11.2 does).
 
     Args:
         reader: of the checkpoint.
@@ -157,6 +158,9 @@ class _ObjectUnpickler(TensorUnpickler):
             module = "builtins"
         if (module, name) in _KINDS:
             return _KINDS[module, name]
+        if module == "signal" and name in signal.Signals.__members__:
+            # Python 3.11.2 and its like pickle a signal as a name of its module.
+            return signal.Signals[name]
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
             return _numpy_scalar
         if (module, name) == ("numpy", "dtype"):
