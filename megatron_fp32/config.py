@@ -42,7 +42,8 @@ class Fp32Config:
     """Compute every logit in an order of summation that no batch, padding or tensor-parallel size changes.
 
     Given bit-equal hidden states, a token's logits are then bit-equal. Needs a weight and hidden states of 16 bits, and
-    on CUDA a device of compute capability 9.0 or newer. Gradients are not included.
+    on CUDA a device of compute capability 9.0 or newer. With `fused_loss` the losses and the gradient of the hidden
+    states have the same property; without, no gradient has.
     """
 
     fused_loss: FusedLoss = "off"
