@@ -220,7 +220,7 @@ def hf_station(directory: Path, megatron: Path) -> dict[str, Any]:
 
 def torch_dist_station(megatron: Path) -> dict[str, Any]:
     """The kept parameters in the imported checkpoint, in Hugging Face's convention."""
-    from megatron_fp32.checkpoint.convert import exact_hf_tensors
+    from megatron_fp32.checkpoint.export_job import exact_hf_tensors
     from megatron_fp32.checkpoint.plan import plan_model
     from megatron_fp32.checkpoint.torch_dist import TorchDistReader
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_fp32 import cli_compare
-from megatron_fp32.checkpoint import convert, jobs
+from megatron_fp32.checkpoint import convert
 from megatron_fp32.checkpoint.export_job import ExportDtype
 from megatron_fp32.checkpoint.fp8 import Fp8Scheme, detect_scheme, named_scheme
 from megatron_fp32.checkpoint.fp8.scheme import LAYOUTS
-from megatron_fp32.checkpoint.huggingface import CheckpointError
 from megatron_fp32.checkpoint.plan import Mtp, Vision
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
+from megatron_fp32.terminal import console, errors_exit, progress
 
 _EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
 _NEW = click.Path(path_type=Path)
@@ -87,24 +83,24 @@ def import_(
 
     MEGATRON_DIR must not exist. Beside the checkpoint it holds hf_source/, which `export` needs later.
     """
-    with _errors_exit(), _progress() as tell:
+    with errors_exit(1), progress(only_on_terminals=False) as tell:
         report = convert.import_checkpoint(
             hf_dir, megatron_dir, text_only=text_only, vision=vision, mtp=mtp, workers=workers, progress=tell
         )
     if as_json:
         _print_json(report)
         return
-    console = _console()
-    console.print(
+    out = console()
+    out.print(
         f"{report.checkpoint}: {report.tensors} tensors, {report.nbytes:,} bytes, each read back and equal; "
         f"{len(report.fp32_tensors)} of them F32"
     )
     if report.carried:
-        console.print(f"carried beside the checkpoint as they are: {len(report.carried)}")
+        out.print(f"carried beside the checkpoint as they are: {len(report.carried)}")
     if report.left_out:
-        console.print(f"left out, as asked ({len(report.left_out)}):")
+        out.print(f"left out, as asked ({len(report.left_out)}):")
         for name in report.left_out:
-            console.print(f"  {name}")
+            out.print(f"  {name}")
 
 
 @main.command()
@@ -144,7 +140,7 @@ def export(
 
     HF_DIR must not exist. Tensors leave with the dtype that they came with; those trained in fp32 leave as F32.
     """
-    with _errors_exit(), _progress() as tell:
+    with errors_exit(1), progress(only_on_terminals=False) as tell:
         report = convert.export_checkpoint(
             megatron_dir,
             hf_dir,
@@ -159,8 +155,8 @@ def export(
     if as_json:
         _print_json(report)
     else:
-        console = _console()
-        console.print(
+        out = console()
+        out.print(
             f"{report.directory}: {report.tensors} tensors, {report.nbytes:,} bytes, each read back and equal to what "
             f"was meant; {report.unchanged} of them as they came from Hugging Face"
         )
@@ -170,7 +166,7 @@ def export(
             ("rounded in the Megatron checkpoint", report.rounded),
         ):
             if names:
-                console.print(f"{what}: {', '.join(names)}")
+                out.print(f"{what}: {', '.join(names)}")
     if report.rounded:
         sys.exit(1)
 
@@ -198,7 +194,7 @@ def quantize(
 
     FP8_DIR must not exist. Norms, routers, embeddings, the head and whatever else loses too much keep their dtype.
     """
-    with _errors_exit(), _progress() as tell:
+    with errors_exit(1), progress(only_on_terminals=False) as tell:
         scheme = _scheme(name, like, names="--scheme and --like")
         if scheme is None:
             raise click.UsageError("one of --scheme and --like is needed")
@@ -208,7 +204,7 @@ def quantize(
     if as_json:
         _print_json(report)
         return
-    _console().print(
+    console().print(
         f"{report.directory}: {len(report.quantized)} weights in float8 ({report.scheme.layout}), {len(report.kept)} "
         f"tensors as they were; {report.nbytes:,} bytes of {report.source_nbytes:,}, each tensor read back and equal"
     )
@@ -227,40 +223,6 @@ def _print_json(report: Any) -> None:
         return sorted(value) if isinstance(value, frozenset) else str(value)
 
     click.echo(json.dumps(dataclasses.asdict(report), default=plain))
-
-
-def _console() -> Console:
-    # Paths may hold brackets, which rich would take for markup.
-    return Console(highlight=False, soft_wrap=True, markup=False)
-
-
-@contextlib.contextmanager
-def _errors_exit() -> Iterator[None]:
-    try:
-        yield
-    except (CheckpointError, ValueError, OSError) as error:
-        click.echo(f"megatron-fp32: {error}", err=True)
-        sys.exit(1)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[jobs.Progress]:
-    columns = (
-        TextColumn("{task.description:>7}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks = {}
-
-        def tell(action: str, nbytes: int, total: int) -> None:
-            if action not in tasks:
-                tasks[action] = bars.add_task(action, total=total)
-            bars.update(tasks[action], advance=nbytes)
-
-        yield tell
 
 
 main.add_command(cli_compare.verify)

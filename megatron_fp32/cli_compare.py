@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from megatron_fp32.checkpoint import findings
 from megatron_fp32.checkpoint.difference import Largest, ValueDifference
 from megatron_fp32.checkpoint.findings import TensorDifference, VerifiedSide, VerifyReport
-from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, CheckpointError, TensorInfo
+from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, TensorInfo
 from megatron_fp32.checkpoint.inspection import Inspection, inspect_checkpoint
 from megatron_fp32.checkpoint.verify import verify_checkpoints
+from megatron_fp32.terminal import console, errors_exit, progress
 
 _EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -64,7 +61,7 @@ def verify(
     Exit status: 0 when A and B are equal, 1 when they differ, 2 for a mistake on the command line or a checkpoint that
     cannot be read (the reason is on stderr, nothing on stdout).
     """
-    with _errors_exit(), _progress() as tell:
+    with errors_exit(2), progress(only_on_terminals=True) as tell:
         report = verify_checkpoints(a, b, source=source, text_only=text_only, progress=tell)
     agrees = report.agrees(values_only=values_only)
     if as_json:
@@ -90,7 +87,7 @@ def inspect(directory: Path, source: Path | None, tensors: bool, match: str | No
 
     Exit status: 0, or 2 for a mistake on the command line or a checkpoint that cannot be read.
     """
-    with _errors_exit():
+    with errors_exit(2):
         found = inspect_checkpoint(directory, source=source)
     listed = {n: i for n, i in sorted(found.tensors.items()) if fnmatchcase(n, match or "*")}
     is_listing = tensors or match is not None
@@ -109,9 +106,9 @@ def inspect(directory: Path, source: Path | None, tensors: bool, match: str | No
 
 
 def _print_report(report: VerifyReport, agrees: bool, limit: int) -> None:
-    console = _console()
+    out = _wide_console()
     for label, side in (("A", report.a), ("B", report.b)):
-        console.print(f"{label}: {_side(side)}")
+        out.print(f"{label}: {_side(side)}")
     shown = _largest_first(report)
     shown = shown[:limit] if limit else shown
     if shown:
@@ -120,12 +117,12 @@ def _print_report(report: VerifyReport, agrees: bool, limit: int) -> None:
             table.add_column(header, overflow="fold", justify="left" if header in ("at", "note") else "right")
         for difference in shown:
             table.add_row(*_row(difference))
-        console.print(table)
+        out.print(table)
     if len(shown) < len(report.differences):
-        console.print(f"and {len(report.differences) - len(shown)} more; --limit 0 lists all of them")
+        out.print(f"and {len(report.differences) - len(shown)} more; --limit 0 lists all of them")
     counts = {status: sum(d.status == status for d in report.differences) for status in _MEANINGS}
     listed = "".join(f"; {_MEANINGS[status]}: {count}" for status, count in counts.items() if count)
-    console.print(f"{'equal' if agrees else 'DIFFERENT'}: {report.equal} of {report.compared} byte for byte{listed}")
+    out.print(f"{'equal' if agrees else 'DIFFERENT'}: {report.equal} of {report.compared} byte for byte{listed}")
 
 
 def _side(side: VerifiedSide) -> str:
@@ -188,7 +185,7 @@ def _counts(counts: tuple[int, int]) -> str:
 
 
 def _print_inspection(found: Inspection) -> None:
-    console = _console()
+    out = _wide_console()
     lines = [
         ("checkpoint", f"{found.path} ({_KINDS[found.kind]})"),
         ("family", f"{found.family or 'unknown'} (model_type {found.model_type or 'unknown'})"),
@@ -202,13 +199,13 @@ def _print_inspection(found: Inspection) -> None:
         lines += _megatron_lines(found)
     lines.append(("files", f"{len(found.files)}, {sum(found.files.values()):,} bytes"))
     for label, text in lines:
-        console.print(f"{label:>12}  {text}")
+        out.print(f"{label:>12}  {text}")
     table = _table("dtype", "tensors", "parameters", "bytes")
     for dtype, total in found.by_dtype.items():
         table.add_row(DTYPE_NAMES[dtype], f"{total.tensors:,}", f"{total.parameters:,}", f"{total.nbytes:,}")
-    console.print(table)
+    out.print(table)
     if 0 < len(found.fp32_tensors) < len(found.tensors):
-        console.print("F32: " + ", ".join(_by_layer(found.fp32_tensors)))
+        out.print("F32: " + ", ".join(_by_layer(found.fp32_tensors)))
 
 
 def _by_layer(names: tuple[str, ...]) -> list[str]:
@@ -238,7 +235,7 @@ def _print_tensors(tensors: dict[str, TensorInfo]) -> None:
     table = _table("tensor", "dtype", "shape", "bytes")
     for name, info in tensors.items():
         table.add_row(name, DTYPE_NAMES[info.dtype], str(list(info.shape)), f"{info.nbytes:,}")
-    _console().print(table)
+    _wide_console().print(table)
 
 
 def _yes(value: bool) -> str:
@@ -252,41 +249,10 @@ def _table(*headers: str) -> Table:
     return table
 
 
-def _console() -> Console:
-    # Paths may hold brackets, which rich would take for markup. A pipe has no width: names must come whole.
-    width = None if sys.stdout.isatty() else 1000
-    return Console(highlight=False, soft_wrap=True, markup=False, width=width)
+def _wide_console() -> Console:
+    # A pipe has no width: names must come whole.
+    return console(width=None if sys.stdout.isatty() else 1000)
 
 
 def _print_json(content: dict[str, Any]) -> None:
     click.echo(json.dumps(content, indent=1, allow_nan=False))
-
-
-@contextlib.contextmanager
-def _errors_exit() -> Iterator[None]:
-    try:
-        yield
-    except (CheckpointError, ValueError, OSError) as error:
-        click.echo(f"megatron-fp32: {error}", err=True)
-        sys.exit(2)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[findings.Progress]:
-    columns = (
-        TextColumn("{task.description:>7}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks = {}
-
-        def tell(action: str, nbytes: int, total: int) -> None:
-            if action not in tasks:
-                tasks[action] = bars.add_task(action, total=total)
-            bars.update(tasks[action], advance=nbytes)
-
-        yield tell

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import xxhash
 from torch import Tensor
 
-from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, tensor_bytes
+from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, CheckpointError, tensor_bytes
 
 
 def digest(tensor: Tensor) -> str:
@@ -20,6 +21,12 @@ def digest(tensor: Tensor) -> str:
     state = xxhash.xxh3_128(header)
     state.update(tensor_bytes(tensor))
     return state.hexdigest()
+
+
+def compare(tensor: Tensor, expected: str, path: Path, name: str) -> None:
+    """Raise CheckpointError when what was read from `path` is not what was written there."""
+    if digest(tensor) != expected:
+        raise CheckpointError(f"{path}: {name!r} reads back other values than were written; the disk may be damaged")
 
 
 class Digests:

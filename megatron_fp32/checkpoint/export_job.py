@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_fp32.checkpoint.digests import Digests, digest
+from megatron_fp32.checkpoint.digests import Digests, compare
 from megatron_fp32.checkpoint.fp8.config import described_scheme, write_configs
 from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme
 from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, quantize_element
@@ -105,10 +105,7 @@ class ExportJob:
         header = read_header(path)
         for name, index, expected in meant:
             tensor = read_tensor(header, name, index)
-            if digest(tensor) != expected:
-                raise CheckpointError(
-                    f"{path}: {name!r} reads back other values than were written; the disk may be damaged"
-                )
+            compare(tensor, expected, path, name)
             tell("verify", tensor.nbytes)
         return {"digests": digests.to_json()}
 

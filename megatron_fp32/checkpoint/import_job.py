@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fp32.checkpoint.digests import Digests, digest
-from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader
+from megatron_fp32.checkpoint.digests import Digests, compare, digest
+from megatron_fp32.checkpoint.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.jobs import Part, Tell, described
+from megatron_fp32.checkpoint.kind import read_config
 from megatron_fp32.checkpoint.plan import ImportPlan, Mtp, Vision, naming, plan_import
 from megatron_fp32.checkpoint.sidecar import SourceTensor, write_sidecar
 from megatron_fp32.checkpoint.staging import Staging
@@ -64,10 +64,7 @@ class ImportJob:
         written = zip(file.chunks, meant, strict=True)
         for mapping in part.steps:
             for target, (chunk, expected) in zip(mapping.megatron, written, strict=False):
-                if digest(read_chunk(path, chunk).reshape(target.shape)) != expected:
-                    raise CheckpointError(
-                        f"{path}: '{target}' reads back other values than were written; the disk may be damaged"
-                    )
+                compare(read_chunk(path, chunk).reshape(target.shape), expected, path, str(target))
             tell("verify", self._nbytes(mapping))
         return {"chunks": [chunk.to_json() for chunk in file.chunks], "digests": digests.to_json()}
 
@@ -136,19 +133,3 @@ def open_import(hf_dir: Path, vision: Vision, mtp: Mtp, max_part_bytes: int) -> 
         with naming(reader.directory):
             plan = plan_import(config, reader.tensors, vision=vision, mtp=mtp)
         yield ImportJob(reader, plan, sources, vision=vision, mtp=mtp, max_part_bytes=max_part_bytes)
-
-
-def read_config(hf_dir: Path) -> dict[str, Any]:
-    """`config.json`, parsed.
-
-    Raises:
-        CheckpointError: when it is missing or no JSON.
-    """
-    path = hf_dir / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
-    return content

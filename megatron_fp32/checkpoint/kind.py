@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_fp32.checkpoint.files import read_json
 from megatron_fp32.checkpoint.huggingface import INDEX, CheckpointError, TensorInfo
 from megatron_fp32.checkpoint.sidecar import DIRECTORY, Sidecar, find_sidecar
 from megatron_fp32.checkpoint.torch_dist import TRACKER, find_checkpoint, known_non_model_entries
@@ -47,10 +47,9 @@ def read_config(hf_dir: Path) -> dict[str, Any]:
         CheckpointError: when there is none, or it is no JSON object.
     """
     path = hf_dir / "config.json"
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: {path.name} cannot be read")
+    content = read_json(path, "JSON")
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content

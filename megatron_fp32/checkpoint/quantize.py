@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from megatron_fp32.checkpoint.digests import Digests, digest
+from megatron_fp32.checkpoint.digests import Digests, compare
 from megatron_fp32.checkpoint.fp8.config import MODELOPT_FILE, described_scheme, write_configs
 from megatron_fp32.checkpoint.fp8.detect import read_quantization_config
 from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, named_scheme
 from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, quantize_tensor
 from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader, TensorInfo
-from megatron_fp32.checkpoint.import_job import read_config
 from megatron_fp32.checkpoint.jobs import Part, Progress, Tell, described, run_job
+from megatron_fp32.checkpoint.kind import read_config
 from megatron_fp32.checkpoint.safetensors_file import read_header, read_tensor
 from megatron_fp32.checkpoint.safetensors_writer import (
     SafetensorsFile,
@@ -123,8 +123,7 @@ class QuantizeJob:
         header = read_header(path)
         for name, expected in digests.by_name().items():
             tensor = read_tensor(header, name)
-            if digest(tensor) != expected:
-                raise CheckpointError(f"{path}: {name!r} reads back other values than were written")
+            compare(tensor, expected, path, name)
             tell("verify", tensor.nbytes)
         return {}
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fp32.checkpoint.digests import Digests, digest
+from megatron_fp32.checkpoint.digests import Digests, compare, digest
 from megatron_fp32.checkpoint.huggingface import (
     DTYPE_NAMES,
     DTYPES,
@@ -72,7 +72,7 @@ class Sidecar:
         if not path.is_dir():
             return {}
         with HuggingFaceReader(path) as reader:
-            tensors = {name: reader.read(name).clone() for name in reader.tensors}
+            tensors = {name: reader.read(name) for name in reader.tensors}
         damaged = [n for n, t in tensors.items() if n not in self.tensors or digest(t) != self.tensors[n].digest]
         if damaged:
             raise CheckpointError(f"{path} is damaged: {damaged} are not what was imported")
@@ -187,9 +187,8 @@ def _write_tensors(directory: Path, infos: Mapping[str, TensorInfo], read: Calla
         meant[name] = digest(tensor)
     writer.finish()
     with HuggingFaceReader(directory) as written:
-        wrong = [name for name, expected in meant.items() if digest(written.read(name)) != expected]
-    if wrong:
-        raise CheckpointError(f"{directory}: {wrong} read back other values than were written; the disk may be damaged")
+        for name, expected in meant.items():
+            compare(written.read(name), expected, directory, name)
 
 
 def _listed(tensors: Mapping[str, SourceTensor]) -> dict[str, Any]:

@@ -8,8 +8,10 @@ import pytest
 
 from megatron_fp32.checkpoint.convert import import_checkpoint
 from tests.checkpoint.support import write_small
+from tests.families import Case
 
 Source = Callable[..., Path]
+Families = Callable[[Case], tuple[Path, Path]]
 
 
 @pytest.fixture(scope="session")
@@ -37,5 +39,21 @@ def imported(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Source
             made[key] = tmp_path_factory.mktemp("imported") / "megatron"
             import_checkpoint(source(**fields), made[key])
         return made[key]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
+    """A case's Hugging Face checkpoint and what an import made of it, once for the whole run. Do not change them."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def of(case: Case) -> tuple[Path, Path]:
+        if case.name not in made:
+            root = tmp_path_factory.mktemp("family")
+            hf = case.write(root / "hf")
+            import_checkpoint(hf, root / "megatron", vision="carry" if case.outer else "refuse")
+            made[case.name] = (hf, root / "megatron")
+        return made[case.name]
 
     return of

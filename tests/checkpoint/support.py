@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_fp32.checkpoint.torch_dist import TorchDistReader
+from megatron_fp32.checkpoint.torch_dist_writer import TorchDistWriter
 from megatron_fp32.testing.qwen3_5 import write_qwen3_5
 
 SMALL: dict[str, Any] = {
@@ -87,3 +89,14 @@ def write_small(directory: Path, *, all_bf16: bool = False, **fields: Any) -> Pa
 def bits(tensor: Tensor) -> Tensor:
     """The bytes, for comparing bit for bit."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def resave(directory: Path, out: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+    """A Megatron checkpoint with other tensors, as a trainer somewhere else might have left it."""
+    reader = TorchDistReader(directory)
+    out.mkdir()
+    with TorchDistWriter(out) as writer:
+        for name, tensor in change({name: reader.read(name) for name in reader.tensors}).items():
+            writer.write(name, tensor)
+        writer.finish({})
+    return out

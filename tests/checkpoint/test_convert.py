@@ -17,10 +17,9 @@ from transformers.models.qwen3_5 import Qwen3_5ForCausalLM
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader
 from megatron_fp32.checkpoint.safetensors_writer import SafetensorsFile
-from megatron_fp32.checkpoint.torch_dist import TorchDistReader
-from megatron_fp32.checkpoint.torch_dist_writer import DataFile, TorchDistWriter
+from megatron_fp32.checkpoint.torch_dist_writer import DataFile
 from tests.checkpoint.conftest import Source
-from tests.checkpoint.support import A_LOG, EVEN, NORM, assets, rewrite, stored_tensors, tree, write_small
+from tests.checkpoint.support import A_LOG, EVEN, NORM, assets, resave, rewrite, stored_tensors, tree, write_small
 
 _GATE, _UP = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
 
@@ -42,17 +41,6 @@ def _with(**changed: Any) -> Change:
 def own(source: Source, tmp_path: Path) -> Path:
     """A copy of a source that a test may change."""
     return Path(shutil.copytree(source(), tmp_path / "own"))
-
-
-def _resave(directory: Path, out: Path, change: Change) -> Path:
-    """A Megatron checkpoint with other tensors, as a trainer somewhere else might have left it."""
-    reader = TorchDistReader(directory)
-    out.mkdir()
-    with TorchDistWriter(out) as writer:
-        for name, tensor in change({name: reader.read(name) for name in reader.tensors}).items():
-            writer.write(name, tensor)
-        writer.finish({})
-    return out
 
 
 class TestRoundTrip:
@@ -206,7 +194,7 @@ class TestExportRefuses:
         ids=["missing", "unexpected", "misshapen", "short vocabulary"],
     )
     def test_another_model(self, imported: Source, tmp_path: Path, change: Change, message: str) -> None:
-        trained = _resave(imported(), tmp_path / "trained", change)
+        trained = resave(imported(), tmp_path / "trained", change)
         with pytest.raises(CheckpointError, match=message):
             export_checkpoint(trained, tmp_path / "hf", source=imported())
         assert [p.name for p in tmp_path.iterdir()] == ["trained"]
@@ -368,6 +356,6 @@ def test_the_padding_of_the_vocabulary_is_cut_off(imported: Source, source: Sour
         return torch.cat([t, torch.full((7, t.shape[1]), torch.nan, dtype=t.dtype)])
 
     padded = _with(**{"embedding.word_embeddings.weight": pad, "output_layer.weight": pad})
-    trained = _resave(imported(), tmp_path / "trained", padded)
+    trained = resave(imported(), tmp_path / "trained", padded)
     export_checkpoint(trained, tmp_path / "hf", source=imported())
     assert stored_tensors(tmp_path / "hf") == stored_tensors(source())

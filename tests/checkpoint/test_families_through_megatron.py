@@ -17,17 +17,16 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_fp32.checkpoint.convert import export_checkpoint
 from megatron_fp32.checkpoint.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.plan import plan_import
 from megatron_fp32.models import provider
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
 from megatron_fp32.testing.training import load_model
+from tests.checkpoint.conftest import Families
 from tests.checkpoint.support import stored_tensors
 from tests.families import CASES, Case, case, config_json, fuse
-
-Families = Callable[[Case], tuple[Path, Path]]
 
 ONE_OF_EACH = tuple(
     case(name)
@@ -83,22 +82,6 @@ def _logits(hf: Path, imported: Path, tokens: Tensor, tensor: int = 1) -> Tensor
 def _logits_on_ranks(hf: Path, imported: Path, tokens: Tensor) -> Tensor:
     with model_parallel(tensor=2):
         return _logits(hf, imported, tokens, tensor=2)
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
-    """A case's Hugging Face checkpoint and what an import made of it, once for the module. Do not change them."""
-    made: dict[str, tuple[Path, Path]] = {}
-
-    def of(case: Case) -> tuple[Path, Path]:
-        if case.name not in made:
-            root = tmp_path_factory.mktemp("family")
-            hf = case.write(root / "hf")
-            import_checkpoint(hf, root / "megatron", vision="carry" if case.outer else "refuse")
-            made[case.name] = (hf, root / "megatron")
-        return made[case.name]
-
-    return of
 
 
 @pytest.fixture

@@ -20,53 +20,25 @@ from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoin
 from megatron_fp32.checkpoint.findings import TensorDifference, VerifyReport
 from megatron_fp32.checkpoint.huggingface import INDEX, CheckpointError, TensorInfo
 from megatron_fp32.checkpoint.torch_dist import TorchDistReader
-from megatron_fp32.checkpoint.torch_dist_writer import TorchDistWriter
 from megatron_fp32.checkpoint.verify import verify_checkpoints
 from megatron_fp32.models import provider
 from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
 from megatron_fp32.testing.training import Batch, Trainer, load_model
-from tests.checkpoint.support import rewrite, stored_tensors
+from tests.checkpoint.conftest import Families
+from tests.checkpoint.support import resave, rewrite, stored_tensors
 from tests.families import CASES, Case, case
 
-Families = Callable[[Case], tuple[Path, Path]]
 Changes = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 NORM = "model.layers.0.linear_attn.norm.weight"
 A_LOG = "model.layers.0.linear_attn.A_log"
 
 
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
-    """A case's Hugging Face checkpoint and what an import made of it, once for the module. Do not change them."""
-    made: dict[str, tuple[Path, Path]] = {}
-
-    def of(case: Case) -> tuple[Path, Path]:
-        if case.name not in made:
-            root = tmp_path_factory.mktemp("family")
-            hf = case.write(root / "hf")
-            import_checkpoint(hf, root / "megatron", vision="carry" if case.outer else "refuse")
-            made[case.name] = (hf, root / "megatron")
-        return made[case.name]
-
-    return of
-
-
 def _changed_hf(hf: Path, out: Path, change: Changes) -> Path:
     shutil.copytree(hf, out)
     return rewrite(out, change)
-
-
-def _changed_megatron(imported: Path, out: Path, change: Changes) -> Path:
-    """As a trainer saves it: without a sidecar."""
-    reader = TorchDistReader(imported)
-    out.mkdir()
-    with TorchDistWriter(out) as writer:
-        for name, tensor in change({name: reader.read(name) for name in reader.tensors}).items():
-            writer.write(name, tensor)
-        writer.finish({})
-    return out
 
 
 def _with(**changes: Callable[[Tensor], Tensor]) -> Changes:
@@ -163,7 +135,7 @@ class TestEveryFamily:
                     tensor.view(-1)[at % tensor.numel()] += 0.25
             return tensors
 
-        trained = _changed_megatron(imported, tmp_path / "trained", train)
+        trained = resave(imported, tmp_path / "trained", train)
         export_checkpoint(trained, tmp_path / "hf", source=imported)
         report = verify_checkpoints(hf, trained, source=imported)
         assert len(report.differences) > 3
@@ -287,21 +259,21 @@ class TestMegatron:
                     changed |= {f"{start}{middle}{i}.{end}" if middle else key: part for i, part in enumerate(parts)}
                 return changed
 
-            layers = _changed_megatron(imported, tmp_path / f"{name}, layers", separate)
+            layers = resave(imported, tmp_path / f"{name}, layers", separate)
             for pair in ((imported, layers), (layers, imported), (hf, layers)):
                 report = verify_checkpoints(*pair)
                 assert report.agrees(), report.differences
             assert report.compared == len(stored_tensors(hf))
 
             change = _with(**{"decoder.layers.1.mlp.linear_fc2.weight": _add_at_3, "linear_proj.weight": _add_at_3})
-            other = _changed_megatron(layers, tmp_path / f"{name}, changed", change)
+            other = resave(layers, tmp_path / f"{name}, changed", change)
             found = {d.name: d.values and d.values.count for d in verify_checkpoints(imported, other).differences}
             expected = {f"decoder.layers.{i}.self_attention.linear_proj.weight": 1 for i in range(3)}
             assert found == {**expected, **({"decoder.layers.1.mlp.linear_fc2.weight": 1} if name == "Llama" else {})}
 
     def test_another_number_of_layers(self, families: Families, tmp_path: Path) -> None:
         hf, imported = families(case("Llama"))
-        fewer = _changed_megatron(
+        fewer = resave(
             imported,
             tmp_path / "fewer",
             lambda tensors: {n: t[:2].clone() if n.startswith("decoder.layers.") else t for n, t in tensors.items()},
@@ -324,7 +296,7 @@ class TestMegatron:
             return change
 
         three, seven = (
-            _changed_megatron(imported, tmp_path / f"{rows}", pad(rows, value)) for rows, value in ((3, 0.5), (7, 0.0))
+            resave(imported, tmp_path / f"{rows}", pad(rows, value)) for rows, value in ((3, 0.5), (7, 0.0))
         )
         report = verify_checkpoints(three, seven)
         assert set(_statuses(report).values()) == {"shape"}
@@ -359,7 +331,7 @@ class TestSource:
         hf, imported = families(case("Qwen3.5"))
         norm = load_file(hf / "model.safetensors")[NORM]
         assert not torch.equal((norm - 1) + 1, norm)  # otherwise this shows nothing
-        alone = _changed_megatron(imported, tmp_path / "alone", lambda tensors: tensors)
+        alone = resave(imported, tmp_path / "alone", lambda tensors: tensors)
         for source in (None, imported):
             assert verify_checkpoints(hf, alone, source=source).agrees()
 
@@ -375,15 +347,15 @@ class TestSource:
         difference = _only(verify_checkpoints(other, imported))
         assert difference.values is not None
         assert (difference.name, difference.values.count) == (NORM, int(same.sum()))
-        alone = _changed_megatron(imported, tmp_path / "alone", lambda tensors: tensors)
+        alone = resave(imported, tmp_path / "alone", lambda tensors: tensors)
         assert verify_checkpoints(other, alone).agrees()  # an import of it would give the same bytes
 
     def test_fp32_that_the_sources_dtype_holds_leaves_as_that(self, bf16: tuple[Path, Path], tmp_path: Path) -> None:
         hf, imported = bf16
-        wide = _changed_megatron(imported, tmp_path / "wide", _with(A_log=Tensor.float))
+        wide = resave(imported, tmp_path / "wide", _with(A_log=Tensor.float))
         for source in (None, imported):
             assert verify_checkpoints(wide, hf, source=source).agrees()
-        trained = _changed_megatron(imported, tmp_path / "trained", _with(A_log=lambda t: t.float() + 2**-15))
+        trained = resave(imported, tmp_path / "trained", _with(A_log=lambda t: t.float() + 2**-15))
         report = verify_checkpoints(hf, trained, source=imported)
         assert _statuses(report) == {n: "values" for n in stored_tensors(hf) if n.endswith("A_log")}
         for difference in report.differences:
@@ -393,7 +365,7 @@ class TestSource:
 
     def test_what_a_stock_model_rounded_is_named_with_its_dtype(self, families: Families, tmp_path: Path) -> None:
         hf, imported = families(case("Qwen3.5"))
-        rounded = _changed_megatron(imported, tmp_path / "rounded", _with(A_log=Tensor.bfloat16))
+        rounded = resave(imported, tmp_path / "rounded", _with(A_log=Tensor.bfloat16))
         report = verify_checkpoints(rounded, hf, source=imported)
         assert _statuses(report) == {n: "values" for n in stored_tensors(hf) if n.endswith("A_log")}
         for difference in report.differences:
@@ -414,7 +386,7 @@ class TestSource:
             tensor[1, 4, 2, 3] += 2**-20
             return tensor
 
-        trained = _changed_megatron(tmp_path / "megatron", tmp_path / "trained", _with(**{name: train}))
+        trained = resave(tmp_path / "megatron", tmp_path / "trained", _with(**{name: train}))
         difference = _only(verify_checkpoints(trained, hf, source=tmp_path / "megatron"))
         assert (difference.name, difference.status) == ("model.layers.1.mlp.experts.down_proj", "values")
         assert difference.a is not None
@@ -463,7 +435,7 @@ class TestParts:
 
     def test_without_a_sidecar_vision_is_in_one_only(self, vl: tuple[Path, Path], tmp_path: Path) -> None:
         hf, imported = vl
-        alone = _changed_megatron(imported, tmp_path / "alone", lambda tensors: tensors)
+        alone = resave(imported, tmp_path / "alone", lambda tensors: tensors)
         assert _statuses(verify_checkpoints(alone, hf)) == dict.fromkeys(self._names(hf, "model.visual."), "only_b")
 
     def test_carried_mtp_is_compared_as_it_is(self, families: Families, tmp_path: Path) -> None:
@@ -493,7 +465,7 @@ class TestMismatches:
 
     def test_a_part_that_megatron_lacks(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
         hf, imported = pair
-        lacking = _changed_megatron(imported, tmp_path / "m", _without("layers.0.self_attention.in_proj.weight.key"))
+        lacking = resave(imported, tmp_path / "m", _without("layers.0.self_attention.in_proj.weight.key"))
         report = verify_checkpoints(hf, lacking)
         start = "decoder.layers.0.self_attention.in_proj.weight."
         assert _statuses(report) == {
@@ -520,7 +492,7 @@ class TestMismatches:
         assert difference.b is not None
         assert (difference.a.shape, difference.b.shape) == ((36, 72), (35, 72))
         change = _with(**{"layers.1.self_attention.linear_qkv.weight": lambda t: t[1:].clone()})
-        wrong = _changed_megatron(imported, tmp_path / "m", change)
+        wrong = resave(imported, tmp_path / "m", change)
         report = verify_checkpoints(hf, wrong)
         assert _statuses(report) == {f"model.layers.1.self_attn.{n}_proj.weight": "shape" for n in "qkv"}
         assert all("expected (192, 36)" in difference.note for difference in report.differences)
@@ -528,7 +500,7 @@ class TestMismatches:
     def test_names_that_neither_expects(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
         hf, imported = pair
         more_hf = _changed_hf(hf, tmp_path / "hf", lambda tensors: {**tensors, "more": torch.ones(2)})
-        more = _changed_megatron(imported, tmp_path / "m", lambda tensors: {**tensors, "extra": torch.ones(2)})
+        more = resave(imported, tmp_path / "m", lambda tensors: {**tensors, "extra": torch.ones(2)})
         assert _statuses(verify_checkpoints(more_hf, more)) == {"more": "only_a", "extra": "only_b"}
 
     def test_a_family_that_is_not_known(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
