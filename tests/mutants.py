@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from mutant_list import MUTANTS, Mutant
+from faults import MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ from megatron_fp32.testing.training import Batch, Trainer
 from tests import recipe_stubs
 
 ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")])
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -94,3 +96,18 @@ def test_links_between_files_lead_somewhere() -> None:
 def shell(script: str) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(["bash", "-euc", script], check=True, env={**os.environ, "PATH": path})
+
+
+@pytest.mark.parametrize(
+    "script", sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]), ids=lambda p: p.name
+)
+def test_scripts_import_names_that_exist(script: Path) -> None:
+    """Those that need a GPU or an hour run in no test."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron_fp32"):
+            for alias in node.names:
+                try:
+                    exec(f"from {node.module} import {alias.name}", {})
+                except ModuleNotFoundError as error:
+                    if error.name != "triton":
+                        raise

@@ -1,0 +1,10 @@
+"""The faults that `mutants.py` puts into the package, each with the test that must notice."""
+
+from faults.checkpoints import CHECKPOINTS
+from faults.layers import LAYERS
+from faults.mutant import Mutant
+from faults.numerics import NUMERICS
+
+__all__ = ["MUTANTS", "Mutant"]
+
+MUTANTS = [*NUMERICS, *LAYERS, *CHECKPOINTS]

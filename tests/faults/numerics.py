@@ -1,0 +1,253 @@
+"""Faults of `ops/`."""
+
+from __future__ import annotations
+
+from faults.mutant import Mutant
+
+OPS = "tests/ops/test_logits.py"
+RANKS = "tests/tensor_parallel/test_ranks.py"
+PRODUCTS = "tests/ops/test_products.py"
+EDGES = "tests/tensor_parallel/test_edge_cases.py"
+MAIN_GRAD = "tests/ops/test_main_grad.py"
+FP8 = "tests/ops/test_fp8.py"
+
+NUMERICS = [
+    Mutant(
+        name="round the logits on the CPU",
+        file="ops/logits/gemm.py",
+        old="return torch.mm(a.float(), b.float(), out=out)",
+        new="return out.copy_(torch.mm(a, b))",
+        test=f"{OPS}::TestAgainstFloat64",
+    ),
+    Mutant(
+        name="drop the dgrad sum",
+        file="ops/logits/ranks.py",
+        old="elif self._reduce:",
+        new="elif False:",
+        test=f"{RANKS}::test_errors_are_those_of_one_rank",
+    ),
+    Mutant(
+        name="sum the dgrad twice",
+        file="ops/logits/ranks.py",
+        old="self._work = dist.all_reduce(self.partial, group=self._group, async_op=True)",
+        new="self._work = [dist.all_reduce(self.partial, group=self._group, async_op=True) for _ in '12'][1]",
+        test=f"{RANKS}::test_errors_are_those_of_one_rank",
+    ),
+    Mutant(
+        name="round each rank's dgrad before the sum",
+        file="ops/logits/ranks.py",
+        old='"""Begin the sum; it overlaps with what is still computed."""',
+        new="self.partial = self.partial.bfloat16().float()",
+        test="tests/ops tests/tensor_parallel",
+    ),
+    Mutant(
+        name="skip grad_added_to_main_grad",
+        file="ops/logits/main_grad.py",
+        old="weight.grad_added_to_main_grad = True",
+        new="weight.grad_added_to_main_grad = False",
+        test=MAIN_GRAD,
+    ),
+    Mutant(
+        name="return garbage where zeros are asked for",
+        file="ops/logits/main_grad.py",
+        old='torch.zeros if getattr(weight, "zero_out_wgrad", False) else torch.empty',
+        new="torch.empty",
+        test=MAIN_GRAD,
+    ),
+    Mutant(
+        name="accumulate dW in bf16",
+        file="ops/logits/products.py",
+        old="sum_of_products_(target, products, accumulate=self.accumulate)",
+        new="target.copy_(sum_of_products_(target, products, accumulate=self.accumulate).bfloat16())",
+        test=MAIN_GRAD,
+    ),
+    Mutant(
+        name="forget the chunks before the last",
+        file="ops/logits/products.py",
+        old="accumulate=columns.start > 0)",
+        new="accumulate=False)",
+        test=PRODUCTS,
+    ),
+    Mutant(
+        name="split without what was left",
+        file="ops/logits/split.py",
+        old="rest = torch.where(wide.isfinite(), rest - wide, 0.0)",
+        new="rest = torch.zeros_like(rest)",
+        test="tests/ops/test_split.py",
+    ),
+    Mutant(
+        name="let float16 pieces run out of range",
+        file="ops/logits/split.py",
+        old="shift = (SPLIT_EXPONENT - exponent).clamp(-126, 126)",
+        new="shift = exponent * 0",
+        test=f"{PRODUCTS}::test_split_gradients_keep_their_bits",
+    ),
+    Mutant(
+        name="round an fp32 residual stream",
+        file="ops/logits/products.py",
+        old="pieces = split(x, 3, weight.dtype, scale=split_scale(x, 3, weight.dtype))\n    sum",
+        new="pieces = split(x, 1, weight.dtype)\n    sum",
+        test=f"{EDGES}::TestLogits",
+    ),
+    Mutant(
+        name="compute what was deferred",
+        file="ops/logits/autograd.py",
+        old="                needs_weight = False",
+        new="                pass",
+        test="tests/tensor_parallel/test_deferred.py",
+    ),
+    Mutant(
+        name="declare the wrong dtype",
+        file="ops/logits/custom_op.py",
+        old="weight.shape[0], dtype=torch.float32)",
+        new="weight.shape[0])",
+        test="tests/ops/test_custom_op.py",
+    ),
+    Mutant(
+        name="compile dW into the graph and lose main_grad",
+        file="ops/logits/autograd.py",
+        old="if traced and not parallel and not follows_main_grad(weight)",
+        new="if traced and not parallel",
+        test="tests/ops/test_custom_op.py",
+    ),
+    Mutant(
+        name="take 1 - p of the label from p",
+        file="ops/logprobs/gradient.py",
+        old="of_all * statistics.rest",
+        new="of_all * (1 - statistics.logprob.exp())",
+        test="tests/ops/test_logprobs.py::TestAdversarial::test_a_confident_model_keeps_its_digits",
+    ),
+    Mutant(
+        name="give padding of the vocabulary probability",
+        file="ops/logprobs/statistics.py",
+        old="min(raw.shape[1], shard.valid_columns) - column",
+        new="raw.shape[1] - column",
+        test="tests/ops/test_logprobs.py::TestAdversarial",
+    ),
+    Mutant(
+        name="add dW of chunks in bfloat16",
+        file="ops/logprobs/accumulate.py",
+        old="blocks > 1 and",
+        new="blocks > 999 and",
+        test="tests/ops/test_logprobs.py::TestAutograd",
+    ),
+    Mutant(
+        name="let the upstream gradient of ignored labels through",
+        file="ops/logprobs/autograd.py",
+        old="flat[0] = torch.where(labels == options.shard.ignore_index, 0.0, flat[0])",
+        new="pass",
+        test="tests/ops/test_logprobs.py::TestAdversarial",
+    ),
+    Mutant(
+        name="look for the most probable tokens in one block",
+        file="ops/logprobs/topk.py",
+        old="min(k, order.shape[1])",
+        new="min(1, order.shape[1])",
+        test="tests/ops/test_logprobs.py::TestTopK",
+    ),
+    Mutant(
+        name="combine each rank's blocks before the gather",
+        file="ops/logprobs/statistics.py",
+        old="if not shard.invariant or shard.group is None:",
+        new="if True:",
+        test="tests/ops/test_logprobs_ranks.py::test_invariant_over_ranks_with_the_gradient_of_the_hidden_states",
+    ),
+    Mutant(
+        name="forget what the rank before has summed",
+        file="ops/logits/invariant_grad.py",
+        old="begin = opens and segment.begins",
+        new="begin = opens",
+        test="tests/ops/test_logprobs_ranks.py::test_invariant_over_ranks_with_the_gradient_of_the_hidden_states",
+    ),
+    Mutant(
+        name="sum an invariant dX as usual",
+        file="ops/logprobs/accumulate.py",
+        old="if shard.invariant and reduced:",
+        new="if False:",
+        test="tests/ops/test_logprobs_ranks.py::test_invariant_over_ranks_with_the_gradient_of_the_hidden_states",
+    ),
+    Mutant(
+        name="take maxima with the label",
+        file="ops/logits/project_triton.py",
+        old="tl.where(valid & ~is_label, z, lowest)",
+        new="tl.where(valid, z, lowest)",
+        test="tests/ops/test_logprobs_kernels.py",
+    ),
+    Mutant(
+        name="look for the most probable tokens without the label",
+        file="ops/logprobs/statistics.py",
+        old="keep.tops.gather(0, block).maximum(own)",
+        new="keep.tops.gather(0, block)",
+        test="tests/ops/test_logprobs.py::TestTopK",
+    ),
+    Mutant(
+        name="multiply as many rows as there are",
+        file="ops/logits/fixed_order.py",
+        old="mm_fp32(x, block.t(), out=product)",
+        new="mm_fp32(x[: rows.stop - row], block.t(), out=product[: rows.stop - row])",
+        test="tests/ops/test_fixed_order.py",
+    ),
+    Mutant(
+        name="let dW go into main_grad twice",
+        file="ops/logprobs/weighted.py",
+        old="ctx.handed_out = True",
+        new="ctx.handed_out = False",
+        test="tests/ops/test_linear_cross_entropy.py::TestWeighted::test_a_second_backward_pass",
+    ),
+    Mutant(
+        name="forget the gradient that was announced",
+        file="ops/logprobs/weighted.py",
+        old="weights[tokens] * grad_scale",
+        new="weights[tokens] * 1.0",
+        test="tests/ops/test_linear_cross_entropy.py::TestWeighted",
+    ),
+    Mutant(
+        name="write statistics of a block that is not there",
+        file="ops/logits/project_triton.py",
+        old="inside = (rows < tokens) & (column < columns)",
+        new="inside = rows < tokens",
+        test="tests/ops/test_logprobs_kernels.py",
+    ),
+    Mutant(
+        name="add half of a tile of dW twice",
+        file="ops/logits/weight_grad_triton.py",
+        old="column + half, right",
+        new="column, right",
+        test="tests/ops/test_logprobs_kernels.py",
+    ),
+    Mutant(
+        name="pad a block with what was there before",
+        file="ops/fp8/quantize.py",
+        old="slab.zero_()",
+        new="pass",
+        test=f"{FP8}::test_slabs_change_nothing",
+    ),
+    Mutant(
+        name="round a float8 scale down to a power of two",
+        file="ops/fp8/scales.py",
+        old="(scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000",
+        new="scale.view(torch.int32) & 0x7F800000",
+        test=f"{FP8}::test_no_magnitude_leads_to_nan_or_beyond_the_largest_value",
+    ),
+    Mutant(
+        name="let a float8 scale become denormal",
+        file="ops/fp8/scales.py",
+        old=".clamp(min=SMALLEST_SCALE)",
+        new="",
+        test=f"{FP8}::test_ties_denormals_and_extremes_are_the_definitions",
+    ),
+    Mutant(
+        name="round ties away from zero in the float8 kernel",
+        file="ops/fp8/kernels.py",
+        old="magnitude + 0x7FFFF + ((magnitude >> 20) & 1)",
+        new="magnitude + 0x80000",
+        test=f"{FP8}::test_the_kernels_return_the_same_bits",
+    ),
+    Mutant(
+        name="quantize NaN",
+        file="ops/fp8/quantize.py",
+        old="if not bad.any():",
+        new="if bad.numel():",
+        test=f"{FP8}::TestInfinityAndNaN",
+    ),
+]
