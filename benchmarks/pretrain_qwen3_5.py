@@ -2,7 +2,7 @@
 
     python benchmarks/pretrain_qwen3_5.py [--iterations 300] [--gpus 2] [--json FILE]
 
-Writes a Qwen3.5 with transformers, imports it, and runs `examples/pretrain_qwen3_5.py` from it under torchrun, three
+Writes a Qwen3.5 with transformers, imports it, and runs `examples/pretrain.py` from it under torchrun, three
 times in Megatron's deterministic mode: with everything in fp32 that this package keeps; again from the checkpoint in
 the middle of that run, whose end is compared tensor by tensor, optimizer included; and, at the same time on the same
 GPU, stock. The end of the first is exported and loaded in transformers. With two GPUs: tensor parallel with sequence
@@ -34,7 +34,7 @@ from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoin
 from megatron_fp32.checkpoint.torch_dist import TorchDistReader
 from megatron_fp32.testing.qwen3_5 import TINY_QWEN3_5, write_qwen3_5
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "pretrain_qwen3_5.py"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "pretrain.py"
 STOCK = ["--no-fp32-logits", "--fp32-gated-delta-net"]
 MODEL = {
     "vocab_size": 32768,

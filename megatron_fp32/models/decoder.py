@@ -105,6 +105,18 @@ class DecoderConfig:
         return [int(kind == LINEAR) for kind in self.layer_types]
 
     @property
+    def linear_attention_freq(self) -> int | list[int]:
+        """megatron-core's field of that name: n where every n-th layer has attention, otherwise the pattern.
+
+        With an MTP layer, `pretrain` of 0.19.2 counts floating-point operations for n only (training.py).
+        """
+        pattern = self.linear_attention_pattern
+        for n in range(2, self.num_layers + 1):
+            if pattern == [int((index + 1) % n != 0) for index in range(self.num_layers)]:
+                return n
+        return pattern
+
+    @property
     def moe_layer_pattern(self) -> list[int]:
         """megatron-core's `moe_layer_freq`: 1 for a mixture of experts, 0 for a dense MLP."""
         return [int(bool(self.num_experts) and index not in self.dense_layers) for index in range(self.num_layers)]
@@ -158,7 +170,7 @@ class DecoderConfig:
             flags["rope-scaling-factor"] = self._rope_scaling_factor()
         if self.has_gated_delta_net:
             flags["experimental-attention-variant"] = "gated_delta_net"
-            flags["linear-attention-freq"] = _as_flag(self.linear_attention_pattern)
+            flags["linear-attention-freq"] = _as_flag(self.linear_attention_freq)
             flags |= {name.replace("_", "-"): getattr(self, name) for name in LINEAR_ATTENTION_FIELDS}
         if self.num_experts:
             flags["num-experts"] = self.num_experts
@@ -185,8 +197,8 @@ class DecoderConfig:
         return scaling.factor
 
 
-def _as_flag(pattern: Sequence[int]) -> str:
-    return str(list(pattern)).replace(" ", "")
+def _as_flag(freq: int | Sequence[int]) -> str:
+    return str(freq).replace(" ", "")
 
 
 def text_config(config: Any, family: str, model_types: Collection[str]) -> dict[str, Any]:

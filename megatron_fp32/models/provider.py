@@ -62,7 +62,7 @@ def transformer_config(model: DecoderConfig, **overrides: Any) -> TransformerCon
     if model.has_gated_delta_net:
         fields |= {
             "experimental_attention_variant": "gated_delta_net",
-            "linear_attention_freq": model.linear_attention_pattern,
+            "linear_attention_freq": model.linear_attention_freq,
             **{name: getattr(model, name) for name in LINEAR_ATTENTION_FIELDS},
         }
     if model.num_experts:

@@ -155,6 +155,15 @@ class TestOlderConfigs:
         config = _config("Qwen3-Next", layer_types=None, full_attention_interval=2, num_hidden_layers=5)
         assert find_family(config).parse(config).linear_attention_pattern == [1, 0, 1, 0, 1]
 
+    @pytest.mark.parametrize(
+        ("layers", "freq"),
+        [("LLFLLF", 3), ("LFLFL", 2), ("LLF", 3), ("LLFL", 3), ("LLL", [1, 1, 1]), ("FLLF", [0, 1, 1, 0])],
+    )
+    def test_attention_in_every_nth_layer_is_said_as_a_number(self, layers: str, freq: int | list[int]) -> None:
+        names = {"L": "linear_attention", "F": "full_attention"}
+        config = _config("Qwen3.5", layer_types=[names[layer] for layer in layers], num_hidden_layers=len(layers))
+        assert find_family(config).parse(config).linear_attention_freq == freq
+
     def test_a_number_of_experts_under_its_old_name(self) -> None:
         config = _config("Qwen3-MoE")
         renamed = {"num_experts" if name == "num_local_experts" else name: v for name, v in config.items()}

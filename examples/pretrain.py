@@ -1,7 +1,7 @@
-"""Train a Qwen3.5 text model with Megatron's own loop, with fp32 logits and fp32 gated-delta-net parameters.
+"""Train a model of any supported family with Megatron's own loop, with fp32 logits and fp32 gated-delta-net parameters.
 
     megatron-fp32 import qwen3_5 imported
-    torchrun --nproc-per-node 2 examples/pretrain_qwen3_5.py --hf-dir qwen3_5 --load imported --finetune --save run \\
+    torchrun --nproc-per-node 2 examples/pretrain.py --hf-dir qwen3_5 --load imported --finetune --save run \\
         --tensor-model-parallel-size 2 --sequence-parallel --bf16 --use-distributed-optimizer --mock-data \\
         --seq-length 2048 --max-position-embeddings 2048 --micro-batch-size 1 --global-batch-size 8 \\
         --train-iters 300 --save-interval 150 --lr 1e-4 --no-gradient-accumulation-fusion
@@ -40,7 +40,7 @@ from megatron_fp32.apply import pre_wrap_hook
 from megatron_fp32.arguments import add_fp32_arguments, fp32_config_from_args
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models.provider import read_hf_config
-from megatron_fp32.models.specs import decoder_block_spec
+from megatron_fp32.models.specs import decoder_block_spec, mtp_block_spec
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
     )
     model.pre_wrap_hooks.append(pre_wrap_hook(fp32))
     model.post_wrap_hooks.append(functools.partial(checked, fp32=fp32))
-    with install_optimizer_repairs(), compiled_helpers():
+    with install_optimizer_repairs(), compiled_helpers(), attention_in_mtp():
         pretrain(
             pretrain_cfg_container_from_args(args, model),
             datasets,
@@ -82,6 +82,16 @@ def compiled_helpers() -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     importlib.import_module("megatron.core.datasets.helpers_cpp")
     return mock.patch.object(utils, "compile_helpers")
+
+
+def attention_in_mtp() -> contextlib.AbstractContextManager[Any]:
+    """megatron.training 0.19.2 makes no MTP layer for models with gated delta nets; the package does."""
+    from megatron.training.models import gpt
+
+    def spec(config: Any, decoder: Any, vp_stage: int | None = None) -> Any:
+        return mtp_block_spec(config.transformer, vp_stage=vp_stage) if config.transformer.mtp_num_layers else None
+
+    return mock.patch.object(gpt, "mtp_block_spec", spec)
 
 
 def checked(chunks: list[Any], *, fp32: Fp32Config) -> list[Any]:
