@@ -25,9 +25,9 @@ PRETRAIN = Path(__file__).parents[2] / "examples" / "pretrain.py"
 
 # What Transformer Engine's and flash-linear-attention's kernels take.
 SIZES: dict[str, Any] = {
-    "vocab_size": 512, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 64,
 }  # fmt: skip
-DENSE: dict[str, Any] = {"intermediate_size": 192}
 EXPERTS: dict[str, Any] = {"num_experts": 8, "moe_intermediate_size": 64}
 HYBRID: dict[str, Any] = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
@@ -36,12 +36,12 @@ HYBRID: dict[str, Any] = {
 SHARED: dict[str, Any] = {**EXPERTS, "shared_expert_intermediate_size": 64}
 
 FIELDS = {
-    "Llama without scaling": DENSE,
-    "Qwen3, tied": DENSE,
+    "Llama without scaling": {},
+    "Qwen3, tied": {},
     "Qwen3-MoE": EXPERTS,
-    "Qwen3-MoE, a dense layer": {**DENSE, **EXPERTS},
+    "Qwen3-MoE, a dense layer": EXPERTS,
     "Qwen3-Next": {**HYBRID, **SHARED},
-    "Qwen3.5": {**HYBRID, **DENSE},
+    "Qwen3.5": HYBRID,
     "Qwen3.5-MoE": {**HYBRID, **SHARED},
 }
 CASES = [dataclasses.replace(case(name), fields={**case(name).fields, **SIZES, **own}) for name, own in FIELDS.items()]
@@ -87,9 +87,10 @@ def pretrain(case: Case, work: Path) -> Run:
 
 
 def parallel(case: Case) -> list[str]:
+    experts = "num_experts" in case.fields
     return [
         "--tensor-model-parallel-size", "2", "--sequence-parallel",
-        *(["--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"] if "MoE" in case.name else []),
+        *(["--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"] if experts else []),
     ]  # fmt: skip
 
 
