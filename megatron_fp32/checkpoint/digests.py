@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from torch import Tensor
 
@@ -17,15 +18,20 @@ def digest(tensor: Tensor) -> str:
 
     It tells damage and change, not malice; a cryptographic one takes longer than everything else in a conversion.
     """
-    header = f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)} ".encode()
-    state = xxhash.xxh3_128(header)
-    state.update(tensor_bytes(tensor))
+    return digest_of_blocks(tensor.dtype, tensor.shape, [tensor_bytes(tensor)])
+
+
+def digest_of_blocks(dtype: torch.dtype, shape: Sequence[int], blocks: Iterable[memoryview]) -> str:
+    """`digest` of a tensor whose bytes come one block after another."""
+    state = xxhash.xxh3_128(f"{DTYPE_NAMES[dtype]} {list(shape)} ".encode())
+    for block in blocks:
+        state.update(block)
     return state.hexdigest()
 
 
-def compare(tensor: Tensor, expected: str, path: Path, name: str) -> None:
-    """Raise CheckpointError when what was read from `path` is not what was written there."""
-    if digest(tensor) != expected:
+def compare(found: str, expected: str, path: Path, name: str) -> None:
+    """Raise CheckpointError when the digest of what was read from `path` is not that of what was written there."""
+    if found != expected:
         raise CheckpointError(f"{path}: {name!r} reads back other values than were written; the disk may be damaged")
 
 

@@ -11,20 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_fp32.checkpoint.digests import Digests, compare
+from megatron_fp32.checkpoint.digests import Digests
 from megatron_fp32.checkpoint.fp8.config import described_scheme, write_configs
 from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme
 from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, quantize_element
 from megatron_fp32.checkpoint.huggingface import CheckpointError, TensorInfo
 from megatron_fp32.checkpoint.jobs import Part, Tell, described
 from megatron_fp32.checkpoint.plan import PADDED_VOCABULARY, Plan, listing, naming, plan_export
-from megatron_fp32.checkpoint.safetensors_file import read_header, read_tensor
-from megatron_fp32.checkpoint.safetensors_writer import (
-    SafetensorsFile,
-    cut_into_shards,
-    shard_names,
-    write_index,
-)
+from megatron_fp32.checkpoint.read_back import SafetensorsPart
+from megatron_fp32.checkpoint.safetensors_writer import cut_into_shards, shard_names, write_index
 from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, find_sidecar, fits
 from megatron_fp32.checkpoint.staging import Staging
 from megatron_fp32.checkpoint.torch_dist import TorchDistReader, known_non_model_entries
@@ -87,26 +82,14 @@ class ExportJob:
     def run(self, part: Part, path: Path, tell: Tell) -> dict[str, Any]:
         """Write a safetensors file; see `Job`."""
         outputs, mappings, carried = part.steps
-        file, digests = SafetensorsFile(path, {name: self.infos[name] for name in outputs}), Digests()
-        meant: list[tuple[str, tuple[int, ...], str]] = []
-
-        def write(name: str, index: tuple[int, ...], tensor: Tensor) -> None:
-            for output, at, value in self._quantized(name, index, tensor.to(self.dtypes.infos[name].dtype)):
-                file.write(output, value, index=at)
-                meant.append((output, at, digests.add(output, value, at)))
-                tell("write", value.nbytes)
-
-        for mapping in mappings:
-            for spec, tensor in zip(mapping.hf, self._hf_tensors(mapping), strict=True):
-                write(spec.name, spec.index, tensor)
-        for name in carried:
-            write(name, (), self._carried.read(name))
-        file.finish(durable=True)
-        header = read_header(path)
-        for name, index, expected in meant:
-            tensor = read_tensor(header, name, index)
-            compare(tensor, expected, path, name)
-            tell("verify", tensor.nbytes)
+        digests = Digests()
+        with SafetensorsPart(path, {name: self.infos[name] for name in outputs}, digests, tell) as file:
+            for mapping in mappings:
+                for spec, tensor in zip(mapping.hf, self._hf_tensors(mapping), strict=True):
+                    self._write(file, spec.name, spec.index, tensor)
+            for name in carried:
+                self._write(file, name, (), self._carried.read(name))
+            file.finish()
         return {"digests": digests.to_json()}
 
     def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:
@@ -123,6 +106,10 @@ class ExportJob:
             digests.merge(record["digests"])
         wanted = {**self.sidecar.tensors, **self.sidecar.carried}
         return sum(name in wanted and wanted[name].digest == value for name, value in digests.by_name().items())
+
+    def _write(self, file: SafetensorsPart, name: str, index: tuple[int, ...], tensor: Tensor) -> None:
+        for output, at, value in self._quantized(name, index, tensor.to(self.dtypes.infos[name].dtype)):
+            file.write(output, value, at)
 
     def _quantized(
         self, name: str, index: tuple[int, ...], tensor: Tensor

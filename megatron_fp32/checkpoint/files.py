@@ -6,7 +6,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_fp32.checkpoint.tensors import CheckpointError, summary
 
-_BLOCK = 2**20
+_BLOCK = 2**22
+"""Bytes that are read at a time where a whole tensor would not fit, or not into caches."""
 
 
 def read_into(file: BinaryIO, start: int, tensor: Tensor) -> memoryview:
@@ -104,12 +105,29 @@ class Section(io.RawIOBase):
             raise EOFError(f"bytes {start} to {start + tensor.nbytes} are promised, there are {self.length}")
         return read_into(self._file, self._start + start, tensor)
 
-    def crc32(self, start: int, length: int) -> int:
-        """CRC-32 of a part, which is never in memory as a whole."""
-        block, value = torch.empty(min(length, _BLOCK), dtype=torch.uint8), 0
+    def blocks(self, start: int, length: int) -> Iterator[memoryview]:
+        """A part, never in memory as a whole: each block takes the place of the one before."""
+        block = torch.empty(min(length, _BLOCK), dtype=torch.uint8)
         for at in range(start, start + length, _BLOCK):
-            value = zlib.crc32(self.read_into(at, block[: start + length - at]), value)
+            yield self.read_into(at, block[: start + length - at])
+
+    def crc32(self, start: int, length: int) -> int:
+        """CRC-32 of a part."""
+        value = 0
+        for block in self.blocks(start, length):
+            value = zlib.crc32(block, value)
         return value
+
+
+def to_disk(path: Path) -> None:
+    """Return when a file is on the disk, and no longer in the cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
 
 
 def parse_json(content: bytes) -> Any:

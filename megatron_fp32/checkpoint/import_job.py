@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megatron_fp32.checkpoint.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.jobs import Part, Tell, described
 from megatron_fp32.checkpoint.kind import read_config
 from megatron_fp32.checkpoint.plan import ImportPlan, Mtp, Vision, naming, plan_import
+from megatron_fp32.checkpoint.read_back import ReadBack
 from megatron_fp32.checkpoint.sidecar import SourceTensor, write_sidecar
 from megatron_fp32.checkpoint.staging import Staging
 from megatron_fp32.checkpoint.torch_dist import TRACKER
@@ -23,7 +25,7 @@ from megatron_fp32.checkpoint.torch_dist_writer import (
     Chunk,
     DataFile,
     common_state,
-    read_chunk,
+    digest_of_chunk,
     write_metadata,
 )
 from megatron_fp32.models.mapping import Mapping
@@ -52,20 +54,26 @@ class ImportJob:
 
     def run(self, part: Part, path: Path, tell: Tell) -> dict[str, Any]:
         """Write a data file; see `Job`."""
-        digests, meant = Digests(), []
-        # Each tensor is read back below and compared by its digest; `torch.load` looks at no checksum.
-        with DataFile(path, checksums=False) as file:
+        digests = Digests()
+
+        def check(written: Sequence[tuple[Chunk, str]]) -> None:
+            for chunk, expected in written:
+                compare(digest_of_chunk(path, chunk), expected, path, chunk.name)
+
+        # Each tensor is read back and compared by its digest; `torch.load` looks at no checksum.
+        with (
+            DataFile(path, checksums=False) as file,
+            ReadBack(path, functools.partial(tell, "verify")) as read_back,
+        ):
             for mapping in part.steps:
+                written = []
                 for target, tensor in zip(mapping.megatron, self._megatron_tensors(mapping, digests), strict=True):
                     file.write(target.name, tensor, index=target.index, stack=target.stack)
-                    meant.append(digest(tensor))
+                    written.append((file.chunks[-1], digest(tensor)))
                 tell("write", self._nbytes(mapping))
+                read_back.add(self._nbytes(mapping), functools.partial(check, written))
+            read_back.finish()
             file.close(durable=True)
-        written = zip(file.chunks, meant, strict=True)
-        for mapping in part.steps:
-            for target, (chunk, expected) in zip(mapping.megatron, written, strict=False):
-                compare(read_chunk(path, chunk).reshape(target.shape), expected, path, str(target))
-            tell("verify", self._nbytes(mapping))
         return {"chunks": [chunk.to_json() for chunk in file.chunks], "digests": digests.to_json()}
 
     def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:

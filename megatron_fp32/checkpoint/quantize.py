@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_fp32.checkpoint.digests import Digests, compare
+from megatron_fp32.checkpoint.digests import Digests
 from megatron_fp32.checkpoint.fp8.config import MODELOPT_FILE, described_scheme, write_configs
 from megatron_fp32.checkpoint.fp8.detect import read_quantization_config
 from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, named_scheme
@@ -19,13 +19,8 @@ from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, quantize_t
 from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader, TensorInfo
 from megatron_fp32.checkpoint.jobs import Part, Progress, Tell, described, run_job
 from megatron_fp32.checkpoint.kind import read_config
-from megatron_fp32.checkpoint.safetensors_file import read_header, read_tensor
-from megatron_fp32.checkpoint.safetensors_writer import (
-    SafetensorsFile,
-    cut_into_shards,
-    shard_names,
-    write_index,
-)
+from megatron_fp32.checkpoint.read_back import SafetensorsPart
+from megatron_fp32.checkpoint.safetensors_writer import cut_into_shards, shard_names, write_index
 from megatron_fp32.checkpoint.sidecar import copy_assets
 from megatron_fp32.checkpoint.staging import Staging
 
@@ -112,19 +107,12 @@ class QuantizeJob:
     def run(self, part: Part, path: Path, tell: Tell) -> dict[str, Any]:
         """Write a safetensors file; see `Job`."""
         outputs, names = part.steps
-        file, digests = SafetensorsFile(path, {name: self.infos[name] for name in outputs}), Digests()
-        for name in names:
-            tensor = self.reader.read(name).to(self._device)
-            for output, value in quantize_tensor(name, tensor, self._scheme).items():
-                file.write(output, value)
-                digests.add(output, value)
-                tell("write", value.nbytes)
-        file.finish(durable=True)
-        header = read_header(path)
-        for name, expected in digests.by_name().items():
-            tensor = read_tensor(header, name)
-            compare(tensor, expected, path, name)
-            tell("verify", tensor.nbytes)
+        with SafetensorsPart(path, {name: self.infos[name] for name in outputs}, Digests(), tell) as file:
+            for name in names:
+                tensor = self.reader.read(name).to(self._device)
+                for output, value in quantize_tensor(name, tensor, self._scheme).items():
+                    file.write(output, value)
+            file.finish()
         return {}
 
     def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:

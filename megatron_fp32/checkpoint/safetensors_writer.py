@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, INDEX, TensorInfo, tensor_bytes
+from megatron_fp32.checkpoint.digests import digest_of_blocks
+from megatron_fp32.checkpoint.files import Section, to_disk
+from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, INDEX, CheckpointError, TensorInfo, tensor_bytes
+from megatron_fp32.checkpoint.safetensors_file import flat_index, read_header
 
 
 class SafetensorsFile:
@@ -46,34 +48,45 @@ class SafetensorsFile:
                 f"tensor {name!r} was declared {info.dtype} {info.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
                 + (f" for {list(index)}" if index else "")
             )
-        element = 0
-        for at, size in zip(index, info.shape, strict=False):
-            if not 0 <= at < size:
-                raise ValueError(f"tensor {name!r} was declared {info.shape}, got a part at {list(index)}")
-            element = element * size + at
         content = tensor_bytes(tensor)
         with self._path.open("r+b") as file:
-            file.seek(self._starts[name] + element * content.nbytes)
+            file.seek(self._place(name, index))
             file.write(content)
         self._written[name].add(index)
 
+    def digest(self, name: str, index: tuple[int, ...] = ()) -> str:
+        """`digest` of a tensor, or of `tensor[index]`, as it is in the file now."""
+        info, shape = self._infos[name], self._infos[name].shape[len(index) :]
+        nbytes = math.prod(shape) * info.dtype.itemsize
+        with self._path.open("rb", buffering=0) as file:
+            return digest_of_blocks(
+                info.dtype, shape, Section(file, self._place(name, index), nbytes).blocks(0, nbytes)
+            )
+
     def finish(self, *, durable: bool = False) -> None:
-        """Check that every declared tensor was written.
+        """Check that every declared tensor was written, and that a reader finds them where they are.
 
         Args:
             durable: return when the file is on the disk, and no longer in the cache.
 
         Raises:
             ValueError: naming those that were not.
+            CheckpointError: when the header reads back as another one.
         """
         pending = self.pending()
         if pending:
             raise ValueError(f"tensors declared but not written: {pending}")
         if durable:
-            with self._path.open("rb") as file:
-                os.fsync(file.fileno())
-                if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            to_disk(self._path)
+        header = read_header(self._path)
+        if header.tensors != self._infos or header.starts != self._starts:
+            raise CheckpointError(f"{self._path} reads back another header than was written; the disk may be damaged")
+
+    def _place(self, name: str, index: tuple[int, ...]) -> int:
+        """Position in the file of `tensor[index]`."""
+        info = self._infos[name]
+        part = math.prod(info.shape[len(index) :]) * info.dtype.itemsize
+        return self._starts[name] + flat_index(index, info.shape) * part
 
     def pending(self) -> list[str]:
         """Names of the tensors that are not written, or not all of them."""

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import pickle
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
+from megatron_fp32.checkpoint.digests import digest_of_blocks
+from megatron_fp32.checkpoint.files import to_disk
 from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, DTYPES
 from megatron_fp32.checkpoint.torch_dist import covers
 from megatron_fp32.checkpoint.torch_file import open_torch_file
@@ -41,6 +42,8 @@ class Chunk:
     """Of the box."""
     start: int
     length: int
+    stack_axes: int = 0
+    """How many of the box's axes, the first ones, say which element of a stack it is."""
 
     def to_json(self) -> dict[str, Any]:
         """For a record that another process reads."""
@@ -81,7 +84,7 @@ class DataFile:
         self.chunks.append(
             Chunk(
                 name=name, dtype=tensor.dtype, size=(*stack, *tensor.shape), offsets=(*index, *([0] * tensor.dim())),
-                sizes=sizes, start=start, length=length,
+                sizes=sizes, start=start, length=length, stack_axes=len(index),
             )
         )  # fmt: skip
 
@@ -92,12 +95,9 @@ class DataFile:
 
     def close(self, *, durable: bool = False) -> None:
         """`durable`: return when it is on the disk, and no longer in the cache."""
-        if durable:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._stream.close()
+        if durable:
+            to_disk(self._path)
 
     def __enter__(self) -> DataFile:
         return self
@@ -112,6 +112,8 @@ class DataFile:
         try:
             with contextlib.nullcontext() if self._checksums else _without_crc():
                 torch.save(value, self._stream)
+            # What was written can be read back from now on.
+            self._stream.flush()
         except RuntimeError as error:
             # torch's zip writer has its own words for a stream that could not be written.
             if isinstance(error.__context__, OSError):
@@ -169,13 +171,11 @@ def write_metadata(directory: Path, files: Iterable[tuple[str, Iterable[Chunk]]]
     (directory / "metadata.json").write_text(json.dumps(declared))
 
 
-def read_chunk(path: Path, chunk: Chunk) -> Tensor:
-    """The values of a chunk of a data file."""
+def digest_of_chunk(path: Path, chunk: Chunk) -> str:
+    """`digest` of a chunk of a data file, without the axes of the stack that it is an element of."""
     with open_torch_file(path, f"the data of {chunk.name!r}", chunk.start, chunk.length) as blob:
         stored = blob.tensor()
-        value = torch.empty(stored.shape, dtype=stored.dtype)
-        blob.read_into(stored, (), value)
-    return value
+        return digest_of_blocks(stored.dtype, stored.shape[chunk.stack_axes :], blob.blocks(stored))
 
 
 class TorchDistWriter:

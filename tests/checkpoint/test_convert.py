@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM
 
+from megatron_fp32.checkpoint import read_back
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_fp32.checkpoint.files import to_disk
 from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader
 from megatron_fp32.checkpoint.safetensors_writer import SafetensorsFile
 from megatron_fp32.checkpoint.torch_dist_writer import DataFile
@@ -300,7 +302,7 @@ class TestVerification:
     def test_an_import_notices_a_flipped_bit(
         self, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        _damage_after(monkeypatch, DataFile, "close")
+        _damage(monkeypatch)
         with pytest.raises(CheckpointError, match=r"reads back other values|is damaged"):
             import_checkpoint(source(), tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
@@ -309,7 +311,7 @@ class TestVerification:
         self, imported: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         made = imported()
-        _damage_after(monkeypatch, SafetensorsFile, "finish")
+        _damage(monkeypatch)
         with pytest.raises(CheckpointError, match="reads back other values"):
             export_checkpoint(made, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
@@ -337,18 +339,16 @@ def _record(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, events: l
     monkeypatch.setattr(owner, method, recording)
 
 
-def _damage_after(monkeypatch: pytest.MonkeyPatch, writer: type, method: str) -> None:
-    """Flip one bit in the middle of a file once the writer is done with it."""
-    finish = getattr(writer, method)
+def _damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the disk flip one bit in the middle of every file that it is given."""
 
-    def damaging(self: Any, *args: Any, **kwargs: Any) -> None:
-        finish(self, *args, **kwargs)
-        if kwargs:
-            content = bytearray(self._path.read_bytes())
-            content[len(content) // 2] ^= 1
-            self._path.write_bytes(content)
+    def damaging(path: Path) -> None:
+        to_disk(path)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
 
-    monkeypatch.setattr(writer, method, damaging)
+    monkeypatch.setattr(read_back, "to_disk", damaging)
 
 
 def test_the_padding_of_the_vocabulary_is_cut_off(imported: Source, source: Source, tmp_path: Path) -> None:

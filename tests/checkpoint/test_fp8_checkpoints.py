@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_fp32.checkpoint import read_back
+from megatron_fp32.checkpoint.files import to_disk
 from megatron_fp32.checkpoint.fp8 import (
     detect_scheme,
     fp8_infos,
@@ -24,6 +26,7 @@ from megatron_fp32.checkpoint.fp8 import (
 )
 from megatron_fp32.checkpoint.huggingface import CheckpointError, TensorInfo
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
+from megatron_fp32.checkpoint.safetensors_file import read_header
 from megatron_fp32.ops.fp8.reference import quantize_reference
 from tests.checkpoint.fp8_models import config_of, write_dense, written
 from tests.checkpoint.support import assets, bits, rewrite, tree
@@ -315,17 +318,13 @@ class TestWholeCheckpoints:
             quantize_checkpoint(tmp_path / "empty", tmp_path / "new", "blockwise")
 
     def test_a_disk_that_forgets_is_noticed(self, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from megatron_fp32.checkpoint.safetensors_writer import SafetensorsFile
-
-        finish = SafetensorsFile.finish
-
-        def damage(file: SafetensorsFile, **options: Any) -> None:
-            finish(file, **options)
-            with file._path.open("r+b") as stream:
-                stream.seek(file._starts["model.layers.1.mlp.up_proj.weight"] + 5)
+        def damaging(path: Path) -> None:
+            to_disk(path)
+            with path.open("r+b") as stream:
+                stream.seek(read_header(path).starts["model.layers.1.mlp.up_proj.weight"] + 5)
                 stream.write(b"\x01")
 
-        monkeypatch.setattr(SafetensorsFile, "finish", damage)
+        monkeypatch.setattr(read_back, "to_disk", damaging)
         with pytest.raises(CheckpointError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' reads back other values"):
             quantize_checkpoint(dense, tmp_path / "out", "blockwise")
         assert not (tmp_path / "out").exists()
