@@ -52,7 +52,8 @@ def verify(
     """Compare the weights of A and B, and list what differs and by how much.
 
     Each is a directory with safetensors or a Megatron torch_dist checkpoint, in any sharding; stacked layers are
-    compared with separate ones. A Megatron checkpoint beside a Hugging Face one is taken as `export` would write it,
+    compared with separate ones, fused experts with separate ones, and the text model of a vision-language checkpoint
+    with one that stands alone. A Megatron checkpoint beside a Hugging Face one is taken as `export` would write it,
     with the sidecar (hf_source/) where there is one. Optimizer states are not compared.
 
     Tensors are compared bit for bit: 0.0 and -0.0 differ, and NaN equals NaN with the same bits. Differences are
@@ -120,6 +121,8 @@ def _print_report(report: VerifyReport, agrees: bool, limit: int) -> None:
         out.print(table)
     if len(shown) < len(report.differences):
         out.print(f"and {len(report.differences) - len(shown)} more; --limit 0 lists all of them")
+    if report.names_only:
+        out.print(f"compared by name alone, other layouts were not paired: {report.names_only}")
     counts = {status: sum(d.status == status for d in report.differences) for status in _MEANINGS}
     listed = "".join(f"; {_MEANINGS[status]}: {count}" for status, count in counts.items() if count)
     out.print(f"{'equal' if agrees else 'DIFFERENT'}: {report.equal} of {report.compared} byte for byte{listed}")

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from megatron_fp32 import cli, cli_compare
 from megatron_fp32.checkpoint.convert import import_checkpoint
 from tests.checkpoint.support import A_LOG, NORM, rewrite, stored_tensors, write_small
+from tests.families import case, unfuse
 
 Pair = tuple[Path, Path]
 
@@ -139,6 +140,50 @@ class TestVerify:
         result = _run("verify", hf, tmp_path / "elsewhere", "--text-only")
         assert result.exit_code == 0
         assert "left out as asked" in result.stdout
+
+    def test_two_layouts_of_one_model_are_equal(self, tmp_path: Path) -> None:
+        fused = case("Qwen3-MoE, fused").write(tmp_path / "fused")
+        shutil.copytree(fused, tmp_path / "separate")
+        separate = rewrite(tmp_path / "separate", unfuse)
+        count = len(stored_tensors(separate))
+        for a, b in ((fused, separate), (separate, fused)):
+            result = _run("verify", a, b)
+            assert (result.exit_code, result.stderr) == (0, ""), result.output
+            assert result.stdout.splitlines()[-1] == f"equal: {count} of {count} byte for byte"
+        start = "model.layers.1.mlp.experts."
+        rewrite(separate, lambda tensors: {n: t * 2 if n.startswith(f"{start}3.up") else t for n, t in tensors.items()})
+        result = _run("verify", fused, separate)
+        assert result.exit_code == 1
+        (line,) = [line for line in result.stdout.splitlines() if line.startswith(f"{start}3.up_proj.weight ")]
+        assert line.endswith(f" {start}gate_up_proj[3] in A")
+        assert "compared by name alone" not in result.stdout
+
+        (separate / "config.json").unlink()
+        result = _run("verify", fused, separate)
+        assert (result.exit_code, result.stderr) == (1, "")
+        assert f"compared by name alone, other layouts were not paired: {separate / 'config.json'}" in result.stdout
+        assert result.stdout.splitlines()[-1].startswith("DIFFERENT: ")
+        assert str(separate) in _json(_run("verify", fused, separate, "--json"))["names_only"]
+
+    def test_a_text_model_beside_one_with_vision(self, tmp_path: Path) -> None:
+        released = write_small(tmp_path / "released", released_names=True)
+        shutil.copytree(released, tmp_path / "alone")
+        config = json.loads((released / "config.json").read_text())
+        (tmp_path / "alone" / "config.json").write_text(json.dumps(config["text_config"]))
+        alone = rewrite(
+            tmp_path / "alone",
+            lambda tensors: {
+                name.replace("model.language_model.", "model."): tensor
+                for name, tensor in tensors.items()
+                if not name.startswith("model.visual.")
+            },
+        )
+        result = _run("verify", released, alone, "--json")
+        assert result.exit_code == 1
+        vision = {name for name in stored_tensors(released) if name.startswith("model.visual.")}
+        assert {d["name"]: d["status"] for d in _json(result)["differences"]} == dict.fromkeys(vision, "only_a")
+        for a, b in ((released, alone), (alone, released)):
+            assert _run("verify", a, b, "--text-only").exit_code == 0
 
     def test_unreadable_checkpoints_have_status_2(self, pair: Pair, tmp_path: Path) -> None:
         shutil.copytree(pair[0], tmp_path / "damaged")

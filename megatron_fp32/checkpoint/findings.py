@@ -29,7 +29,8 @@ class TensorDifference:
     """A tensor that is not equal byte for byte."""
 
     name: str
-    """Hugging Face's when either checkpoint is; of what only a Megatron checkpoint has, Megatron's."""
+    """Hugging Face's when either checkpoint is; of what only a Megatron checkpoint has, Megatron's. Where two layouts
+    of Hugging Face's are compared, as the finer has it, and `note` has the other names."""
     status: Status
     a: TensorInfo | None
     """None where only the other has it."""
@@ -64,13 +65,15 @@ class VerifyReport:
     a: VerifiedSide
     b: VerifiedSide
     compared: int
-    """Tensors that both have, in one shape."""
+    """Tensors that both have, in one shape. A tensor that the other has in several counts as those."""
     equal: int
     """Of those, equal byte for byte, dtype included."""
     nbytes: int
     """Size of what was compared, in a."""
     differences: tuple[TensorDifference, ...]
     """In the order of `Status`."""
+    names_only: str = ""
+    """Why two Hugging Face checkpoints, each with names that the other lacks, were compared by name alone."""
 
     def agrees(self, *, values_only: bool = False) -> bool:
         """Nothing differs, or with `values_only` nothing but dtypes."""
@@ -107,13 +110,16 @@ class Findings:
 
     Attributes:
         total: size of everything that will be compared, for `tell`.
+        names_only: see `VerifyReport`.
     """
 
     def __init__(self, tell: Progress) -> None:
         self.total = 0
+        self.names_only = ""
         self._tell = tell
         self._nbytes = 0
         self._comparisons: dict[str, tuple[Comparison, TensorInfo, TensorInfo]] = {}
+        self._notes: dict[str, str] = {}
         self._others: dict[str, TensorDifference] = {}
 
     def only(self, side: Literal["a", "b"], name: str, info: TensorInfo, note: str = "") -> None:
@@ -126,7 +132,7 @@ class Findings:
         """Both have it, in other shapes."""
         self._others[name] = TensorDifference(name=name, status="shape", a=a, b=b, note=note)
 
-    def both(self, spec: TensorSpec, a: Tensor, b: Tensor) -> None:
+    def both(self, spec: TensorSpec, a: Tensor, b: Tensor, note: str = "") -> None:
         """Values of a tensor, or of an element of a stack."""
         first, second = (TensorInfo(dtype=tensor.dtype, shape=spec.stored_shape) for tensor in (a, b))
         if spec.name in self._comparisons:
@@ -139,6 +145,7 @@ class Findings:
             comparison = Comparison(spec.stored_shape)
         comparison.add(a, b, spec.index)
         self._comparisons[spec.name] = (comparison, first, second)
+        self._notes[spec.name] = note
         self._nbytes += a.nbytes
         self._tell("compare", a.nbytes, self.total)
 
@@ -155,7 +162,7 @@ class Findings:
                         a=first,
                         b=second,
                         values=values,
-                        note=_note_on_float8(first.dtype, second.dtype),
+                        note="; ".join(filter(None, (self._notes[name], _note_on_float8(first.dtype, second.dtype)))),
                     )
                 )
         order = get_args(Status)
@@ -166,6 +173,7 @@ class Findings:
             equal=len(self._comparisons) + len(self._others) - len(differences),
             nbytes=self._nbytes,
             differences=tuple(sorted(differences, key=lambda difference: order.index(difference.status))),
+            names_only=self.names_only,
         )
 
 

@@ -1,16 +1,18 @@
 """Comparison of two checkpoints, tensor by tensor, each in Hugging Face's or in Megatron's format.
 
-Two checkpoints of one kind are compared by name, whatever their files and shards; layers that one Megatron checkpoint
-stacks and the other does not are compared layer by layer. Of two kinds, the Megatron one is taken as `export` would
-write it.
+Two checkpoints of one kind are compared by name, whatever their files and shards. Layers that one Megatron checkpoint
+stacks and the other does not are compared layer by layer; what two Hugging Face checkpoints of known families name or
+lay out differently is paired by the families' mappings. Of two kinds, the Megatron one is taken as `export` would write
+it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,9 +21,10 @@ from megatron_fp32.checkpoint.export_job import exact_hf_tensors
 from megatron_fp32.checkpoint.findings import Findings, Progress, VerifiedSide, VerifyReport
 from megatron_fp32.checkpoint.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fp32.checkpoint.kind import Kind, kind_of, model_tensors, read_config, sidecar_of
-from megatron_fp32.checkpoint.plan import PADDED_VOCABULARY, listing, plan_model
+from megatron_fp32.checkpoint.plan import PADDED_VOCABULARY, Plan, listing, plan_model
 from megatron_fp32.checkpoint.sidecar import Sidecar, fits
 from megatron_fp32.checkpoint.torch_dist import TorchDistReader
+from megatron_fp32.checkpoint.verify_layouts import Entries, Entry, note_on_names, under_common_names
 from megatron_fp32.models.families import find_family
 from megatron_fp32.models.layout import has_stacked_layers, is_stack_of_layers, name_in_layer
 from megatron_fp32.models.mapping import Mapping, TensorSpec
@@ -40,6 +43,11 @@ def verify_checkpoints(
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare two checkpoints; one tensor of each is in memory at a time, or one mapping's.
+
+    Two Hugging Face checkpoints are compared by name. Where each has names that the other lacks, and both `config.json`
+    name supported families, the same parts of the model are compared all the same: fused experts with separate ones,
+    under the names of the separate ones, and the text model of a vision-language checkpoint with one that stands alone,
+    under the names of a.
 
     A Megatron checkpoint beside a Hugging Face one is taken as `export` would write it: with the names and the layout
     of the other, in the dtypes of the source, and without the rows that pad the vocabulary. What `export` would refuse
@@ -114,52 +122,71 @@ class _Side:
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """A tensor of a checkpoint, or what stands for one: a layer of a stack, or all rows but the padding."""
-
-    info: TensorInfo
-    read: Callable[[tuple[int, ...]], Tensor]
-    """Element `index` of it."""
-
-
 def _compare_by_name(a: _Side, b: _Side, found: Findings) -> None:
     sidecar = a.sidecar or b.sidecar
     vocabulary = _vocabulary(sidecar) if sidecar else None
-    first, second = dict(_entries(a, vocabulary)), dict(_entries(b, vocabulary))
+    first: Entries = {entry.name: entry for entry in _entries(a, vocabulary)}
+    second: Entries = {entry.name: entry for entry in _entries(b, vocabulary)}
+    if a.kind == "huggingface" and first.keys() - second.keys() and second.keys() - first.keys():
+        try:
+            plans = _plan(a), _plan(b)
+        except ValueError as error:
+            found.names_only = str(error)
+        else:
+            first, second = under_common_names(first, second, plans)
     both = first.keys() & second.keys()
     found.total = sum(first[n].info.nbytes for n in both if first[n].info.shape == second[n].info.shape)
     for name, entry in first.items():
         if name not in both:
-            found.only("a", name, entry.info)
+            _only("a", entry, found)
         elif entry.info.shape != second[name].info.shape:
             is_padded = a.kind == "megatron" and name in PADDED_VOCABULARY and vocabulary is None
-            note = "perhaps padded to other sizes: name a source, which knows the vocabulary" if is_padded else ""
+            padding = "perhaps padded to other sizes: name a source, which knows the vocabulary" if is_padded else ""
+            note = padding or note_on_names(name, entry, second[name])
             found.shape(name, entry.info, second[name].info, note)
         else:
+            note = note_on_names(name, entry, second[name])
             for spec in _elements(name, entry.info, second[name].info):
-                found.both(spec, entry.read(spec.index), second[name].read(spec.index))
+                found.both(spec, entry.read(spec.index), second[name].read(spec.index), note)
     for name, entry in second.items():
         if name not in both:
-            found.only("b", name, entry.info)
+            _only("b", entry, found)
 
 
-def _entries(side: _Side, vocabulary: int | None) -> Iterator[tuple[str, _Entry]]:
+def _only(side: Literal["a", "b"], entry: Entry, found: Findings) -> None:
+    found.only(side, entry.name, entry.info, f"in {entry.origin}" if entry.origin else "")
+
+
+def _plan(side: _Side) -> Plan:
+    """Of a Hugging Face checkpoint, with every layer for itself.
+
+    Raises:
+        ValueError: naming the checkpoint, for a model that is not supported or without `config.json`.
+    """
+    config = read_config(side.path)
+    try:
+        return plan_model(config, side.tensors, stacked=False)
+    except ValueError as error:
+        raise ValueError(f"{side.path}: {error}") from error
+
+
+def _entries(side: _Side, vocabulary: int | None) -> Iterator[Entry]:
     read = side.reader.read
     for name, info in side.tensors.items():
         if side.kind == "megatron" and is_stack_of_layers(name) and info.shape:
             layer_info = dataclasses.replace(info, shape=info.shape[1:])
             for layer in range(info.shape[0]):
-                yield (
-                    name_in_layer(name, layer),
-                    _Entry(info=layer_info, read=lambda index, n=name, at=layer: read(n, (at, *index))),
+                yield Entry(
+                    name=name_in_layer(name, layer),
+                    info=layer_info,
+                    read=lambda index, n=name, at=layer: read(n, (at, *index)),
                 )
         elif name in PADDED_VOCABULARY and vocabulary is not None and info.shape[0] > vocabulary:
             side.padding[name] = info.shape[0] - vocabulary
             cut = dataclasses.replace(info, shape=(vocabulary, *info.shape[1:]))
-            yield name, _Entry(info=cut, read=lambda _, n=name: read(n)[:vocabulary])
+            yield Entry(name=name, info=cut, read=lambda _, n=name: read(n)[:vocabulary])
         else:
-            yield name, _Entry(info=info, read=lambda index, n=name: read(n, index))
+            yield Entry(name=name, info=info, read=lambda index, n=name: read(n, index))
 
 
 def _elements(name: str, a: TensorInfo, b: TensorInfo) -> Iterator[TensorSpec]:
