@@ -12,6 +12,7 @@ SAFETENSORS = "tests/checkpoint/test_safetensors_file.py"
 TORCH_FILE = "tests/checkpoint/test_torch_file.py"
 TORCH_DIST = "tests/checkpoint/test_torch_dist.py"
 FUZZ = "tests/checkpoint/test_fuzz.py"
+LAYOUTS = "tests/checkpoint/test_verify_layouts.py"
 MID = "tests/checkpoint/test_mid_training.py::test_the_model_is_found_among_the_states_of_two_optimizers"
 THROUGH = "tests/checkpoint/test_families_through_megatron.py"
 
@@ -192,6 +193,27 @@ CHECKPOINTS = [
         old="read(n, (at, *index))",
         new="read(n, (0, *index))",
         test="tests/checkpoint/test_verify.py::TestMegatron",
+    ),
+    Mutant(
+        name="compare the first expert of a stack with every expert",
+        file="checkpoint/verify_layouts.py",
+        old="mapping.to_megatron([entry.read(source.index)])",
+        new="mapping.to_megatron([entry.read((0,) * len(source.index))])",
+        test=f"{LAYOUTS}::TestExperts",
+    ),
+    Mutant(
+        name="forget the experts that only the larger of two models has",
+        file="checkpoint/verify_layouts.py",
+        old="for spec in mapping.hf if spec.name in cut):",
+        new="for spec in mapping.hf if False):",
+        test=f"{LAYOUTS}::TestExperts",
+    ),
+    Mutant(
+        name="put a part of a tensor in the place of another tensor",
+        file="checkpoint/verify_layouts.py",
+        old=" and not any(spec.name in entries for other in finer for spec in other.hf)",
+        new="",
+        test=f"{LAYOUTS}::TestExperts",
     ),
     Mutant(
         name="end with 0 although checkpoints differ",
