@@ -147,6 +147,12 @@ def plan_export(hf_config: dict[str, Any], hf_names: Collection[str], megatron: 
     """
     plan = plan_model(hf_config, hf_names, stacked=has_stacked_layers(megatron))
     problems = _mismatches(plan.megatron_shapes, {name: info.shape for name, info in megatron.items()})
+    missing = plan.megatron_shapes.keys() - megatron.keys()
+    if missing and all(name.startswith(MTP) for name in missing):
+        problems.append(
+            "it was trained without its multi-token prediction: import the Hugging Face checkpoint once more, with "
+            "--mtp carry or --mtp drop, and name the result with --source"
+        )
     unknown = plan.hf_shapes.keys() ^ set(hf_names)
     if unknown:
         problems.append(f"not the same tensors as were imported: {listing(sorted(unknown))}")
