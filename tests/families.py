@@ -82,7 +82,7 @@ class Case:
                 "num_heads": 2,
                 "out_hidden_size": config.hidden_size,
                 "num_position_embeddings": 16,
-                **({"deepstack_visual_indexes": [0]} if self.module == "qwen3_vl" else {}),
+                **({"deepstack_visual_indexes": [0]} if self.module.startswith("qwen3_vl") else {}),
             }
             config = getattr(module, self.outer)(
                 text_config=config.to_dict(),
@@ -176,6 +176,12 @@ def fuse(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return changed
 
 
+def transpose_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fused experts as Qwen3-VL was released: [E, H, 2F] and [E, F, H]."""
+    ends = ("experts.gate_up_proj", "experts.down_proj")
+    return {n: t.transpose(1, 2).contiguous() if n.endswith(ends) else t for n, t in tensors.items()}
+
+
 def fuse_all_but_mtp(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """As Qwen3.5 was released."""
     mtp = {name: tensor for name, tensor in tensors.items() if name.startswith("mtp.")}
@@ -197,6 +203,13 @@ def _qwen3_moe(name: str, *, change: Any = None, **fields: Any) -> Case:
     return Case(
         name=name, module="qwen3_moe", config="Qwen3MoeConfig", model="Qwen3MoeForCausalLM", fields=fields,
         change=change,
+    )  # fmt: skip
+
+
+def _qwen3_vl_moe(name: str, *, change: Any = None) -> Case:
+    return Case(
+        name=name, module="qwen3_vl_moe", config="Qwen3VLMoeTextConfig", model="Qwen3VLMoeForConditionalGeneration",
+        fields={**_DECODER, **_DENSE, **_MOE, "head_dim": 12}, change=change, outer="Qwen3VLMoeConfig",
     )  # fmt: skip
 
 
@@ -232,6 +245,8 @@ CASES = (
         name="Qwen3-VL", module="qwen3_vl", config="Qwen3VLTextConfig", model="Qwen3VLForConditionalGeneration",
         fields={**_DECODER, **_DENSE, "head_dim": 12}, outer="Qwen3VLConfig",
     ),
+    _qwen3_vl_moe("Qwen3-VL-MoE"),
+    _qwen3_vl_moe("Qwen3-VL-MoE, as released", change=transpose_experts),
     _qwen3_moe("Qwen3-MoE", norm_topk_prob=True),
     _qwen3_moe("Qwen3-MoE, plain probabilities, tied", norm_topk_prob=False, **_TIED),
     _qwen3_moe("Qwen3-MoE, fused", change=fuse),

@@ -68,7 +68,7 @@ class ExportJob:
         self.sources = {"checkpoint": described(reader.directory), "sidecar": described(sidecar.directory)}
         present = {n: i for n, i in reader.tensors.items() if n not in known_non_model_entries([n])}
         with naming(reader.directory):
-            self.plan: Plan = plan_export(sidecar.hf_config, sidecar.tensors.keys(), present)
+            self.plan: Plan = plan_export(sidecar.hf_config, {n: t.info for n, t in sidecar.tensors.items()}, present)
         self._originals = sidecar.originals()
         self.dtypes = dtypes or self._decide_dtypes()
         self.infos = self.dtypes.infos if options.fp8 is None else fp8_infos(self.dtypes.infos, options.fp8)

@@ -81,19 +81,23 @@ class ImportPlan(Plan):
     left_out: tuple[str, ...]
 
 
-def plan_model(hf_config: dict[str, Any], hf_names: Collection[str], *, stacked: bool | None = None) -> Plan:
+def plan_model(
+    hf_config: dict[str, Any], hf: Collection[str] | Mapping[str, TensorInfo], *, stacked: bool | None = None
+) -> Plan:
     """The tensors of a model.
 
     Args:
         hf_config: parsed `config.json`.
-        hf_names: of the tensors that the Hugging Face checkpoint has, without those that are not converted.
+        hf: names of the tensors that the Hugging Face checkpoint has, without those that are not converted; and what
+            they are, which tells how fused experts are laid out.
         stacked: whether the Megatron checkpoint stacks its layers; None for what megatron-core does by default.
 
     Raises:
         ValueError: for a model that is not supported.
     """
     family = find_family(hf_config)
-    config, naming = family.parse(hf_config), Naming.of(hf_names)
+    shapes = {name: info.shape for name, info in hf.items()} if isinstance(hf, Mapping) else {}
+    config, naming = family.parse(hf_config), Naming.of(hf, shapes)
     mappings: Iterable[models.Mapping] = family.mappings(config, naming)
     if config.is_homogeneous if stacked is None else stacked:
         mappings = stack_layers(mappings, config.num_layers)
@@ -134,18 +138,18 @@ def plan_import(
     )
 
 
-def plan_export(hf_config: dict[str, Any], hf_names: Collection[str], megatron: Mapping[str, TensorInfo]) -> Plan:
+def plan_export(hf_config: dict[str, Any], hf: Mapping[str, TensorInfo], megatron: Mapping[str, TensorInfo]) -> Plan:
     """What an export of a Megatron checkpoint does.
 
     Args:
         hf_config: parsed `config.json` of the checkpoint that was imported.
-        hf_names: of the tensors that were converted then.
+        hf: the tensors that were converted then.
         megatron: every tensor of the model in the Megatron checkpoint.
 
     Raises:
         CheckpointError: naming every tensor that is not as the configuration says.
     """
-    plan = plan_model(hf_config, hf_names, stacked=has_stacked_layers(megatron))
+    plan = plan_model(hf_config, hf, stacked=has_stacked_layers(megatron))
     problems = _mismatches(plan.megatron_shapes, {name: info.shape for name, info in megatron.items()})
     missing = plan.megatron_shapes.keys() - megatron.keys()
     if missing and all(name.startswith(MTP) for name in missing):
@@ -153,7 +157,7 @@ def plan_export(hf_config: dict[str, Any], hf_names: Collection[str], megatron: 
             "it was trained without its multi-token prediction: import the Hugging Face checkpoint once more, with "
             "--mtp carry or --mtp drop, and name the result with --source"
         )
-    unknown = plan.hf_shapes.keys() ^ set(hf_names)
+    unknown = plan.hf_shapes.keys() ^ hf.keys()
     if unknown:
         problems.append(f"not the same tensors as were imported: {listing(sorted(unknown))}")
     if problems:

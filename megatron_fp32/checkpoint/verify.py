@@ -211,9 +211,13 @@ class _OfTwoKinds:
         self._found = found
         self._originals = self._megatron.sidecar.originals() if self._megatron.sidecar else {}
         has_mtp = any(name.startswith(MTP) for name in self._megatron.tensors)
-        names = [n for n in self._hf.tensors if not n.startswith(VISION) and (has_mtp or not n.startswith(MTP))]
+        converted = {
+            name: info
+            for name, info in self._hf.tensors.items()
+            if not name.startswith(VISION) and (has_mtp or not name.startswith(MTP))
+        }
         stacked = has_stacked_layers(self._megatron.tensors)
-        self._plan = plan_model(read_config(self._hf.path), names, stacked=stacked)
+        self._plan = plan_model(read_config(self._hf.path), converted, stacked=stacked)
 
     def compare(self) -> None:
         hf, megatron, plan = self._hf.tensors, self._megatron.tensors, self._plan

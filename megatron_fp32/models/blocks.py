@@ -14,7 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from megatron_fp32.models.decoder import LINEAR, DecoderConfig
-from megatron_fp32.models.mapping import ConcatRows, GatedQkv, Mapping, Rename, SplitRows, TensorSpec, ZeroCentred
+from megatron_fp32.models.mapping import (
+    ConcatRows,
+    GatedQkv,
+    Mapping,
+    Rename,
+    SplitRows,
+    TensorSpec,
+    Transposed,
+    ZeroCentred,
+)
 from megatron_fp32.models.naming import MTP, Naming
 
 InProj = Callable[[DecoderConfig, str, str], Iterator[Mapping]]
@@ -40,7 +49,7 @@ def decoder(config: DecoderConfig, naming: Naming, *, in_proj: InProj | None = N
         else:
             raise ValueError(f"layer {index} is a gated delta net, which this family does not have")
         if is_moe:
-            yield from mixture_of_experts(config, hf, megatron, fused=naming.fused_experts)
+            yield from mixture_of_experts(config, hf, megatron, naming, fused=naming.fused_experts)
         else:
             yield from mlp(config, hf, megatron)
     yield Rename(f"{prefix}norm.weight", "decoder.final_layernorm.weight", (config.hidden_size,))
@@ -115,17 +124,19 @@ def mlp(config: DecoderConfig, hf: str, megatron: str) -> Iterator[Mapping]:
     yield from _gated_mlp(config.hidden_size, config.intermediate_size, f"{hf}mlp.", f"{megatron}mlp.")
 
 
-def mixture_of_experts(config: DecoderConfig, hf: str, megatron: str, *, fused: bool) -> Iterator[Mapping]:
+def mixture_of_experts(
+    config: DecoderConfig, hf: str, megatron: str, naming: Naming, *, fused: bool
+) -> Iterator[Mapping]:
     """Router, experts, the shared expert and its gate, and the norm before them.
 
-    megatron-core stacks the experts; each is a mapping of its own here. `fused` says that Hugging Face does too.
+    megatron-core stacks the experts; each is a mapping of its own here. `fused` says that Hugging Face does too, here.
     """
     hidden, count = config.hidden_size, config.num_experts
     yield Rename(f"{hf}post_attention_layernorm.weight", f"{megatron}pre_mlp_layernorm.weight", (hidden,))
     yield Rename(f"{hf}mlp.gate.weight", f"{megatron}mlp.router.weight", (count, hidden))
     for expert in range(count):
         place = _in_stack(expert, count)
-        experts = _fused_expert(config, hf, megatron) if fused else _expert(config, hf, megatron, expert)
+        experts = _fused_expert(config, hf, megatron, naming) if fused else _expert(config, hf, megatron, expert)
         for mapping in experts:
             yield mapping.place(hf=place if fused else None, megatron=place)
     if config.shared_expert_intermediate_size:
@@ -138,12 +149,13 @@ def _in_stack(index: int, size: int) -> Callable[[TensorSpec], TensorSpec]:
     return lambda spec: spec.in_stack(index, size)
 
 
-def _fused_expert(config: DecoderConfig, hf: str, megatron: str) -> Iterator[Mapping]:
+def _fused_expert(config: DecoderConfig, hf: str, megatron: str, naming: Naming) -> Iterator[Mapping]:
     # Both sides hold gate, then up.
     source, target = f"{hf}mlp.experts.", f"{megatron}mlp.experts.experts."
     hidden, ffn = config.hidden_size, config.moe_intermediate_size
-    yield Rename(f"{source}gate_up_proj", f"{target}linear_fc1.weight", (2 * ffn, hidden))
-    yield Rename(f"{source}down_proj", f"{target}linear_fc2.weight", (hidden, ffn))
+    layout = Transposed if naming.transposed_experts else Rename
+    yield layout(f"{source}gate_up_proj", f"{target}linear_fc1.weight", (2 * ffn, hidden))
+    yield layout(f"{source}down_proj", f"{target}linear_fc2.weight", (hidden, ffn))
 
 
 def _expert(config: DecoderConfig, hf: str, megatron: str, index: int) -> Iterator[Mapping]:
@@ -175,5 +187,8 @@ def multi_token_prediction(config: DecoderConfig, naming: Naming) -> Iterator[Ma
     yield Rename(f"{MTP}fc.weight", f"{megatron}eh_proj.weight", (hidden, 2 * hidden))
     layer = (config, f"{MTP}layers.0.", f"{megatron}transformer_layer.")
     yield from attention(*layer)
-    yield from mixture_of_experts(*layer, fused=naming.fused_mtp_experts) if config.num_experts else mlp(*layer)
+    if config.num_experts:
+        yield from mixture_of_experts(*layer, naming, fused=naming.fused_mtp_experts)
+    else:
+        yield from mlp(*layer)
     yield Rename(f"{MTP}norm.weight", f"{megatron}final_layernorm.weight", (hidden,))

@@ -93,6 +93,27 @@ class Rename(Mapping):
         return (tensors[0],)
 
 
+class Transposed(Mapping):
+    """A matrix that Hugging Face stores transposed.
+
+    Args:
+        hf, megatron: names.
+        shape: of the Megatron tensor.
+    """
+
+    def __init__(self, hf: str, megatron: str, shape: tuple[int, int]) -> None:
+        self.hf = (TensorSpec(name=hf, shape=shape[::-1]),)
+        self.megatron = (TensorSpec(name=megatron, shape=shape),)
+
+    def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The transpose, contiguous."""
+        return (tensors[0].t().contiguous(),)
+
+    def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The transpose, contiguous."""
+        return (tensors[0].t().contiguous(),)
+
+
 class SplitRows(Mapping):
     """One Hugging Face tensor whose row blocks are separate Megatron tensors.
 

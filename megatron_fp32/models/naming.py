@@ -1,13 +1,14 @@
-"""What only a checkpoint's tensor names say: where the text model begins, how experts are stored, whether MTP is there.
+"""What only a checkpoint's tensors say: where the text model begins, how experts are stored, whether MTP is there.
 
 `config.json` is no witness for these: transformers drops the MTP layer and keeps the fields that describe it, and one
-model is released with fused experts and saved again with one tensor for each expert, or the other way round.
+model is released with fused experts and saved again with one tensor for each expert, or the other way round; Qwen3-VL
+was released with its fused experts transposed, and transformers saves them so or not, depending on what it loaded.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 PREFIXES = ("model.language_model.", "model.")
 """What the text model's tensors may start with, the longer first: inside of a vision-language model, and alone."""
@@ -21,7 +22,7 @@ MTP = "mtp."
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Naming:
-    """A checkpoint's way to name its tensors."""
+    """A checkpoint's way to name and to lay out its tensors."""
 
     prefix: str
     """One of `PREFIXES`."""
@@ -29,11 +30,17 @@ class Naming:
     """The decoder's experts are stacks, `experts.gate_up_proj` [E, 2F, H] and `experts.down_proj` [E, H, F]."""
     fused_mtp_experts: bool = False
     """The same of the MTP layer, which may differ from the decoder."""
+    transposed_experts: bool = False
+    """Fused experts are [E, H, 2F] and [E, F, H]."""
     mtp_layers: int = 0
 
     @classmethod
-    def of(cls, names: Collection[str]) -> Naming:
+    def of(cls, names: Collection[str], shapes: Mapping[str, tuple[int, ...]] | None = None) -> Naming:
         """The naming of a checkpoint with these tensors.
+
+        Args:
+            names: of all of them.
+            shapes: of those that are known; fused experts without any are taken for [E, 2F, H] and [E, H, F].
 
         Raises:
             ValueError: when no text model is among them.
@@ -45,8 +52,15 @@ class Naming:
             prefix=find_prefix(names),
             fused_experts=any(not name.startswith(MTP) for name in fused),
             fused_mtp_experts=any(name.startswith(MTP) for name in fused),
+            transposed_experts=any(_is_transposed(name.removesuffix("gate_up_proj"), shapes or {}) for name in fused),
             mtp_layers=max(layers, default=0) + 1 if mtp else 0,
         )
+
+
+def _is_transposed(experts: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """[E, H, 2F] beside [E, F, H], which no sizes make [E, 2F, H] beside [E, H, F]."""
+    gate_up, down = (shapes.get(f"{experts}{name}", ()) for name in ("gate_up_proj", "down_proj"))
+    return len(gate_up) == len(down) == 3 and gate_up[1:] == (down[2], 2 * down[1])
 
 
 def find_prefix(names: Collection[str]) -> str:

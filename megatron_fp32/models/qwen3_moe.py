@@ -1,6 +1,6 @@
-"""Qwen3 with a mixture of experts: no shared expert; single layers may be dense.
+"""Qwen3 with a mixture of experts, alone or as the text model of Qwen3-VL: no shared expert; layers may be dense.
 
-Source: transformers `models/qwen3_moe/modeling_qwen3_moe.py`.
+Source: transformers `models/qwen3_moe/modeling_qwen3_moe.py`, `models/qwen3_vl_moe/modeling_qwen3_vl_moe.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from megatron_fp32.models import blocks
 from megatron_fp32.models.decoder import MOE_FIELDS, DecoderConfig, decoder_fields, dense_layers, require, text_config
 
-MODEL_TYPES = ("qwen3_moe",)
+MODEL_TYPES = ("qwen3_moe", "qwen3_vl_moe_text", "qwen3_vl_moe")
 
 mappings = blocks.decoder
 
@@ -31,6 +31,9 @@ class Qwen3MoeConfig(DecoderConfig):
         """
         text = text_config(config, "Qwen3-MoE", MODEL_TYPES)
         require(text, "Qwen3-MoE", hidden_act="silu", attention_bias=False, use_sliding_window=False)
+        if text["model_type"] != MODEL_TYPES[0]:  # Qwen3-VL's router has no choice
+            require(text, "Qwen3-VL-MoE", norm_topk_prob=True)
+            text = {**text, "norm_topk_prob": True}
         if "num_local_experts" in text:  # the name under which transformers 5 saves it
             text = {**text, "num_experts": text["num_local_experts"]}
         names = ("intermediate_size", *MOE_FIELDS, "norm_topk_prob")

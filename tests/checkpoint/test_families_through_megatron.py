@@ -30,8 +30,11 @@ from tests.families import CASES, Case, case, config_json, fuse
 
 ONE_OF_EACH = tuple(
     case(name)
-    for name in ("Llama", "Qwen3, tied", "Qwen3-MoE", "Qwen3-MoE, a dense layer", "Qwen3-Next", "Qwen3.5-VL-MoE")
-)
+    for name in (
+        "Llama", "Qwen3, tied", "Qwen3-MoE", "Qwen3-MoE, a dense layer", "Qwen3-VL-MoE, as released", "Qwen3-Next",
+        "Qwen3.5-VL-MoE",
+    )
+)  # fmt: skip
 LENGTH = 18
 
 

@@ -32,6 +32,27 @@ CHECKPOINTS = [
         test=f"{MEGATRON}::TestParity::test_one_rank",
     ),
     Mutant(
+        name="take transposed experts for others",
+        file="models/naming.py",
+        old="return len(gate_up) == len(down) == 3 and",
+        new="return False and",
+        test=f"{FAMILIES}::test_every_byte_comes_back",
+    ),
+    Mutant(
+        name="believe the disk",
+        file="checkpoint/digests.py",
+        old="if found != expected:",
+        new="if False:",
+        test=f"{CONVERT}::TestVerification",
+    ),
+    Mutant(
+        name="do not wait for what is read back",
+        file="checkpoint/read_back.py",
+        old="future.result()",
+        new="pass",
+        test="tests/checkpoint/test_read_back.py",
+    ),
+    Mutant(
         name="cast in the converter",
         file="checkpoint/import_job.py",
         old="return mapping.to_megatron(tensors)",

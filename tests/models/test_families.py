@@ -73,6 +73,7 @@ def test_an_unknown_model_type_is_refused_with_those_that_are_known(config: Any,
         ("Qwen3", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope_type='llama3'"),
         ("Qwen3-MoE", {"attention_bias": True}, "attention_bias=True"),
         ("Qwen3-Next", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("Qwen3-VL-MoE", {"norm_topk_prob": False}, "norm_topk_prob=False"),
         ("Qwen3.5-MoE", {"attn_output_gate": False}, "attn_output_gate=False"),
         ("Qwen3.5-MoE", {"layer_types": ["linear_attention"]}, "layer_types must name 3 layers"),
         ("Qwen3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types must name"),
@@ -207,6 +208,18 @@ class TestNaming:
         )
         names = ["model.embed_tokens.weight", "model.layers.0.mlp.experts.gate_up_proj", "mtp.layers.2.x"]
         assert Naming.of(names) == Naming(prefix="model.", mtp_layers=3, fused_experts=True)
+
+    @pytest.mark.parametrize("transposed", [False, True])
+    @pytest.mark.parametrize(("hidden", "ffn"), [(36, 14), (28, 14), (14, 14), (14, 28), (1, 1)])
+    def test_the_layout_of_fused_experts_is_read_from_their_shapes(
+        self, hidden: int, ffn: int, transposed: bool
+    ) -> None:
+        shapes = {"gate_up_proj": (5, 2 * ffn, hidden), "down_proj": (5, hidden, ffn)}
+        if transposed:
+            shapes = {name: (a, c, b) for name, (a, b, c) in shapes.items()}
+        named = {f"model.layers.0.mlp.experts.{name}": shape for name, shape in shapes.items()}
+        names = ["model.embed_tokens.weight", *named]
+        assert Naming.of(names, named).transposed_experts is transposed
 
     def test_several_mtp_layers_are_refused(self) -> None:
         config = find_family(_config("Qwen3.5")).parse(_config("Qwen3.5"))
