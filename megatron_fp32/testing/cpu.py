@@ -59,18 +59,34 @@ def cpu_megatron() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def model_parallel(*, tensor: int = 1, pipeline: int = 1, seed: int = 1234) -> Iterator[None]:
+def model_parallel(
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual: int | None = None,
+    expert: int = 1,
+    expert_tensor: int | None = None,
+    seed: int = 1234,
+) -> Iterator[None]:
     """megatron-core's parallel state over an initialized process group, seeded, destroyed on exit.
 
     Args:
         tensor, pipeline: parallel sizes; the rest of the ranks is data parallel.
+        virtual: model chunks on each pipeline rank; None where stages are not interleaved.
+        expert, expert_tensor: parallel sizes of the experts; None splits each of them as the rest of the model.
         seed: for megatron-core's generators, as `--seed` is.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     outside = set(distributed_c10d._world.pg_map)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=expert_tensor,
+    )
     try:
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed)

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_fp32.checkpoint.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.torch_dist_writer import TorchDistWriter
 from megatron_fp32.testing.qwen3_5 import write_qwen3_5
+from tests.families import Case
 
 SMALL: dict[str, Any] = {
     "vocab_size": 57,
@@ -89,6 +90,15 @@ def write_small(directory: Path, *, all_bf16: bool = False, **fields: Any) -> Pa
 def bits(tensor: Tensor) -> Tensor:
     """The bytes, for comparing bit for bit."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def assert_parity(ours: Tensor, case: Case, hf: Path, tokens: Tensor) -> None:
+    """Not farther from transformers in float64 than a few times transformers in fp32 is."""
+    with torch.no_grad():
+        exact = case.load(hf, torch.float64)(tokens).logits
+        theirs = case.load(hf, torch.float32)(tokens).logits
+    assert exact.std() > 1  # small logits would hide a wrong body
+    assert (ours - exact).abs().max() < 4 * (theirs - exact).abs().max()
 
 
 def resave(directory: Path, out: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:

@@ -7,12 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,11 +18,10 @@ from megatron_fp32.checkpoint.convert import export_checkpoint
 from megatron_fp32.checkpoint.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.plan import plan_import
 from megatron_fp32.models import provider
-from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
-from megatron_fp32.testing.training import load_model
 from tests.checkpoint.conftest import Families
-from tests.checkpoint.support import stored_tensors
+from tests.checkpoint.layouts import ONE_RANK, Layout, build, load, logits, on_ranks, pass_through
+from tests.checkpoint.support import assert_parity, stored_tensors
 from tests.families import CASES, Case, case, config_json, fuse
 
 ONE_OF_EACH = tuple(
@@ -35,56 +31,8 @@ ONE_OF_EACH = tuple(
         "Qwen3.5-VL-MoE",
     )
 )  # fmt: skip
+TP2 = Layout(tensor=2)
 LENGTH = 18
-
-
-def _build(hf: Path, *, tensor: int = 1, mtp: bool = False, dtype: torch.dtype = torch.float32) -> GPTModel:
-    config = provider.read_hf_config(hf)
-    model = provider.build_model(
-        config,
-        provider.transformer_config(
-            config,
-            **provider.cpu_overrides(),
-            tensor_model_parallel_size=tensor,
-            sequence_parallel=tensor > 1,
-            mtp_num_layers=1 if mtp else None,
-            params_dtype=dtype,
-            bf16=dtype == torch.bfloat16,
-        ),
-        parallel_output=False,
-    )
-    if dtype == torch.bfloat16:
-        Float16Module(model.config, model)  # casts in place
-    return model
-
-
-def _pass_through(hf: Path, imported: Path, out: Path, mtp: bool, tensor: int = 1) -> None:
-    """Load strictly into a bf16 model and save it again."""
-    model = _build(hf, tensor=tensor, mtp=mtp, dtype=torch.bfloat16)
-    load_model(model, imported / "release", strict="raise_unexpected")
-    out.mkdir(exist_ok=True)
-    dist_checkpointing.save({"model": model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group({}))}, str(out))
-
-
-def _pass_through_on_ranks(hf: Path, imported: Path, out: Path, mtp: bool) -> None:
-    with model_parallel(tensor=2):
-        _pass_through(hf, imported, out, mtp, tensor=2)
-
-
-def _logits(hf: Path, imported: Path, tokens: Tensor, tensor: int = 1) -> Tensor:
-    """fp32, without the vocabulary's padding."""
-    model = _build(hf, tensor=tensor).eval()
-    load_model(model, imported / "release")
-    length = tokens.shape[1]
-    positions = torch.arange(length).expand_as(tokens)
-    with torch.no_grad():
-        logits = model(tokens, positions, torch.ones(1, 1, length, length, dtype=torch.bool).triu(1))
-    return logits[..., : provider.read_hf_config(hf).vocab_size]
-
-
-def _logits_on_ranks(hf: Path, imported: Path, tokens: Tensor) -> Tensor:
-    with model_parallel(tensor=2):
-        return _logits(hf, imported, tokens, tensor=2)
 
 
 @pytest.fixture
@@ -120,7 +68,7 @@ class TestUntrained:
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_every_byte_comes_back_from_one_rank(self, families: Families, tmp_path: Path, case: Case) -> None:
         hf, imported = families(case)
-        _pass_through(hf, imported, tmp_path / "trained", case.mtp)
+        assert pass_through(hf, imported, tmp_path / "trained", mtp=case.mtp) == []
         export_checkpoint(tmp_path / "trained", tmp_path / "hf", source=imported)
         assert stored_tensors(tmp_path / "hf") == stored_tensors(hf)
 
@@ -129,7 +77,8 @@ class TestUntrained:
         self, ranks: Callable[[int], RankPool], families: Families, tmp_path: Path, case: Case
     ) -> None:
         hf, imported = families(case)
-        ranks(2).run(_pass_through_on_ranks, hf, imported, tmp_path / "trained", case.mtp)
+        paths = (hf, imported, tmp_path / "trained")
+        assert ranks(2).run(on_ranks, TP2, pass_through, *paths, mtp=case.mtp) == [[], []]
         export_checkpoint(tmp_path / "trained", tmp_path / "hf", source=imported)
         assert stored_tensors(tmp_path / "hf") == stored_tensors(hf)
 
@@ -141,47 +90,33 @@ class TestParity:
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_one_rank(self, families: Families, tokens: Tensor, case: Case) -> None:
         hf, imported = families(case)
-        _assert_parity(_logits(hf, imported, tokens), case, hf, tokens)
+        assert_parity(logits(hf, imported, tokens), case, hf, tokens)
 
     @pytest.mark.parametrize("case", ONE_OF_EACH, ids=lambda case: case.name)
     def test_two_ranks(self, ranks: Callable[[int], RankPool], families: Families, tokens: Tensor, case: Case) -> None:
         hf, imported = families(case)
-        for ours in ranks(2).run(_logits_on_ranks, hf, imported, tokens):
-            _assert_parity(ours, case, hf, tokens)
+        for ours in ranks(2).run(on_ranks, TP2, logits, hf, imported, tokens):
+            assert_parity(ours, case, hf, tokens)
 
 
-def _assert_parity(ours: Tensor, case: Case, hf: Path, tokens: Tensor) -> None:
-    """Not farther from transformers in float64 than a few times transformers in fp32 is."""
-    with torch.no_grad():
-        exact = case.load(hf, torch.float64)(tokens).logits
-        theirs = case.load(hf, torch.float32)(tokens).logits
-    assert exact.std() > 1  # small logits would hide a wrong body
-    assert (ours - exact).abs().max() < 4 * (theirs - exact).abs().max()
-
-
-def _mtp_hidden(hf: Path, imported: Path, tokens: Tensor, tensor: int = 1) -> Tensor:
+def _mtp_hidden(hf: Path, imported: Path, tokens: Tensor, *, layout: Layout = ONE_RANK) -> Tensor:
     """What Megatron's MTP layer makes of every position but the last, whose next token is unknown: [b, s - 1, H]."""
-    model = _build(hf, tensor=tensor, mtp=True).eval()
-    load_model(model, imported / "release")
+    (model,) = build(hf, layout, mtp=True, dtype=torch.float32)
+    load([model], imported)
     caught: list[Tensor] = []
     model.mtp.register_forward_hook(lambda module, args, output: caught.append(output))
     length = tokens.shape[1]
     positions = torch.arange(length).expand_as(tokens)
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
     with torch.no_grad():
-        model(tokens, positions, mask, labels=tokens, loss_mask=torch.ones(tokens.shape))
+        model.eval()(tokens, positions, mask, labels=tokens, loss_mask=torch.ones(tokens.shape))
     (output,) = caught
-    if tensor > 1:
+    if layout.tensor > 1:
         output = gather_from_sequence_parallel_region(output)
         # Each rank's part holds the main hidden states, then those of MTP.
-        output = torch.cat([part.chunk(2)[1] for part in output.chunk(tensor)])
+        output = torch.cat([part.chunk(2)[1] for part in output.chunk(layout.tensor)])
         return output.transpose(0, 1)[:, :-1]
     return output.chunk(2)[1].transpose(0, 1)[:, :-1]
-
-
-def _mtp_hidden_on_ranks(hf: Path, imported: Path, tokens: Tensor) -> Tensor:
-    with model_parallel(tensor=2):
-        return _mtp_hidden(hf, imported, tokens, tensor=2)
 
 
 class TestMultiTokenPrediction:
@@ -195,7 +130,7 @@ class TestMultiTokenPrediction:
 
     def test_two_ranks(self, ranks: Callable[[int], RankPool], families: Families, tokens: Tensor) -> None:
         hf, imported = families(case("Qwen3-Next"))
-        for ours in ranks(2).run(_mtp_hidden_on_ranks, hf, imported, tokens):
+        for ours in ranks(2).run(on_ranks, TP2, _mtp_hidden, hf, imported, tokens):
             _assert_mtp_parity(ours, "Qwen3-Next", hf, tokens)
 
 

@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,57 +15,13 @@ from megatron_fp32.checkpoint.convert import export_checkpoint
 from megatron_fp32.checkpoint.huggingface import CheckpointError
 from megatron_fp32.checkpoint.torch_dist import TorchDistReader
 from megatron_fp32.config import Fp32Config
-from megatron_fp32.models import provider
-from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.qwen3_5 import load_qwen3_5
 from megatron_fp32.testing.ranks import RankPool
-from megatron_fp32.testing.training import load_model
 from tests.checkpoint.conftest import Source
+from tests.checkpoint.layouts import Layout, build, load, logits, on_ranks, pass_through, save
 from tests.checkpoint.support import A_LOG, EVEN, NORM, stored_tensors
 
 _TIED_EVEN = {**EVEN, "tie_word_embeddings": True}
-
-
-def _build(hf: Path, imported: Path, *, tensor: int, fp32: Fp32Config | None = None, **options: Any) -> GPTModel:
-    config = provider.read_hf_config(hf)
-    overrides = {**provider.cpu_overrides(), "tensor_model_parallel_size": tensor, **options}
-    model = provider.build_model(config, provider.transformer_config(config, **overrides), fp32, parallel_output=False)
-    if model.config.bf16:
-        Float16Module(model.config, model)  # casts in place
-    load_model(model, imported / "release")
-    return model
-
-
-def _pass_through(hf: Path, imported: Path, out: Path, tensor: int = 1, fp32: Fp32Config | None = None) -> None:
-    """Load into a bf16 model and save it again."""
-    model = _build(hf, imported, tensor=tensor, fp32=fp32, bf16=True, params_dtype=torch.bfloat16)
-    _save(model, out)
-
-
-def _save(model: GPTModel, out: Path) -> None:
-    out.mkdir(exist_ok=True)
-    dist_checkpointing.save({"model": model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group({}))}, str(out))
-
-
-def _pass_through_on_ranks(hf: Path, imported: Path, out: Path, tensor: int) -> None:
-    with model_parallel(tensor=tensor):
-        _pass_through(hf, imported, out, tensor)
-
-
-def _log_probs(hf: Path, imported: Path, tokens: Tensor, tensor: int) -> Tensor:
-    """fp32, over the vocabulary without its padding."""
-    model = _build(hf, imported, tensor=tensor, params_dtype=torch.float32).eval()
-    batch, length = tokens.shape
-    positions = torch.arange(length).expand(batch, length)
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
-    with torch.no_grad():
-        logits = model(tokens, positions, mask)
-    return logits[..., : provider.read_hf_config(hf).vocab_size].double().log_softmax(-1)
-
-
-def _log_probs_on_ranks(hf: Path, imported: Path, tokens: Tensor, tensor: int) -> Tensor:
-    with model_parallel(tensor=tensor):
-        return _log_probs(hf, imported, tokens, tensor)
 
 
 class TestUntrained:
@@ -78,7 +30,7 @@ class TestUntrained:
     def test_every_byte_comes_back_from_one_rank(
         self, source: Source, imported: Source, tmp_path: Path, fields: dict[str, Any]
     ) -> None:
-        _pass_through(source(**fields), imported(**fields), tmp_path / "trained")
+        assert pass_through(source(**fields), imported(**fields), tmp_path / "trained") == []
         export_checkpoint(tmp_path / "trained", tmp_path / "hf", source=imported(**fields))
         assert stored_tensors(tmp_path / "hf") == stored_tensors(source(**fields))
 
@@ -86,7 +38,8 @@ class TestUntrained:
     def test_every_byte_comes_back_from_two_ranks(
         self, ranks: Callable[[int], RankPool], source: Source, imported: Source, tmp_path: Path, fields: dict[str, Any]
     ) -> None:
-        ranks(2).run(_pass_through_on_ranks, source(**fields), imported(**fields), tmp_path / "trained", 2)
+        paths = (source(**fields), imported(**fields), tmp_path / "trained")
+        assert ranks(2).run(on_ranks, Layout(tensor=2), pass_through, *paths) == [[], []]
         saved = TorchDistReader(tmp_path / "trained").tensors["embedding.word_embeddings.weight"]
         assert saved.shape[0] > fields["vocab_size"]  # padded rows lie in the checkpoint
         export_checkpoint(tmp_path / "trained", tmp_path / "hf", source=imported(**fields))
@@ -97,7 +50,7 @@ class TestRounded:
     @pytest.fixture
     def stock(self, megatron: None, source: Source, imported: Source, tmp_path: Path) -> Path:
         """What megatron-core's own layer leaves of the checkpoint in a bf16 model."""
-        _pass_through(source(), imported(), tmp_path / "stock", fp32=Fp32Config(gated_delta_net=()))
+        pass_through(source(), imported(), tmp_path / "stock", fp32=Fp32Config(gated_delta_net=()))
         return tmp_path / "stock"
 
     def test_a_stock_models_checkpoint_is_refused_unless_allowed(
@@ -123,11 +76,12 @@ class TestTrained:
         self, source: Source, imported: Source, tmp_path: Path
     ) -> None:
         hf, made = source(all_bf16=True), imported(all_bf16=True)
-        model = _build(hf, made, tensor=1, bf16=True, params_dtype=torch.bfloat16)
+        (model,) = build(hf)
+        load([model], made)
         layer = model.decoder.layers[0].self_attention
         with torch.no_grad():
             layer.A_log.add_(1e-4)
-        _save(model, tmp_path / "trained")
+        save([model], tmp_path / "trained")
         report = export_checkpoint(tmp_path / "trained", tmp_path / "hf", source=made)
         before, after = (load_file(path / "model.safetensors") for path in (hf, tmp_path / "hf"))
         assert report.widened == (A_LOG,)
@@ -140,11 +94,12 @@ class TestTrained:
     def test_a_trained_norm_leaves_as_what_the_checkpoint_says(
         self, source: Source, imported: Source, tmp_path: Path
     ) -> None:
-        model = _build(source(), imported(), tensor=1, bf16=True, params_dtype=torch.bfloat16)
+        (model,) = build(source())
+        load([model], imported())
         weight = model.decoder.layers[0].self_attention.out_norm.weight
         with torch.no_grad():
             weight[0] += 0.25
-        _save(model, tmp_path / "trained")
+        save([model], tmp_path / "trained")
         report = export_checkpoint(tmp_path / "trained", tmp_path / "hf", source=imported())
         after = load_file(tmp_path / "hf" / "model.safetensors")
         assert torch.equal(after[NORM], weight.detach() + 1)
@@ -161,7 +116,7 @@ class TestParity:
     @pytest.mark.usefixtures("megatron")
     @pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
     def test_one_rank(self, source: Source, imported: Source, tokens: Tensor, fields: dict[str, Any]) -> None:
-        ours = _log_probs(source(**fields), imported(**fields), tokens, 1)
+        ours = logits(source(**fields), imported(**fields), tokens)
         _assert_parity(ours, source(**fields), tokens)
 
     @pytest.mark.parametrize(
@@ -178,13 +133,13 @@ class TestParity:
         size: int,
         fields: dict[str, Any],
     ) -> None:
-        for ours in ranks(size).run(_log_probs_on_ranks, source(**fields), imported(**fields), tokens, size):
+        layout = Layout(tensor=size, options=(("sequence_parallel", False),))
+        for ours in ranks(size).run(on_ranks, layout, logits, source(**fields), imported(**fields), tokens):
             _assert_parity(ours, source(**fields), tokens)
 
 
 def _assert_parity(ours: Tensor, hf: Path, tokens: Tensor) -> None:
     with torch.no_grad():
-        logits = load_qwen3_5(hf)(tokens).logits
-    assert logits.std() > 2  # small logits would hide a wrong body
-    theirs = logits.double().log_softmax(-1)
-    assert (ours - theirs).abs().max() < 1e-5
+        theirs = load_qwen3_5(hf)(tokens).logits
+    assert theirs.std() > 2  # small logits would hide a wrong body
+    assert (ours.double().log_softmax(-1) - theirs.double().log_softmax(-1)).abs().max() < 1e-5
