@@ -147,6 +147,10 @@ def build_model(
         # The constructor takes the factor alone, and has the other numbers built in.
         rope = gpt.rotary_pos_emb
         rope.inv_freq = rope._apply_scaling(rope.inv_freq, **dataclasses.asdict(model.rope_scaling))
+    if post_process and gpt.mtp_process and not pre_process and model.tie_word_embeddings:
+        # The layer is called with the weight of the embedding that MTP has on this stage. megatron-core gives it one of
+        # its own that nobody reads, and refuses to load or save it (NVIDIA/Megatron-LM pull request 7577).
+        gpt.output_layer.weight = None
     if post_process and fp32.logits:
         to_fp32_output_layer(gpt.output_layer, fp32)
         set_fused_loss(gpt, fp32)
