@@ -67,9 +67,9 @@ def decoder_block_spec(
 def mtp_block_spec(
     config: TransformerConfig, *, vp_stage: int | None = None
 ) -> MultiTokenPredictionBlockSubmodules | None:
-    """The spec of multi-token prediction: full attention, with experts where the decoder's last layer has them.
+    """The spec of multi-token prediction: full attention, with experts where the decoder has any.
 
-    megatron-core takes the spec of the decoder's last layer, which may be a gated delta net.
+    megatron-core takes the spec of the last layer of the stage, which may be a gated delta net.
 
     Args:
         config: see `decoder_block_spec`; `mtp_num_layers` counts the layers.
@@ -79,16 +79,12 @@ def mtp_block_spec(
         None on a stage without MTP layers.
 
     Raises:
-        ValueError: for another backend, and under Transformer Engine on a stage without an attention layer.
+        ValueError: for another attention variant or backend.
     """
     _check(config)
     use_transformer_engine = config.transformer_impl == "transformer_engine"
     if use_transformer_engine:
-        layers = decoder_block_spec(config, vp_stage=vp_stage).layer_specs or []
-        attention = [layer for layer in layers if not issubclass(_attention_class(layer), GatedDeltaNet)]
-        if not attention:
-            raise ValueError("an MTP layer is built like the last attention layer of its stage, which has none")
-        layer = attention[-1]
+        (layer,) = decoder_block_spec(_one_attention_layer(config), pp_rank=0).layer_specs
     else:
         layer = _local_layer(config, gated_delta_net=False, moe=config.num_moe_experts is not None)
     block = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=use_transformer_engine, vp_stage=vp_stage)
@@ -108,9 +104,15 @@ def _check(config: TransformerConfig) -> None:
         raise ValueError(f"expected transformer_impl 'transformer_engine' or 'local', got {config.transformer_impl!r}")
 
 
-def _attention_class(layer: ModuleSpec) -> type:
-    attention = layer.submodules.self_attention
-    return attention.module if isinstance(attention, ModuleSpec) else attention
+def _one_attention_layer(config: TransformerConfig) -> TransformerConfig:
+    """The configuration of a decoder of one layer on one stage, with experts where the decoder has any."""
+    config = copy.copy(config)
+    config.num_layers, config.linear_attention_freq, config.moe_layer_freq = 1, [0], 1
+    config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size = 1, None
+    config.pipeline_model_parallel_layout = None
+    config.num_layers_in_first_pipeline_stage = config.num_layers_in_last_pipeline_stage = None
+    config.account_for_embedding_in_pipeline_split = config.account_for_loss_in_pipeline_split = False
+    return config
 
 
 def with_fp32_gated_delta_net(

@@ -15,6 +15,7 @@ FUZZ = "tests/checkpoint/test_fuzz.py"
 LAYOUTS = "tests/checkpoint/test_verify_layouts.py"
 MID = "tests/checkpoint/test_mid_training.py::test_the_model_is_found_among_the_states_of_two_optimizers"
 THROUGH = "tests/checkpoint/test_families_through_megatron.py"
+LOADS = "tests/checkpoint/test_parallel_loads.py::test_every_byte_reaches_every_rank_and_comes_back"
 
 CHECKPOINTS = [
     Mutant(
@@ -389,5 +390,27 @@ CHECKPOINTS = [
         old='prefixes = ("optimizer.", "chained_",',
         new='prefixes = ("optimizer.",',
         test=MID,
+    ),
+    Mutant(
+        name="give every pipeline stage the first layers",
+        file="models/specs.py",
+        old="for kind in kinds[start : start + count]]",
+        new="for kind in kinds[:count]]",
+        test=f"{LOADS}[PP2-Qwen3-MoE-a-dense-layer]",
+    ),
+    Mutant(
+        name="leave a tied head a weight of its own beside MTP",
+        file="models/provider.py",
+        old="        gpt.output_layer.weight = None\n",
+        new="        pass\n",
+        test=f"{LOADS}[PP2-Qwen3.5-tied-MTP]",
+    ),
+    Mutant(
+        name="build MTP like the last layer of its stage",
+        file="models/specs.py",
+        old="(layer,) = decoder_block_spec(_one_attention_layer(config), pp_rank=0).layer_specs",
+        new="layer = decoder_block_spec(config, vp_stage=vp_stage).layer_specs[-1]",
+        test="tests/models/test_provider.py"
+        "::test_under_transformer_engine_mtp_has_attention_and_experts_whatever_the_layers_of_its_stage",
     ),
 ]

@@ -1,22 +1,28 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import GPTModel, experimental_attention_variant_module_specs, gpt_layer_specs
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from transformers.models.qwen3_5 import Qwen3_5TextConfig
 
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models import provider, specs
-from megatron_fp32.models.decoder import DecoderConfig, Llama3RopeScaling
+from megatron_fp32.models.decoder import FULL, LINEAR, DecoderConfig, Llama3RopeScaling
 from megatron_fp32.models.families import find_family
 from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
 from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
+from megatron_fp32.testing.cpu import model_parallel
+from megatron_fp32.testing.ranks import RankPool
 from tests.families import case
 from tests.support import tiny_qwen3_5
 
@@ -226,3 +232,42 @@ def test_a_provider_takes_what_megatrons_get_model_gives(hf_dir: Path) -> None:
     assert model.pg_collection is groups
     assert model.config is not config
     assert provide(True, True, config=model.config, pg_collection=groups).config is model.config
+
+
+_MTP_STAGES = {
+    "attention on both stages": ((FULL, FULL), (), {}),
+    "a first stage of gated delta nets": ((LINEAR, FULL), (), {}),
+    "a last stage of gated delta nets": ((FULL, LINEAR), (), {}),
+    "a last stage without layers": ((LINEAR, FULL), (), {"pipeline_model_parallel_layout": "Ett|mL"}),
+    "a last layer without experts": ((FULL, FULL), (1,), {}),
+}
+
+
+@pytest.mark.parametrize(("layers", "dense", "options"), _MTP_STAGES.values(), ids=_MTP_STAGES)
+def test_under_transformer_engine_mtp_has_attention_and_experts_whatever_the_layers_of_its_stage(
+    ranks: Callable[[int], RankPool], layers: tuple[str, ...], dense: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    model = dataclasses.replace(_parsed("Qwen3-Next"), layer_types=layers, dense_layers=dense)
+    first, last = ranks(2).run(_mtp_parts, model, options)
+    assert first is None
+    attention, mlp = last
+    assert "GatedDeltaNet" not in attention
+    assert "SelfAttention" in attention
+    assert "MoELayer" in mlp
+
+
+def _mtp_parts(model: DecoderConfig, options: dict[str, Any]) -> tuple[str, str] | None:
+    """Attention and MLP of the MTP layer on this one of two stages; local modules stand in for Transformer Engine's."""
+    with model_parallel(pipeline=2), contextlib.ExitStack() as stack:
+        for module in (gpt_layer_specs, experimental_attention_variant_module_specs):
+            stack.enter_context(mock.patch.object(module, "TESpecProvider", LocalSpecProvider, create=True))
+        overrides = {"mtp_num_layers": 1, "pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32, **options}
+        config = provider.transformer_config(
+            model, **{**provider.cpu_overrides(), "transformer_impl": "transformer_engine", **overrides}
+        )
+        block = specs.mtp_block_spec(config)
+    if block is None:
+        return None
+    parts = block.layer_specs[0].submodules
+    layer = getattr(parts, "mtp_model_layer", None) or parts.transformer_layer  # its name up to megatron-core 0.16
+    return repr(layer.submodules.self_attention), repr(layer.submodules.mlp)
