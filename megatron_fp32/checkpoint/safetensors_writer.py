@@ -18,6 +18,7 @@ from megatron_fp32.checkpoint.digests import digest_of_blocks
 from megatron_fp32.checkpoint.files import Section, to_disk
 from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, INDEX, CheckpointError, TensorInfo, tensor_bytes
 from megatron_fp32.checkpoint.safetensors_file import flat_index, read_header
+from megatron_fp32.checkpoint.tensors import summary
 
 
 class SafetensorsFile:
@@ -55,13 +56,19 @@ class SafetensorsFile:
         self._written[name].add(index)
 
     def digest(self, name: str, index: tuple[int, ...] = ()) -> str:
-        """`digest` of a tensor, or of `tensor[index]`, as it is in the file now."""
+        """`digest` of a tensor, or of `tensor[index]`, as it is in the file now.
+
+        Raises:
+            CheckpointError: when the file ends before the tensor does.
+        """
         info, shape = self._infos[name], self._infos[name].shape[len(index) :]
         nbytes = math.prod(shape) * info.dtype.itemsize
-        with self._path.open("rb", buffering=0) as file:
-            return digest_of_blocks(
-                info.dtype, shape, Section(file, self._place(name, index), nbytes).blocks(0, nbytes)
-            )
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                blocks = Section(file, self._place(name, index), nbytes).blocks(0, nbytes)
+                return digest_of_blocks(info.dtype, shape, blocks)
+        except EOFError as error:
+            raise CheckpointError(f"{self._path}: {name!r} cannot be read back: {summary(error)}") from error
 
     def finish(self, *, durable: bool = False) -> None:
         """Check that every declared tensor was written, and that a reader finds them where they are.
