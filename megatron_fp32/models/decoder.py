@@ -122,6 +122,11 @@ class DecoderConfig:
         return [int(bool(self.num_experts) and index not in self.dense_layers) for index in range(self.num_layers)]
 
     @property
+    def is_router_weight_one(self) -> bool:
+        """One expert is chosen, and its probability is scaled to 1."""
+        return bool(self.num_experts) and self.num_experts_per_tok == 1 and self.norm_topk_prob
+
+    @property
     def has_gated_delta_net(self) -> bool:
         """The family is a hybrid, whatever the layers of this model are."""
         return self.linear_num_key_heads > 0
@@ -138,8 +143,13 @@ class DecoderConfig:
         everything else about the run are the caller's.
 
         Raises:
-            ValueError: for rotary scaling that has no flags.
+            ValueError: for rotary scaling that has no flags, and for routers that choose one expert with probability 1.
         """
+        if self.is_router_weight_one:
+            raise ValueError(
+                "Megatron's parser refuses num_experts_per_tok=1 with norm_topk_prob, where every probability is 1; "
+                "models.provider builds it"
+            )
         flags: dict[str, Any] = {
             "num-layers": self.num_layers,
             "hidden-size": self.hidden_size,

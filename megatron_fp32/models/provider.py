@@ -76,7 +76,12 @@ def transformer_config(model: DecoderConfig, **overrides: Any) -> TransformerCon
             "moe_shared_expert_gate": model.shared_expert_intermediate_size > 0,
             "moe_grouped_gemm": True,
         }
-    return TransformerConfig(**{**fields, **overrides})
+    if not model.is_router_weight_one:
+        return TransformerConfig(**{**fields, **overrides})
+    # megatron-core refuses that, because such a router does not learn. transformers' does not either.
+    config = TransformerConfig(**{**fields, "moe_router_pre_softmax": True, **overrides})
+    config.moe_router_pre_softmax = False
+    return config
 
 
 def cpu_overrides() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -91,6 +92,14 @@ class TestParity:
     def test_one_rank(self, families: Families, tokens: Tensor, case: Case) -> None:
         hf, imported = families(case)
         assert_parity(logits(hf, imported, tokens), case, hf, tokens)
+
+    @pytest.mark.usefixtures("megatron")
+    @pytest.mark.parametrize("name", ["Qwen3-MoE", "Qwen3.5-MoE"])
+    def test_a_router_that_chooses_one_expert(self, families: Families, tokens: Tensor, name: str) -> None:
+        fields = {**case(name).fields, "num_experts_per_tok": 1}
+        one = dataclasses.replace(case(name), name=f"{name}, one expert", fields=fields)
+        hf, imported = families(one)
+        assert_parity(logits(hf, imported, tokens), one, hf, tokens)
 
     @pytest.mark.parametrize("case", ONE_OF_EACH, ids=lambda case: case.name)
     def test_two_ranks(self, ranks: Callable[[int], RankPool], families: Families, tokens: Tensor, case: Case) -> None:

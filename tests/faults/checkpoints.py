@@ -33,6 +33,13 @@ CHECKPOINTS = [
         test=f"{MEGATRON}::TestParity::test_one_rank",
     ),
     Mutant(
+        name="scale the probability of one expert by itself",
+        file="models/provider.py",
+        old="    config.moe_router_pre_softmax = False\n",
+        new="",
+        test=f"{THROUGH}::TestParity::test_a_router_that_chooses_one_expert",
+    ),
+    Mutant(
         name="take transposed experts for others",
         file="models/naming.py",
         old="return len(gate_up) == len(down) == 3 and",

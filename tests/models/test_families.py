@@ -260,6 +260,14 @@ class TestRotaryScaling:
             config.megatron_arguments()
 
 
+def test_a_router_that_megatrons_parser_refuses_has_no_flags() -> None:
+    config = _config("Qwen3-MoE", num_experts_per_tok=1)
+    with pytest.raises(ValueError, match="num_experts_per_tok=1 with norm_topk_prob"):
+        find_family(config).parse(config).megatron_arguments()
+    config = _config("Qwen3-MoE", num_experts_per_tok=1, norm_topk_prob=False)
+    assert "--moe-router-pre-softmax" in find_family(config).parse(config).megatron_arguments()
+
+
 def test_a_config_is_found_from_its_directory(tmp_path: Path) -> None:
     case("Qwen3").text_config().save_pretrained(tmp_path)
     assert provider.read_hf_config(tmp_path).qk_norm
