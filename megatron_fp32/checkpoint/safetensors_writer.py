@@ -49,10 +49,13 @@ class SafetensorsFile:
                 f"tensor {name!r} was declared {info.dtype} {info.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
                 + (f" for {list(index)}" if index else "")
             )
-        content = tensor_bytes(tensor)
+        try:
+            place = self._place(name, index)
+        except IndexError as error:
+            raise ValueError(f"tensor {name!r} was declared {info.shape}, got a part at {list(index)}") from error
         with self._path.open("r+b") as file:
-            file.seek(self._place(name, index))
-            file.write(content)
+            file.seek(place)
+            file.write(tensor_bytes(tensor))
         self._written[name].add(index)
 
     def digest(self, name: str, index: tuple[int, ...] = ()) -> str:
