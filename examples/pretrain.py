@@ -39,7 +39,7 @@ from megatron_fp32 import check_fp32, install_optimizer_repairs
 from megatron_fp32.apply import pre_wrap_hook
 from megatron_fp32.arguments import add_fp32_arguments, fp32_config_from_args
 from megatron_fp32.config import Fp32Config
-from megatron_fp32.models.provider import read_hf_config
+from megatron_fp32.models.provider import drop_unread_head, read_hf_config
 from megatron_fp32.models.specs import decoder_block_spec, mtp_block_spec
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     model.transformer_layer_spec = lambda config, vp_stage: decoder_block_spec(
         config.transformer, fp32, vp_stage=vp_stage
     )
-    model.pre_wrap_hooks.append(pre_wrap_hook(fp32))
+    model.pre_wrap_hooks += [without_unread_heads, pre_wrap_hook(fp32)]
     model.post_wrap_hooks.append(functools.partial(checked, fp32=fp32))
     with install_optimizer_repairs(), compiled_helpers(), attention_in_mtp():
         pretrain(
@@ -92,6 +92,12 @@ def attention_in_mtp() -> contextlib.AbstractContextManager[Any]:
         return mtp_block_spec(config.transformer, vp_stage=vp_stage) if config.transformer.mtp_num_layers else None
 
     return mock.patch.object(gpt, "mtp_block_spec", spec)
+
+
+def without_unread_heads(chunks: list[Any]) -> list[Any]:
+    for chunk in chunks:
+        drop_unread_head(chunk)
+    return chunks
 
 
 def checked(chunks: list[Any], *, fp32: Fp32Config) -> list[Any]:

@@ -18,7 +18,8 @@ from megatron_fp32.checkpoint.huggingface import CheckpointError
 from megatron_fp32.checkpoint.staging import Staging, is_the_machines, open_staging
 
 Progress = Callable[[str, int, int], None]
-"""Called after each tensor with what was done to it, its size, and the size of all tensors that it is done to."""
+"""Called with what was done (`"write"` after each tensor, `"verify"` after a few hundred megabytes), the size of what it
+was done to, and the size of everything that it is done to."""
 
 Tell = Callable[[str, int], None]
 """The same without the total."""

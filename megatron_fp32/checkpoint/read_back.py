@@ -52,7 +52,8 @@ class ReadBack:
 
     def finish(self) -> None:
         """Wait until everything is compared. Raises what a check raised."""
-        self._begin()
+        if self._checks:
+            self._begin()
         self._wait(behind=0)
 
     def _begin(self) -> None:

@@ -65,6 +65,8 @@ class StoredTensor:
     @property
     def is_contiguous(self) -> bool:
         """The values lie one after another in row-major order."""
+        if not math.prod(self.shape):
+            return True
         expected = 1
         for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if size != 1 and stride != expected:

@@ -127,11 +127,13 @@ def _compare_by_name(a: _Side, b: _Side, found: Findings) -> None:
     vocabulary = _vocabulary(sidecar) if sidecar else None
     first: Entries = {entry.name: entry for entry in _entries(a, vocabulary)}
     second: Entries = {entry.name: entry for entry in _entries(b, vocabulary)}
-    if a.kind == "huggingface" and first.keys() - second.keys() and second.keys() - first.keys():
+    is_named_otherwise = bool(first.keys() - second.keys() and second.keys() - first.keys())
+    has_other_shapes = any(first[name].info.shape != second[name].info.shape for name in first.keys() & second.keys())
+    if a.kind == "huggingface" and (is_named_otherwise or has_other_shapes):
         try:
             plans = _plan(a), _plan(b)
         except ValueError as error:
-            found.names_only = str(error)
+            found.names_only = str(error) if is_named_otherwise else ""
         else:
             first, second = under_common_names(first, second, plans)
     both = first.keys() & second.keys()

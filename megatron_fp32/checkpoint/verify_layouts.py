@@ -1,9 +1,9 @@
 """What a comparison pairs by name, and how two layouts of one Hugging Face model come under common names.
 
-A model may have fused experts (`experts.gate_up_proj` [E, 2F, H]) or one tensor for each, and stand alone (`model.`) or
-inside of a vision-language model (`model.language_model.`). The mappings of both checkpoints lead to the same Megatron
-tensors: a tensor that holds what the other checkpoint has in several is taken apart into tensors with their names and
-shapes, one mapping in memory at a time. Nothing but the order of values changes on the way.
+A model may have fused experts (`experts.gate_up_proj` [E, 2F, H], or transposed) or one tensor for each, and stand alone
+(`model.`) or inside of a vision-language model (`model.language_model.`). The mappings of both checkpoints lead to the
+same Megatron tensors: a tensor that holds what the other checkpoint has in several is taken apart into tensors with their
+names and shapes, one mapping in memory at a time. Nothing but the order of values changes on the way.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 from megatron_fp32.checkpoint.plan import Plan
 from megatron_fp32.checkpoint.tensors import TensorInfo
 from megatron_fp32.models import mapping as models
+
+_FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 
 _Part = tuple[str, tuple[int, ...], tuple[int, ...]]
 """Name, index and shape of a Megatron tensor."""
@@ -47,7 +49,7 @@ def note_on_names(name: str, a: Entry, b: Entry) -> str:
 def under_common_names(a: Entries, b: Entries, plans: Sequence[Plan]) -> tuple[Entries, Entries]:
     """Name the entries of two Hugging Face checkpoints alike where they are the same part of a model.
 
-    What has the same name in both keeps it, whatever it is.
+    What has the same name in both keeps it, whatever it is. Fused experts that one of them has transposed are turned.
 
     Args:
         a: every tensor, by its own name.
@@ -67,7 +69,17 @@ def under_common_names(a: Entries, b: Entries, plans: Sequence[Plan]) -> tuple[E
     alike = {renamed(name): entry for name, entry in b.items()}
     of_a = first.mappings
     of_b = [m.place(hf=lambda spec: dataclasses.replace(spec, name=renamed(spec.name))) for m in second.mappings]
-    return _taken_apart(a, of_a, alike, of_b), _taken_apart(alike, of_b, a, of_a)
+    named_a, named_b = _taken_apart(a, of_a, alike, of_b), _taken_apart(alike, of_b, a, of_a)
+    if first.naming.transposed_experts != second.naming.transposed_experts:
+        named_b = {n: _turned(e) if n in named_a and n.endswith(_FUSED) else e for n, e in named_b.items()}
+    return named_a, named_b
+
+
+def _turned(entry: Entry) -> Entry:
+    """A stack of matrices as the stack of their transposes."""
+    shape = entry.info.shape
+    info = dataclasses.replace(entry.info, shape=(*shape[:-2], shape[-1], shape[-2]))
+    return dataclasses.replace(entry, info=info, read=lambda index: entry.read(index).transpose(-1, -2))
 
 
 def _taken_apart(

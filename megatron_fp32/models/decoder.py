@@ -111,7 +111,8 @@ class DecoderConfig:
         With an MTP layer, `pretrain` of 0.19.2 counts floating-point operations for n only (training.py).
         """
         pattern = self.linear_attention_pattern
-        for n in range(2, self.num_layers + 1):
+        # With 1, for attention alone, megatron-core would stack the layers.
+        for n in range(2, self.num_layers + 2):
             if pattern == [int((index + 1) % n != 0) for index in range(self.num_layers)]:
                 return n
         return pattern
@@ -322,7 +323,7 @@ def decoder_fields(
 
 def dense_layers(text: dict[str, Any]) -> tuple[int, ...]:
     """Layers without experts, from `mlp_only_layers` and `decoder_sparse_step`."""
-    step, dense = text.get("decoder_sparse_step", 1), text.get("mlp_only_layers") or ()
+    step, dense = text.get("decoder_sparse_step") or 1, text.get("mlp_only_layers") or ()
     return tuple(i for i in range(text["num_hidden_layers"]) if i in dense or (i + 1) % step != 0)
 
 

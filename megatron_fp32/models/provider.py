@@ -152,14 +152,23 @@ def build_model(
         # The constructor takes the factor alone, and has the other numbers built in.
         rope = gpt.rotary_pos_emb
         rope.inv_freq = rope._apply_scaling(rope.inv_freq, **dataclasses.asdict(model.rope_scaling))
-    if post_process and gpt.mtp_process and not pre_process and model.tie_word_embeddings:
-        # The layer is called with the weight of the embedding that MTP has on this stage. megatron-core gives it one of
-        # its own that nobody reads, and refuses to load or save it (NVIDIA/Megatron-LM pull request 7577).
-        gpt.output_layer.weight = None
+    drop_unread_head(gpt)
     if post_process and fp32.logits:
         to_fp32_output_layer(gpt.output_layer, fp32)
         set_fused_loss(gpt, fp32)
     return gpt
+
+
+def drop_unread_head(model: GPTModel) -> None:
+    """Take away the weight of a tied head beside MTP on a later pipeline stage, before the model is wrapped.
+
+    That head is called with the weight of the embedding that MTP has on its stage. megatron-core gives it one of its
+    own that nobody reads, and refuses to load or save it (NVIDIA/Megatron-LM pull request 7577). Other models stay as
+    they are.
+    """
+    is_tied = model.share_embeddings_and_output_weights
+    if is_tied and model.post_process and not model.pre_process and getattr(model, "mtp_process", False):
+        model.output_layer.weight = None
 
 
 def model_provider(hf_dir: str | Path, *, fp32: Fp32Config | None = None, **overrides: Any) -> Any:

@@ -34,6 +34,15 @@ def test_every_check_is_made_once_in_order_and_told_by_the_one_who_writes(file: 
     assert {thread for _, thread in told} == {threading.current_thread()}
 
 
+def test_a_last_batch_that_is_full_is_the_last(file: Path) -> None:
+    told: list[int] = []
+    with ReadBack(file, told.append) as reader:
+        for _ in range(2):
+            reader.add(BATCH, lambda: None)
+        reader.finish()
+    assert told == [BATCH, BATCH]
+
+
 def test_the_file_goes_to_the_disk_before_it_is_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[object] = []
     monkeypatch.setattr(read_back, "to_disk", events.append)

@@ -25,7 +25,7 @@ from megatron_fp32.checkpoint.files import Section
 from megatron_fp32.checkpoint.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fp32.checkpoint.safetensors_writer import HuggingFaceWriter
 from megatron_fp32.checkpoint.torch_dist import TorchDistReader
-from megatron_fp32.checkpoint.torch_dist_writer import TorchDistWriter
+from megatron_fp32.checkpoint.torch_dist_writer import DataFile, TorchDistWriter, digest_of_chunk
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
 
@@ -44,6 +44,16 @@ def _write(directory: Path, whole: Tensor, indices: list[tuple[int, ...]] = _IND
             writer.write("stack", whole[index], index=index, stack=_STACK)
         writer.finish({"content_metadata": {}})
     return directory
+
+
+@pytest.mark.parametrize("stack", [(), (2,), (2, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (4, 3), (0,), (5, 0), (0, 5), (3, 0, 2)], ids=str)
+def test_a_chunk_reads_back_as_what_was_written(tmp_path: Path, shape: tuple[int, ...], stack: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape)
+    with DataFile(tmp_path / "file") as file:
+        file.write("before", torch.randn(3))
+        file.write("tensor", tensor, index=(1,) * len(stack), stack=stack)
+        assert digest_of_chunk(tmp_path / "file", file.chunks[-1]) == digest(tensor)
 
 
 class TestTorchDist:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_fp32.checkpoint import verify
 from megatron_fp32.checkpoint.convert import import_checkpoint
 from megatron_fp32.checkpoint.findings import TensorDifference, VerifyReport
 from megatron_fp32.checkpoint.huggingface import HuggingFaceReader, TensorInfo
@@ -26,7 +27,7 @@ from megatron_fp32.checkpoint.verify_layouts import Entry, under_common_names
 from megatron_fp32.models.mapping import ConcatRows, Mapping, Rename, SplitRows, ZeroCentred
 from tests.checkpoint.conftest import Families
 from tests.checkpoint.support import rewrite, stored_tensors
-from tests.families import case, config_json, fuse, fuse_all_but_mtp, unfuse
+from tests.families import case, config_json, fuse, fuse_all_but_mtp, transpose_experts, unfuse
 
 Tensors = dict[str, Tensor]
 Changes = Callable[[Tensors], Tensors]
@@ -97,6 +98,30 @@ class TestExperts:
             assert report.nbytes == _nbytes(separate) == sum(size for _, size, _ in steps)
             assert {total for _, _, total in steps} == {report.nbytes}
             assert (report.a.tensors, report.b.tensors) == tuple(len(stored_tensors(path)) for path in pair)
+
+    @pytest.mark.parametrize("width", [14, 18], ids=["H != 2F", "H = 2F"])
+    @pytest.mark.parametrize("whole", [True, False], ids=["whole", "one expert at a time"])
+    def test_transposed_ones_equal_others(
+        self, families: Families, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, whole: bool
+    ) -> None:
+        found = case("Qwen3-VL-MoE")
+        fields = {**found.fields, "moe_intermediate_size": width}
+        hf, _ = families(dataclasses.replace(found, name=f"Qwen3-VL-MoE, {width}", fields=fields))
+        released = _copy(hf, tmp_path / "released", transpose_experts)
+        monkeypatch.setattr(verify, "_WHOLE_BYTES", 1 << 28 if whole else 0)
+        for pair in ((hf, released), (released, hf)):
+            report = verify_checkpoints(*pair)
+            assert report.agrees(), report.differences
+            assert report.equal == len(stored_tensors(hf))
+
+        def change(tensors: Tensors) -> Tensors:
+            tensors["model.language_model.layers.1.mlp.experts.gate_up_proj"][3, 5, 7] += 100
+            return tensors
+
+        difference = _only(verify_checkpoints(_copy(hf, tmp_path / "changed", change), released))
+        assert difference.name == "model.language_model.layers.1.mlp.experts.gate_up_proj"
+        assert difference.values is not None
+        assert (difference.values.count, difference.values.first) == (1, (3, 5, 7))
 
     def test_the_mtp_layer_may_differ_from_the_decoder(self, both: tuple[Path, Path], tmp_path: Path) -> None:
         fused, separate = both

@@ -408,7 +408,7 @@ CHECKPOINTS = [
     Mutant(
         name="leave a tied head a weight of its own beside MTP",
         file="models/provider.py",
-        old="        gpt.output_layer.weight = None\n",
+        old="        model.output_layer.weight = None\n",
         new="        pass\n",
         test=f"{LOADS}[PP2-Qwen3.5-tied-MTP]",
     ),

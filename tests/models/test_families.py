@@ -158,12 +158,16 @@ class TestOlderConfigs:
 
     @pytest.mark.parametrize(
         ("layers", "freq"),
-        [("LLFLLF", 3), ("LFLFL", 2), ("LLF", 3), ("LLFL", 3), ("LLL", [1, 1, 1]), ("FLLF", [0, 1, 1, 0])],
+        [("LLFLLF", 3), ("LFLFL", 2), ("LLF", 3), ("LLFL", 3), ("LLL", 4), ("FFF", [0, 0, 0]), ("FLLF", [0, 1, 1, 0])],
     )
     def test_attention_in_every_nth_layer_is_said_as_a_number(self, layers: str, freq: int | list[int]) -> None:
         names = {"L": "linear_attention", "F": "full_attention"}
         config = _config("Qwen3.5", layer_types=[names[layer] for layer in layers], num_hidden_layers=len(layers))
         assert find_family(config).parse(config).linear_attention_freq == freq
+
+    def test_a_step_between_experts_that_is_null(self) -> None:
+        config = _config("Qwen3-MoE", decoder_sparse_step=None)
+        assert find_family(config).parse(config).dense_layers == ()
 
     def test_a_number_of_experts_under_its_old_name(self) -> None:
         config = _config("Qwen3-MoE")
