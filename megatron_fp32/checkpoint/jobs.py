@@ -18,7 +18,7 @@ from megatron_fp32.checkpoint.huggingface import CheckpointError
 from megatron_fp32.checkpoint.staging import Staging, is_the_machines, open_staging
 
 Progress = Callable[[str, int, int], None]
-"""Called with what was done (`"write"` after each tensor, `"verify"` after a few hundred megabytes), the size of what it
+"""Called with what was done (`"write"` after each tensor, `"verify"` after some hundred megabytes), the size of what it
 was done to, and the size of everything that it is done to."""
 
 Tell = Callable[[str, int], None]

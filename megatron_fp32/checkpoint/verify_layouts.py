@@ -1,9 +1,9 @@
 """What a comparison pairs by name, and how two layouts of one Hugging Face model come under common names.
 
-A model may have fused experts (`experts.gate_up_proj` [E, 2F, H], or transposed) or one tensor for each, and stand alone
-(`model.`) or inside of a vision-language model (`model.language_model.`). The mappings of both checkpoints lead to the
-same Megatron tensors: a tensor that holds what the other checkpoint has in several is taken apart into tensors with their
-names and shapes, one mapping in memory at a time. Nothing but the order of values changes on the way.
+A model may have fused experts (`experts.gate_up_proj` [E, 2F, H], or transposed) or one tensor for each, and stand
+alone (`model.`) or inside of a vision-language model (`model.language_model.`). The mappings of both checkpoints lead
+to the same Megatron tensors: a tensor that holds what the other checkpoint has in several is taken apart into tensors
+with their names and shapes, one mapping in memory at a time. Nothing but the order of values changes on the way.
 """
 
 from __future__ import annotations

@@ -82,13 +82,6 @@ CHECKPOINTS = [
         test=f"{MEGATRON}::TestTrained",
     ),
     Mutant(
-        name="do not read back",
-        file="checkpoint/digests.py",
-        old="if digest(tensor) != expected:",
-        new="if False:",
-        test=f"{CONVERT}::TestVerification",
-    ),
-    Mutant(
         name="unpickle anything",
         file="checkpoint/torch_dist_metadata.py",
         old="if name not in _ALLOWED.get(module, ()):",
