@@ -44,7 +44,11 @@ FIELDS = {
     "Qwen3.5": HYBRID,
     "Qwen3.5-MoE": {**HYBRID, **SHARED},
 }
-CASES = [dataclasses.replace(case(name), fields={**case(name).fields, **SIZES, **own}) for name, own in FIELDS.items()]
+TIED = dataclasses.replace(case("Qwen3.5, tied"), mtp=True, fields={**case("Qwen3.5, tied").fields, **SIZES, **HYBRID})
+CASES = [
+    *(dataclasses.replace(case(name), fields={**case(name).fields, **SIZES, **own}) for name, own in FIELDS.items()),
+    TIED,
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,8 @@ def pretrain(case: Case, work: Path) -> Run:
 
 
 def parallel(case: Case) -> list[str]:
+    if case is TIED:
+        return ["--pipeline-model-parallel-size", "2", "--decoder-first-pipeline-num-layers", "2"]
     experts = "num_experts" in case.fields
     return [
         "--tensor-model-parallel-size", "2", "--sequence-parallel",
