@@ -27,8 +27,7 @@ _BATCH = 1 << 28
 class ReadBack:
     """Brings a file that grows to the disk, drops it from the cache, and reads it back.
 
-    Writing into the cache and waiting for the disk take about as long as each other; one after the other a conversion
-    would take half as long again.
+    Writing into the cache and waiting for the disk take about as long as each other.
 
     Args:
         path: of the file.
