@@ -175,8 +175,8 @@ def main(work: Path, gigabytes: float, workers: tuple[int, ...], json_path: Path
             out = work / f"{what}{count}"
             row = converted(what, work / f"import{count}" if what == "export" else source, out, count)
             after = copied(source, work / "copy")
-            row |= {"what": what, "workers": count, "copy_seconds": (before + after) / 2}
-            row |= {"ratio": row["seconds"] / row["copy_seconds"]}
+            row |= {"what": what, "workers": count, "copies_seconds": [before, after]}
+            row |= {"ratio": 2 * row["seconds"] / (before + after)}
             rows.append(row)
             print(
                 f"{what:9} {count} workers  {row['seconds']:6.1f} s  {nbytes / row['seconds'] / 1e9:5.2f} GB/s  "
@@ -191,7 +191,7 @@ def main(work: Path, gigabytes: float, workers: tuple[int, ...], json_path: Path
         shutil.rmtree(work / f"import{count}")
     if json_path is not None:
         machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
-        result = {"nbytes": nbytes, "largest_tensor": largest, **machine, "rows": rows}
+        result = {"command": " ".join(sys.argv), "nbytes": nbytes, "largest_tensor": largest, **machine, "rows": rows}
         json_path.write_text(json.dumps(result, indent=1) + "\n")
     shutil.rmtree(work)
 

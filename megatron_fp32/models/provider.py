@@ -76,10 +76,11 @@ def transformer_config(model: DecoderConfig, **overrides: Any) -> TransformerCon
             "moe_shared_expert_gate": model.shared_expert_intermediate_size > 0,
             "moe_grouped_gemm": True,
         }
-    if not model.is_router_weight_one:
-        return TransformerConfig(**{**fields, **overrides})
+    fields |= overrides
+    if fields.get("moe_router_topk") != 1 or fields["moe_router_pre_softmax"]:
+        return TransformerConfig(**fields)
     # megatron-core refuses that, because such a router does not learn. transformers' does not either.
-    config = TransformerConfig(**{**fields, "moe_router_pre_softmax": True, **overrides})
+    config = TransformerConfig(**{**fields, "moe_router_pre_softmax": True})
     config.moe_router_pre_softmax = False
     return config
 

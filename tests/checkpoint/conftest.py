@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from megatron_fp32.checkpoint.convert import import_checkpoint
-from tests.checkpoint.support import write_small
-from tests.families import Case
+from tests.checkpoint.comparing import altered
+from tests.checkpoint.support import example_tensors, write_small, write_torch_dist
+from tests.families import Case, case, unfuse
 
 Source = Callable[..., Path]
 Families = Callable[[Case], tuple[Path, Path]]
@@ -57,3 +58,16 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
         return made[case.name]
 
     return of
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A `torch_dist` checkpoint with tensors of several dtypes, an object and the common state."""
+    return write_torch_dist(tmp_path / "checkpoint", example_tensors())
+
+
+@pytest.fixture
+def layouts(families: Families, tmp_path: Path) -> tuple[Path, Path]:
+    """Fused experts, also of the MTP layer, and the same values with one tensor for each."""
+    hf, _ = families(case("Qwen3.5-MoE"))
+    return hf, altered(hf, tmp_path / "separate", unfuse)

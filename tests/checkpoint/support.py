@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,30 @@ def resave(directory: Path, out: Path, change: Callable[[dict[str, Tensor]], dic
             writer.write(name, tensor)
         writer.finish({})
     return out
+
+
+def example_tensors() -> dict[str, Tensor]:
+    random = {
+        "f32": torch.randint(0, 256, (3, 7, 4), dtype=torch.uint8).view(torch.float32).squeeze(-1),
+        "bf16": torch.randint(0, 256, (5, 2), dtype=torch.uint8).view(torch.bfloat16),
+        "fp8": torch.randint(0, 256, (9,), dtype=torch.uint8).view(torch.float8_e4m3fn),
+        "i64": torch.randint(-(2**40), 2**40, (2, 3)),
+    }
+    return {**random, "transposed": torch.arange(12.0).reshape(3, 4).t(), "scalar": torch.tensor(1.5)}
+
+
+def write_torch_dist(directory: Path, tensors: dict[str, Tensor]) -> Path:
+    directory.mkdir(exist_ok=True)
+    with TorchDistWriter(directory) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        writer.write_object("module._extra_state/shard_0_1", torch.empty(0, dtype=torch.uint8))
+        writer.finish({"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}})
+    return directory
+
+
+def change_metadata(directory: Path, change: Callable[[Any], object]) -> None:
+    path = directory / ".metadata"
+    content = pickle.loads(path.read_bytes())
+    change(content)
+    path.write_bytes(pickle.dumps(content))

@@ -38,6 +38,15 @@ def _save(path: Path, value: Any, before: bytes = b"") -> Path:
     return path
 
 
+def _save_without_checksums(path: Path, value: Any) -> Path:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        return _save(path, value)
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
 def _read(path: Path, index: tuple[int, ...] = (), offset: int = 0) -> Tensor:
     with open_torch_file(path, "the data", offset) as file:
         stored = file.tensor()
@@ -137,22 +146,12 @@ class TestDamage:
             _read(path, index)
 
     def test_values_without_checksums_are_read(self, tmp_path: Path) -> None:
-        before = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)
-        try:
-            path = _save(tmp_path / "f", torch.arange(1000.0))
-        finally:
-            torch.serialization.set_crc32_options(before)
+        path = _save_without_checksums(tmp_path / "f", torch.arange(1000.0))
         assert torch.equal(_read(path), torch.arange(1000.0))
         assert torch.equal(_read(path, (7,)), torch.tensor(7.0))
 
     def test_values_without_checksums_that_begin_elsewhere_are_refused(self, tmp_path: Path) -> None:
-        before = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)
-        try:
-            path = _save(tmp_path / "f", torch.arange(1000.0))
-        finally:
-            torch.serialization.set_crc32_options(before)
+        path = _save_without_checksums(tmp_path / "f", torch.arange(1000.0))
         content = bytearray(path.read_bytes())
         header = content.rfind(b"PK\3\4", 0, content.find(torch.arange(1000.0).numpy().tobytes()))
         content[header + 28] -= 4  # length of the extra field

@@ -2,9 +2,10 @@
 
 from faults.checkpoints import CHECKPOINTS
 from faults.layers import LAYERS
+from faults.models import MODELS
 from faults.mutant import Mutant
 from faults.numerics import NUMERICS
 
 __all__ = ["MUTANTS", "Mutant"]
 
-MUTANTS = [*NUMERICS, *LAYERS, *CHECKPOINTS]
+MUTANTS = [*NUMERICS, *LAYERS, *CHECKPOINTS, *MODELS]

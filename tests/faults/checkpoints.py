@@ -1,4 +1,4 @@
-"""Faults of the formats, the conversions, the families and the commands."""
+"""Faults of the formats, the conversions and the commands."""
 
 from __future__ import annotations
 
@@ -12,40 +12,10 @@ SAFETENSORS = "tests/checkpoint/test_safetensors_file.py"
 TORCH_FILE = "tests/checkpoint/test_torch_file.py"
 TORCH_DIST = "tests/checkpoint/test_torch_dist.py"
 FUZZ = "tests/checkpoint/test_fuzz.py"
-LAYOUTS = "tests/checkpoint/test_verify_layouts.py"
+EXPERTS = "tests/checkpoint/test_verify_experts.py"
 MID = "tests/checkpoint/test_mid_training.py::test_the_model_is_found_among_the_states_of_two_optimizers"
-THROUGH = "tests/checkpoint/test_families_through_megatron.py"
-LOADS = "tests/checkpoint/test_parallel_loads.py::test_every_byte_reaches_every_rank_and_comes_back"
 
 CHECKPOINTS = [
-    Mutant(
-        name="swap beta and alpha",
-        file="models/blocks.py",
-        old='for name in ("beta", "alpha")]',
-        new='for name in ("alpha", "beta")]',
-        test=f"{THROUGH}::TestParity::test_one_rank",
-    ),
-    Mutant(
-        name="swap gate and up",
-        file="models/blocks.py",
-        old='[(f"{source}gate_proj.weight", ffn), (f"{source}up_proj.weight", ffn)]',
-        new='[(f"{source}up_proj.weight", ffn), (f"{source}gate_proj.weight", ffn)]',
-        test=f"{MEGATRON}::TestParity::test_one_rank",
-    ),
-    Mutant(
-        name="scale the probability of one expert by itself",
-        file="models/provider.py",
-        old="    config.moe_router_pre_softmax = False\n",
-        new="",
-        test=f"{THROUGH}::TestParity::test_a_router_that_chooses_one_expert",
-    ),
-    Mutant(
-        name="take transposed experts for others",
-        file="models/naming.py",
-        old="return len(gate_up) == len(down) == 3 and",
-        new="return False and",
-        test=f"{FAMILIES}::test_every_byte_comes_back",
-    ),
     Mutant(
         name="believe the disk",
         file="checkpoint/digests.py",
@@ -68,13 +38,6 @@ CHECKPOINTS = [
         test=f"{CONVERT}::TestRoundTrip",
     ),
     Mutant(
-        name="ignore the exact originals",
-        file="models/mapping.py",
-        old="    invertible = False",
-        new="    invertible = True",
-        test=f"{CONVERT}::TestRoundTrip",
-    ),
-    Mutant(
         name="round what was trained in fp32",
         file="checkpoint/export_job.py",
         old="infos[name] = TensorInfo(dtype=torch.float32, shape=info.shape)",
@@ -86,7 +49,7 @@ CHECKPOINTS = [
         file="checkpoint/torch_dist_metadata.py",
         old="if name not in _ALLOWED.get(module, ()):",
         new="if False:",
-        test="tests/checkpoint/test_torch_dist.py::TestDamage",
+        test="tests/checkpoint/test_torch_dist_damage.py",
     ),
     Mutant(
         name="quantize the router",
@@ -108,43 +71,6 @@ CHECKPOINTS = [
         old='[("gate_proj", 0, rows // 2), ("up_proj", rows // 2, rows)]',
         new='[("up_proj", 0, rows // 2), ("gate_proj", rows // 2, rows)]',
         test=f"{FP8_FILES}::TestFusedExperts",
-    ),
-    Mutant(
-        name="swap the embedding's norm and the hidden state's in front of the MTP layer",
-        file="models/blocks.py",
-        old='yield Rename(f"{MTP}pre_fc_norm_embedding.weight", f"{megatron}enorm.weight", (hidden,))\n'
-        '    yield Rename(f"{MTP}pre_fc_norm_hidden.weight", f"{megatron}hnorm.weight", (hidden,))',
-        new='yield Rename(f"{MTP}pre_fc_norm_embedding.weight", f"{megatron}hnorm.weight", (hidden,))\n'
-        '    yield Rename(f"{MTP}pre_fc_norm_hidden.weight", f"{megatron}enorm.weight", (hidden,))',
-        test=f"{THROUGH}::TestMultiTokenPrediction",
-    ),
-    Mutant(
-        name="take q, k and v as they come instead of by group",
-        file="models/blocks.py",
-        old="yield ConcatRows(rows, qkv, (hidden,), groups=groups)",
-        new="yield ConcatRows(rows, qkv, (hidden,))",
-        test=f"{THROUGH}::TestParity",
-    ),
-    Mutant(
-        name="take q, k, v and z as they come instead of by key head",
-        file="models/blocks.py",
-        old='yield SplitRows(f"{source}in_proj_qkvz.weight", qkvz, row, groups=groups)',
-        new='yield SplitRows(f"{source}in_proj_qkvz.weight", qkvz, row)',
-        test=f"{THROUGH}::TestParity",
-    ),
-    Mutant(
-        name="normalize probabilities of experts that are not",
-        file="models/provider.py",
-        old='"moe_router_pre_softmax": not model.norm_topk_prob,',
-        new='"moe_router_pre_softmax": False,',
-        test=f"{THROUGH}::TestParity",
-    ),
-    Mutant(
-        name="scale Llama's frequencies by megatron-core's own numbers",
-        file="models/provider.py",
-        old="rope._apply_scaling(rope.inv_freq, **dataclasses.asdict(model.rope_scaling))",
-        new="rope._apply_scaling(rope.inv_freq, factor=model.rope_scaling.factor)",
-        test=f"{THROUGH}::TestParity",
     ),
     Mutant(
         name="note a part before it is verified",
@@ -200,14 +126,14 @@ CHECKPOINTS = [
         file="checkpoint/verify.py",
         old="exact_hf_tensors(mapping, tensors, self._originals_of(mapping))",
         new="mapping.to_hf(tensors)",
-        test="tests/checkpoint/test_verify.py::TestSource",
+        test="tests/checkpoint/test_verify_two_kinds.py::TestSource",
     ),
     Mutant(
         name="forget the carried tensors in a comparison",
         file="checkpoint/verify.py",
         old="for name in sorted(hf.keys() & carried.keys() - converted.keys()):",
         new="for name in sorted(set()):",
-        test="tests/checkpoint/test_verify.py::TestParts",
+        test="tests/checkpoint/test_verify_two_kinds.py::TestParts",
     ),
     Mutant(
         name="compare the first layer of a stack with every layer",
@@ -221,21 +147,21 @@ CHECKPOINTS = [
         file="checkpoint/verify_layouts.py",
         old="mapping.to_megatron([entry.read(source.index)])",
         new="mapping.to_megatron([entry.read((0,) * len(source.index))])",
-        test=f"{LAYOUTS}::TestExperts",
+        test=f"{EXPERTS}::TestExperts",
     ),
     Mutant(
         name="forget the experts that only the larger of two models has",
         file="checkpoint/verify_layouts.py",
         old="for spec in mapping.hf if spec.name in cut):",
         new="for spec in mapping.hf if False):",
-        test=f"{LAYOUTS}::TestExperts",
+        test=f"{EXPERTS}::TestExperts",
     ),
     Mutant(
         name="put a part of a tensor in the place of another tensor",
         file="checkpoint/verify_layouts.py",
         old=" and not any(spec.name in entries for other in finer for spec in other.hf)",
         new="",
-        test=f"{LAYOUTS}::TestExperts",
+        test=f"{EXPERTS}::TestExperts",
     ),
     Mutant(
         name="end with 0 although checkpoints differ",
@@ -361,14 +287,14 @@ CHECKPOINTS = [
         file="checkpoint/torch_dist_metadata.py",
         old="if file == next_file and start < end:",
         new="if False:",
-        test=f"{TORCH_DIST}::TestDamage",
+        test="tests/checkpoint/test_torch_dist_damage.py",
     ),
     Mutant(
         name="reserve what the metadata promises",
         file="checkpoint/torch_dist.py",
         old="if nbytes > where.length:",
         new="if False:",
-        test=f"{TORCH_DIST}::TestDamage",
+        test="tests/checkpoint/test_torch_dist_damage.py",
     ),
     Mutant(
         name="read a part that is not there",
@@ -390,27 +316,5 @@ CHECKPOINTS = [
         old='prefixes = ("optimizer.", "chained_",',
         new='prefixes = ("optimizer.",',
         test=MID,
-    ),
-    Mutant(
-        name="give every pipeline stage the first layers",
-        file="models/specs.py",
-        old="for kind in kinds[start : start + count]]",
-        new="for kind in kinds[:count]]",
-        test=f"{LOADS}[PP2-Qwen3-MoE-a-dense-layer]",
-    ),
-    Mutant(
-        name="leave a tied head a weight of its own beside MTP",
-        file="models/provider.py",
-        old="        model.output_layer.weight = None\n",
-        new="        pass\n",
-        test=f"{LOADS}[PP2-Qwen3.5-tied-MTP]",
-    ),
-    Mutant(
-        name="build MTP like the last layer of its stage",
-        file="models/specs.py",
-        old="(layer,) = decoder_block_spec(_one_attention_layer(config), pp_rank=0).layer_specs",
-        new="layer = decoder_block_spec(config, vp_stage=vp_stage).layer_specs[-1]",
-        test="tests/models/test_provider.py"
-        "::test_under_transformer_engine_mtp_has_attention_and_experts_whatever_the_layers_of_its_stage",
     ),
 ]

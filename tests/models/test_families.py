@@ -264,6 +264,14 @@ class TestRotaryScaling:
             config.megatron_arguments()
 
 
+@pytest.mark.parametrize("pre_softmax", [False, True])
+def test_a_router_that_megatron_core_refuses_is_built_unless_it_is_overridden(pre_softmax: bool) -> None:
+    config = _config("Qwen3-MoE", num_experts_per_tok=1)
+    overrides = {"moe_router_pre_softmax": True} if pre_softmax else {}
+    built = provider.transformer_config(find_family(config).parse(config), **overrides)
+    assert (built.moe_router_topk, built.moe_router_pre_softmax) == (1, pre_softmax)
+
+
 def test_a_router_that_megatrons_parser_refuses_has_no_flags() -> None:
     config = _config("Qwen3-MoE", num_experts_per_tok=1)
     with pytest.raises(ValueError, match="num_experts_per_tok=1 with norm_topk_prob"):

@@ -1,0 +1,108 @@
+"""Faults of the families: their layouts, and the models that are built of them."""
+
+from __future__ import annotations
+
+from faults.mutant import Mutant
+
+MEGATRON = "tests/checkpoint/test_through_megatron.py"
+CONVERT = "tests/checkpoint/test_convert.py"
+FAMILIES = "tests/checkpoint/test_families.py"
+THROUGH = "tests/checkpoint/test_families_through_megatron.py"
+LOADS = "tests/checkpoint/test_parallel_loads.py::test_every_byte_reaches_every_rank_and_comes_back"
+
+MODELS = [
+    Mutant(
+        name="swap beta and alpha",
+        file="models/blocks.py",
+        old='for name in ("beta", "alpha")]',
+        new='for name in ("alpha", "beta")]',
+        test=f"{THROUGH}::TestParity::test_one_rank",
+    ),
+    Mutant(
+        name="swap gate and up",
+        file="models/blocks.py",
+        old='[(f"{source}gate_proj.weight", ffn), (f"{source}up_proj.weight", ffn)]',
+        new='[(f"{source}up_proj.weight", ffn), (f"{source}gate_proj.weight", ffn)]',
+        test=f"{MEGATRON}::TestParity::test_one_rank",
+    ),
+    Mutant(
+        name="scale the probability of one expert by itself",
+        file="models/provider.py",
+        old="    config.moe_router_pre_softmax = False\n",
+        new="",
+        test=f"{THROUGH}::TestParity::test_a_router_that_chooses_one_expert",
+    ),
+    Mutant(
+        name="take transposed experts for others",
+        file="models/naming.py",
+        old="return len(gate_up) == len(down) == 3 and",
+        new="return False and",
+        test=f"{FAMILIES}::test_every_byte_comes_back",
+    ),
+    Mutant(
+        name="ignore the exact originals",
+        file="models/mapping.py",
+        old="    invertible = False",
+        new="    invertible = True",
+        test=f"{CONVERT}::TestRoundTrip",
+    ),
+    Mutant(
+        name="swap the embedding's norm and the hidden state's in front of the MTP layer",
+        file="models/blocks.py",
+        old='yield Rename(f"{MTP}pre_fc_norm_embedding.weight", f"{megatron}enorm.weight", (hidden,))\n'
+        '    yield Rename(f"{MTP}pre_fc_norm_hidden.weight", f"{megatron}hnorm.weight", (hidden,))',
+        new='yield Rename(f"{MTP}pre_fc_norm_embedding.weight", f"{megatron}hnorm.weight", (hidden,))\n'
+        '    yield Rename(f"{MTP}pre_fc_norm_hidden.weight", f"{megatron}enorm.weight", (hidden,))',
+        test=f"{THROUGH}::TestMultiTokenPrediction",
+    ),
+    Mutant(
+        name="take q, k and v as they come instead of by group",
+        file="models/blocks.py",
+        old="yield ConcatRows(rows, qkv, (hidden,), groups=groups)",
+        new="yield ConcatRows(rows, qkv, (hidden,))",
+        test=f"{THROUGH}::TestParity",
+    ),
+    Mutant(
+        name="take q, k, v and z as they come instead of by key head",
+        file="models/blocks.py",
+        old='yield SplitRows(f"{source}in_proj_qkvz.weight", qkvz, row, groups=groups)',
+        new='yield SplitRows(f"{source}in_proj_qkvz.weight", qkvz, row)',
+        test=f"{THROUGH}::TestParity",
+    ),
+    Mutant(
+        name="normalize probabilities of experts that are not",
+        file="models/provider.py",
+        old='"moe_router_pre_softmax": not model.norm_topk_prob,',
+        new='"moe_router_pre_softmax": False,',
+        test=f"{THROUGH}::TestParity",
+    ),
+    Mutant(
+        name="scale Llama's frequencies by megatron-core's own numbers",
+        file="models/provider.py",
+        old="rope._apply_scaling(rope.inv_freq, **dataclasses.asdict(model.rope_scaling))",
+        new="rope._apply_scaling(rope.inv_freq, factor=model.rope_scaling.factor)",
+        test=f"{THROUGH}::TestParity",
+    ),
+    Mutant(
+        name="give every pipeline stage the first layers",
+        file="models/specs.py",
+        old="for kind in kinds[start : start + count]]",
+        new="for kind in kinds[:count]]",
+        test=f"{LOADS}[PP2-Qwen3-MoE-a-dense-layer]",
+    ),
+    Mutant(
+        name="leave a tied head a weight of its own beside MTP",
+        file="models/provider.py",
+        old="        model.output_layer.weight = None\n",
+        new="        pass\n",
+        test=f"{LOADS}[PP2-Qwen3.5-tied-MTP]",
+    ),
+    Mutant(
+        name="build MTP like the last layer of its stage",
+        file="models/specs.py",
+        old="(layer,) = decoder_block_spec(_one_attention_layer(config), pp_rank=0).layer_specs",
+        new="layer = decoder_block_spec(config, vp_stage=vp_stage).layer_specs[-1]",
+        test="tests/models/test_provider.py"
+        "::test_under_transformer_engine_mtp_has_attention_and_experts_whatever_the_layers_of_its_stage",
+    ),
+]
