@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megatron_fp32.ops.logprobs import Logprobs, linear_logprobs
-from megatron_fp32.ops.logprobs.autograd import Backward
+from megatron_fp32.ops.logprobs.options import Backward
 from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer, check_plain_product
 from megatron_fp32.transformer.counter import count_fp32_call
 

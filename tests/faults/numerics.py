@@ -10,6 +10,8 @@ PRODUCTS = "tests/ops/test_products.py"
 EDGES = "tests/tensor_parallel/test_edge_cases.py"
 MAIN_GRAD = "tests/ops/test_main_grad.py"
 FP8 = "tests/ops/test_fp8.py"
+HOSTILE = "tests/ops/test_hostile_tokens.py"
+KERNELS = "tests/ops/test_logprobs_kernels.py"
 
 NUMERICS = [
     Mutant(
@@ -133,9 +135,9 @@ NUMERICS = [
     ),
     Mutant(
         name="let the upstream gradient of ignored labels through",
-        file="ops/logprobs/autograd.py",
-        old="flat[0] = torch.where(labels == options.shard.ignore_index, 0.0, flat[0])",
-        new="pass",
+        file="ops/logprobs/gradient.py",
+        old="live = labels != shard.ignore_index",
+        new="live = torch.ones_like(labels, dtype=torch.bool)",
         test="tests/ops/test_logprobs.py::TestAdversarial",
     ),
     Mutant(
@@ -169,8 +171,8 @@ NUMERICS = [
     Mutant(
         name="take maxima with the label",
         file="ops/logits/project_triton.py",
-        old="tl.where(valid & ~is_label, z, lowest)",
-        new="tl.where(valid, z, lowest)",
+        old='tl.where(rivals, z, float("-inf"))',
+        new='tl.where(valid, z, float("-inf"))',
         test="tests/ops/test_logprobs_kernels.py",
     ),
     Mutant(
@@ -249,5 +251,117 @@ NUMERICS = [
         old="if not bad.any():",
         new="if bad.numel():",
         test=f"{FP8}::TestInfinityAndNaN",
+    ),
+    Mutant(
+        name="take the logarithm of a NaN's bits",
+        file="ops/logprobs/kernels.py",
+        old="return tl.where(x - x == 0.0, log, x)",
+        new="return log",
+        test=KERNELS,
+    ),
+    Mutant(
+        name="skip a NaN in the distances of a kernel",
+        file="ops/logits/project_triton.py",
+        old="propagate_nan=tl.PropagateNan.ALL",
+        new="propagate_nan=tl.PropagateNan.NONE",
+        test=KERNELS,
+    ),
+    Mutant(
+        name="write a masked token's dY in a kernel",
+        file="ops/logprobs/kernels.py",
+        old="(first + offsets < valid_columns)[None, :] & live",
+        new="(first + offsets < valid_columns)[None, :]",
+        test=KERNELS,
+    ),
+    Mutant(
+        name="give an ignored token its entropy",
+        file="ops/logprobs/statistics.py",
+        old="torch.where(ignored, 0.0, field)",
+        new="field",
+        test=HOSTILE,
+    ),
+    Mutant(
+        name="multiply an upstream gradient of 0 by a NaN",
+        file="ops/logprobs/gradient.py",
+        old="return torch.where(live, torch.stack(vectors), 0.0)",
+        new="return torch.stack(vectors)",
+        test=HOSTILE,
+    ),
+    Mutant(
+        name="let hidden states of masked tokens into dW",
+        file="ops/logprobs/autograd.py",
+        old="rows_where(live, x[tokens])",
+        new="x[tokens]",
+        test=HOSTILE,
+    ),
+    Mutant(
+        name="let a NaN of the weight into dX of masked tokens",
+        file="ops/logprobs/accumulate.py",
+        old="grad.masked_fill_(~live[:, None], 0.0)",
+        new="grad",
+        test=HOSTILE,
+    ),
+    Mutant(
+        name="multiply padding by zeros",
+        file="ops/logits/products.py",
+        old="max(0, min(columns.stop, self._valid) - columns.start)",
+        new="len(weight)",
+        test=HOSTILE,
+    ),
+    Mutant(
+        name="let one token's NaN take the scale of the others",
+        file="ops/logprobs/gradient.py",
+        old="torch.where(bounds.isfinite(), bounds, 0.0)",
+        new="bounds",
+        test=HOSTILE,
+    ),
+    Mutant(
+        name="take a temperature of 0",
+        file="ops/logprobs/options.py",
+        old="torch.where(each > 0, each.reciprocal(), torch.nan)",
+        new="each.reciprocal()",
+        test=HOSTILE,
+    ),
+    Mutant(
+        name="let an impossible label spoil the entropy's gradient",
+        file="ops/logprobs/gradient.py",
+        old="torch.where(shard.knows(labels), at_label, 0.0)",
+        new="at_label",
+        test=HOSTILE,
+    ),
+    Mutant(
+        name="multiply strides in 32 bits",
+        file="ops/logits/split_triton.py",
+        old="index * tl.cast(part_stride, tl.int64)",
+        new="index * part_stride",
+        test="tests/ops/test_kernel_offsets.py",
+    ),
+    Mutant(
+        name="let a double backward pass go by",
+        file="ops/first_order.py",
+        old="if not torch.is_grad_enabled():",
+        new="if True:",
+        test="tests/ops/test_logprobs.py::TestAutograd tests/ops/test_linear_cross_entropy.py::TestPerToken",
+    ),
+    Mutant(
+        name="smooth with each block's own maximum",
+        file="ops/logprobs/statistics.py",
+        old="group[:, 3] + torch.where(group[:, 4] == 0, 0.0, group[:, 4] * distance)",
+        new="group[:, 3]",
+        test="tests/ops/test_linear_cross_entropy.py",
+    ),
+    Mutant(
+        name="want the very scale",
+        file="ops/logprobs/weighted.py",
+        old="2.0**-20 * grad_scale.abs()",
+        new="0.0 * grad_scale.abs()",
+        test="tests/ops/test_linear_cross_entropy.py::TestWeighted",
+    ),
+    Mutant(
+        name="take any scale",
+        file="ops/logprobs/weighted.py",
+        old="2.0**-20 * grad_scale.abs()",
+        new="2.0**-18 * grad_scale.abs()",
+        test="tests/ops/test_linear_cross_entropy.py::TestWeighted",
     ),
 ]

@@ -119,9 +119,11 @@ class TestKernels:
         part = shard(700, valid_columns=VOCAB, vocab_size=VOCAB, scale=1.1, softcap=softcap)
         heat = torch.rand(150, device="cuda") + 0.5
         x, w = c.hidden.detach(), c.weight.detach()
-        statistics = token_statistics(x, w, c.labels, heat, part, with_total=True)
+        statistics = token_statistics(x, w, c.labels, heat, part, mean="logit")
         g = torch.randn(4, 150, device="cuda")
-        vectors = gradient_vectors(statistics, heat, part, logprob=g[0], entropy=g[1], logsumexp=g[2], mean_logit=g[3])
+        vectors = gradient_vectors(
+            statistics, heat, part, c.labels, logprob=g[0], entropy=g[1], logsumexp=g[2], mean=g[3], mean_of="logit"
+        )
         raw, labels = fp32_logits(x, w), part.local_labels(c.labels)
         got = gradient_triton(raw[:, 128:500], vectors, labels, part, 128, count, torch.bfloat16, None)
         expected = gradient_torch(raw[:, 128:500], vectors, labels, part, 128, count, torch.bfloat16, None)
@@ -201,7 +203,7 @@ class TestInvariance:
                 part = shard(columns, first_column=first, valid_columns=min(max(vocab - first, 0), columns))
                 parts.append(
                     block_statistics(
-                        x, w[first : first + columns], part.local_labels(y), heat, part, with_total=True, keep=None
+                        x, w[first : first + columns], part.local_labels(y), heat, part, mean="logit", keep=None
                     )
                 )
             statistics = combine(torch.cat([statistics for statistics, _ in parts]))

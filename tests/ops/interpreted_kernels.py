@@ -71,17 +71,26 @@ def product_and_statistics(softcap: float | None) -> None:
 def stored_statistics(softcap: float | None) -> None:
     raw, heat, part = torch.randn(TOKENS, ROWS) * 4, torch.rand(TOKENS) + 0.5, shard(softcap=softcap)
     labels = part.local_labels(case().labels)
-    got, expected = torch.full((2, BLOCKS, 4, TOKENS), torch.nan)
-    got_labels, expected_labels = torch.zeros(2, TOKENS)
-    statistics_triton(raw, labels, heat, part, got, got_labels)
-    statistics_torch(raw, labels, heat, part, expected, expected_labels)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
-    torch.testing.assert_close(got_labels, expected_labels, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(combine_triton(expected), combine_torch(expected), rtol=1e-5, atol=2e-5)
-    many = expected.repeat(30, 1, 1)
-    torch.testing.assert_close(combine_triton(many), combine_torch(many), rtol=1e-5, atol=1e-3)
-    longer = torch.cat([many, many.new_tensor([-torch.inf, 0, 0, 0])[None, :, None].expand(200, 4, TOKENS)])
-    assert torch.equal(combine_triton(many), combine_triton(longer)), "blocks of padding changed a bit"
+    for fields in (3, 4, 5):
+        got, expected = torch.full((2, BLOCKS, fields, TOKENS), torch.nan)
+        got_labels, expected_labels = torch.zeros(2, TOKENS)
+        statistics_triton(raw, labels, heat, part, got, got_labels)
+        statistics_torch(raw, labels, heat, part, expected, expected_labels)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(got_labels, expected_labels, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(combine_triton(expected), combine_torch(expected), rtol=1e-5, atol=2e-5)
+        many = expected.repeat(30, 1, 1)
+        torch.testing.assert_close(combine_triton(many), combine_torch(many), rtol=1e-5, atol=1e-3)
+        padding = many.new_tensor([-torch.inf, 0, 0, 0, 0])[None, :fields, None].expand(200, fields, TOKENS)
+        longer = torch.cat([many, padding])
+        assert torch.equal(combine_triton(many), combine_triton(longer)), "blocks of padding changed a bit"
+        whole, labels_of_tokens = combine_torch(expected), case().labels
+        for a, b in zip(
+            finish_triton(whole, expected_labels, labels_of_tokens, part),
+            finish_torch(whole, expected_labels, labels_of_tokens, part),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def tokens_finished() -> None:
@@ -115,11 +124,12 @@ def tokens_finished() -> None:
 def gradients(softcap: float | None, *, entropy: bool) -> None:
     c, part, heat = case(), shard(softcap=softcap), torch.rand(TOKENS) + 0.5
     x, w = c.hidden.detach(), c.weight.detach()
-    statistics = token_statistics(x, w, c.labels, heat, part, with_total=False)
+    statistics = token_statistics(x, w, c.labels, heat, part, mean="none")
     g = torch.randn(4, TOKENS)
     vectors = gradient_vectors(
-        statistics, heat, part, logprob=g[0], entropy=g[1] if entropy else None, logsumexp=g[2], mean_logit=g[3]
-    )
+        statistics, heat, part, c.labels, logprob=g[0], entropy=g[1] if entropy else None, logsumexp=g[2], mean=g[3],
+        mean_of="logit",
+    )  # fmt: skip
     raw, labels = (x.double() @ w.double().t()).float(), part.local_labels(c.labels)
     for count in (1, 2, 3):
         got = gradient_triton(raw[:, 128:ROWS], vectors, labels, part, 128, count, torch.bfloat16, None)
@@ -158,9 +168,11 @@ def kept_exponentials(*, peaked: bool) -> None:
         inverse_temperature=heat, valid_columns=part.valid_columns, scale=part.scale,
     )  # fmt: skip
     kept.tops.copy_(statistics[:, 0])
-    of_tokens = token_statistics(x, w, c.labels, heat, part, with_total=False)
+    of_tokens = token_statistics(x, w, c.labels, heat, part, mean="none")
     g = torch.randn(3, TOKENS)
-    vectors = gradient_vectors(of_tokens, heat, part, logprob=g[0], entropy=None, logsumexp=g[1], mean_logit=g[2])
+    vectors = gradient_vectors(
+        of_tokens, heat, part, c.labels, logprob=g[0], entropy=None, logsumexp=g[1], mean=g[2], mean_of="logprob"
+    )
     raw = (x.double() @ w.double().t()).float()
     expected = sum(p.double() for p in gradient_torch(raw, vectors, labels, part, 0, 3, torch.bfloat16, None))
     first = slice(0, 100)

@@ -139,7 +139,7 @@ def test_any_sharding_under_megatrons_padding(vocab: int) -> None:
             )  # fmt: skip
             shard = w[rank * columns : (rank + 1) * columns]
             parts.append(
-                block_statistics(x[:64], shard, part.local_labels(y[:64]), heat, part, with_total=True, keep=None)
+                block_statistics(x[:64], shard, part.local_labels(y[:64]), heat, part, mean="logit", keep=None)
             )
         statistics = combine(torch.cat([statistics for statistics, _ in parts]))
         results.append((statistics, torch.stack([label for _, label in parts]).sum(0)))

@@ -231,11 +231,13 @@ class TestOwnership:
         second = torch.autograd.grad(logits, (hidden, weight), grad)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
-    def test_a_gradient_of_the_gradient_is_refused(self) -> None:
-        hidden, weight = operands(torch.bfloat16)
-        (grad,) = torch.autograd.grad(fp32_logits(hidden, weight).square().sum(), hidden, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
+    @pytest.mark.parametrize("power", [1, 2], ids=["constant upstream", "upstream with a gradient"])
+    def test_a_gradient_of_the_gradient_is_refused(self, power: int) -> None:
+        hidden, weight = operands(torch.float32)
+        loss = fp32_logits(hidden, weight).pow(power).sum()
+        (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            (loss + grad.square().sum()).backward()
 
 
 class TestSurroundings:

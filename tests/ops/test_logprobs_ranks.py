@@ -34,12 +34,11 @@ def problem(dtype: torch.dtype, ranks: int) -> dict[str, Tensor]:
     torch.manual_seed(0)
     hidden = (torch.randn(*TOKENS, HIDDEN) * 3).to(dtype)
     weight = (torch.randn(VOCAB, HIDDEN) / HIDDEN**0.5).to(dtype)
-    # What lies in the padding must not matter.
-    weight = torch.cat(
-        [weight, torch.full((padded(ranks) - VOCAB, HIDDEN), min(1e30, torch.finfo(dtype).max), dtype=dtype)]
-    )
+    # What lies in the padding must not matter, and neither must the hidden states of an ignored token.
+    weight = torch.cat([weight, torch.full((padded(ranks) - VOCAB, HIDDEN), torch.nan, dtype=dtype)])
     labels = torch.randint(VOCAB, TOKENS)
     labels[0, 0], labels[1, 1], labels[2, 2] = -100, 0, VOCAB - 1
+    hidden[0, 0] = torch.nan
     return {"hidden": hidden, "weight": weight, "labels": labels, "weights": torch.rand(TOKENS)}
 
 

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from megatron_fp32.config import GradPrecision, check_grad_precision
+from megatron_fp32.ops.first_order import first_order_only
 from megatron_fp32.ops.logits import custom_op
 from megatron_fp32.ops.logits.fixed_order import check_fixed_order
 from megatron_fp32.ops.logits.gemm import check_operands
@@ -168,7 +168,7 @@ class _Fp32Logits(torch.autograd.Function):
         return logits_product(hidden, weight, bias, fixed_order=options.invariant)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         options: _Options = ctx.options

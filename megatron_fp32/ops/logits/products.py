@@ -77,10 +77,12 @@ class ChunkedHiddenSum:
 
     Args:
         out: [tokens, hidden] float32 to write into.
+        valid: rows of the weight from here on are padding, which is left out: its dY is 0, but it may be NaN. None when
+            there is none.
     """
 
-    def __init__(self, out: Tensor) -> None:
-        self._out = out
+    def __init__(self, out: Tensor, *, valid: int | None = None) -> None:
+        self._out, self._valid = out, valid
 
     def chunks(self, columns: int, largest: int) -> list[slice]:
         """From first to last."""
@@ -88,7 +90,8 @@ class ChunkedHiddenSum:
 
     def add(self, columns: slice, grad: Pieces, weight: Tensor) -> None:
         """Small terms first."""
-        products = ((part, weight) for part in reversed(grad.parts))
+        count = len(weight) if self._valid is None else max(0, min(columns.stop, self._valid) - columns.start)
+        products = ((part[:, :count], weight[:count]) for part in reversed(grad.parts))
         sum_of_products_(self._out, products, accumulate=columns.start > 0)
 
     def finish(self, inverse_scale: Tensor | None) -> None:

@@ -57,33 +57,42 @@ def transform(raw, scale, cap, inverse_temperature, CAPPED: tl.constexpr):  # ty
 @triton.jit
 def store_statistics(  # type: ignore[no-untyped-def]
     z, rows, column, tokens, columns, valid_columns, statistics, labels, label_logits,
-    SUM: tl.constexpr, INTERPRETED: tl.constexpr, WIDTH: tl.constexpr,
+    MEAN: tl.constexpr, INTERPRETED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Of a tile [rows, WIDTH] of logits: the maximum, the sums over e = exp(z - maximum) of e and e * (z - maximum),
-    the sum of z, and the label's logit. Returns the e.
+    what the mean needs, and the label's logit. Returns the e.
 
-    The label takes part in the sum of z only: what remains is the probability that it lacks, without the cancellation
-    of 1 - p, and however far the label is above the rest.
+    `MEAN` is the number of fields beyond these three: 1 for the sum of z, 2 for the sum of z - maximum and the number
+    of its terms. The label takes part in the sum of z only: what remains is the probability that it lacks, without the
+    cancellation of 1 - p, and however far the label is above the rest.
+
+    The maximum skips a NaN; the sums do not.
     """
-    # Finite, so that 0 times its distance is 0.
-    lowest: tl.constexpr = -3.0e38
     offsets = column + tl.arange(0, WIDTH)
     inside = (rows < tokens) & (column < columns)
     valid = (offsets < valid_columns)[None, :]
     label = tl.load(labels + rows, mask=inside, other=-1)
     is_label = offsets[None, :] == label[:, None]
-    others = tl.where(valid & ~is_label, z, lowest)
+    rivals = valid & ~is_label
+    others = tl.where(rivals, z, float("-inf"))
     top = tl.max(others, 1)
-    distance = others - top[:, None]
-    e = _exp_of_distance(distance, INTERPRETED)
-    padding = top == lowest
-    out = statistics + tl.cast(column // WIDTH * (4 if SUM else 3), tl.int64) * tokens + rows
-    tl.store(out, tl.where(padding, float("-inf"), top), mask=inside)
-    tl.store(out + tokens, tl.where(padding, 0.0, tl.sum(e, 1)), mask=inside)
-    tl.store(out + 2 * tokens, tl.where(padding, 0.0, tl.sum(e * distance, 1)), mask=inside)
-    if SUM:
-        tl.store(out + 3 * tokens, tl.sum(tl.where(valid, z, 0.0), 1), mask=inside)
+    origin = tl.where(top == float("-inf"), 0.0, top)
+    distance = others - origin[:, None]
+    # exp(-150) is 0, and 0 times a finite distance is, too.
+    bounded = tl.maximum(distance, -150.0, propagate_nan=tl.PropagateNan.ALL)
+    e = _exp_of_distance(bounded, INTERPRETED)
+    stride = tl.cast(tokens, tl.int64)
+    out = statistics + column // WIDTH * (3 + MEAN) * stride + rows
+    tl.store(out, top, mask=inside)
+    tl.store(out + stride, tl.sum(e, 1), mask=inside)
+    tl.store(out + 2 * stride, tl.sum(e * bounded, 1), mask=inside)
     here = inside & (label >= column) & (label < column + WIDTH) & (label < valid_columns)
+    if MEAN == 1:
+        tl.store(out + 3 * stride, tl.sum(tl.where(valid, z, 0.0), 1), mask=inside)
+    if MEAN == 2:
+        count = tl.maximum(tl.minimum(valid_columns - column, WIDTH), 0) - here.to(tl.int32)
+        tl.store(out + 3 * stride, tl.sum(tl.where(rivals, distance, 0.0), 1), mask=inside)
+        tl.store(out + 4 * stride, count.to(tl.float32), mask=inside)
     tl.store(label_logits + rows, tl.sum(tl.where(is_label, z, 0.0), 1), mask=here)
     return e
 
@@ -92,7 +101,7 @@ def store_statistics(  # type: ignore[no-untyped-def]
 def _finish(  # type: ignore[no-untyped-def]
     raw, row, column, tokens, columns, valid_columns, logits, statistics, labels, label_logits, inverse_temperature,
     scale, cap,
-    STORE: tl.constexpr, EXPONENTIALS: tl.constexpr, STATISTICS: tl.constexpr, SUM: tl.constexpr, CAPPED: tl.constexpr,
+    STORE: tl.constexpr, EXPONENTIALS: tl.constexpr, STATISTICS: tl.constexpr, MEAN: tl.constexpr, CAPPED: tl.constexpr,
     INTERPRETED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     if STORE and not EXPONENTIALS:
@@ -102,7 +111,7 @@ def _finish(  # type: ignore[no-untyped-def]
         heat = tl.load(inverse_temperature + rows, mask=rows < tokens, other=1.0)
         z = transform(raw, scale, cap, heat[:, None], CAPPED)
         e = store_statistics(
-            z, rows, column, tokens, columns, valid_columns, statistics, labels, label_logits, SUM, INTERPRETED, WIDTH
+            z, rows, column, tokens, columns, valid_columns, statistics, labels, label_logits, MEAN, INTERPRETED, WIDTH
         )  # fmt: skip
         if EXPONENTIALS:
             logits.store([row, column], e.to(tl.float16))
@@ -117,7 +126,7 @@ def _finish(  # type: ignore[no-untyped-def]
 def _project_kernel(  # type: ignore[no-untyped-def]
     hidden, weight, tokens, columns, hidden_size, valid_columns, logits, statistics, labels, label_logits,
     inverse_temperature, scale, cap,
-    STORE: tl.constexpr, EXPONENTIALS: tl.constexpr, STATISTICS: tl.constexpr, SUM: tl.constexpr, CAPPED: tl.constexpr,
+    STORE: tl.constexpr, EXPONENTIALS: tl.constexpr, STATISTICS: tl.constexpr, MEAN: tl.constexpr, CAPPED: tl.constexpr,
     INTERPRETED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -140,11 +149,11 @@ def _project_kernel(  # type: ignore[no-untyped-def]
         left, right = raw.reshape(BLOCK_M, 2, width).permute(0, 2, 1).split()
         _finish(
             left, row, column, tokens, columns, valid_columns, logits, statistics, labels, label_logits,
-            inverse_temperature, scale, cap, STORE, EXPONENTIALS, STATISTICS, SUM, CAPPED, INTERPRETED, BLOCK_M, width,
+            inverse_temperature, scale, cap, STORE, EXPONENTIALS, STATISTICS, MEAN, CAPPED, INTERPRETED, BLOCK_M, width,
         )  # fmt: skip
         _finish(
             right, row, column + width, tokens, columns, valid_columns, logits, statistics, labels, label_logits,
-            inverse_temperature, scale, cap, STORE, EXPONENTIALS, STATISTICS, SUM, CAPPED, INTERPRETED, BLOCK_M, width,
+            inverse_temperature, scale, cap, STORE, EXPONENTIALS, STATISTICS, MEAN, CAPPED, INTERPRETED, BLOCK_M, width,
         )  # fmt: skip
 
 
@@ -168,7 +177,7 @@ def project_triton(
         weight: [columns, hidden], likewise.
         logits: [tokens, columns] with rows aligned to 16 bytes: float32 for the products; or, when statistics are
             taken, float16 for exp(z - maximum) with the maximum of the block, and 0 for the label.
-        statistics: [ceil(columns / STATISTICS_BLOCK), 3 or 4, tokens] float32; see `store_statistics`. The rest of the
+        statistics: [ceil(columns / STATISTICS_BLOCK), 3 to 5, tokens] float32; see `store_statistics`. The rest of the
             arguments is for them.
         labels: [tokens] int32, the column of each token's label; any other value for none.
         label_logits: [tokens] float32; written where the label is one of these columns.
@@ -191,7 +200,7 @@ def project_triton(
         TensorDescriptor.from_tensor(logits, [_BLOCK_M, STATISTICS_BLOCK]) if store else 0,
         statistics, labels, label_logits, inverse_temperature, scale, 0.0 if softcap is None else softcap,
         STORE=store, EXPONENTIALS=logits is not None and logits.dtype == torch.float16,
-        STATISTICS=take, SUM=statistics is not None and statistics.shape[1] == 4, CAPPED=softcap is not None,
+        STATISTICS=take, MEAN=0 if statistics is None else statistics.shape[1] - 3, CAPPED=softcap is not None,
         INTERPRETED=interpreted, PROGRAMS=programs,
         BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, GROUP_M=_GROUP_M,
         num_warps=_WARPS, num_stages=_STAGES,

@@ -25,11 +25,20 @@ class HiddenGrad:
         group: the tensor-parallel ranks; None for one.
         scatter: every rank receives the sum of its own tokens (sequence parallel).
         reduce: every rank receives the whole sum.
+        valid: rows of this rank's weight that are no padding; None for all of them.
     """
 
-    def __init__(self, partial: Tensor, *, group: dist.ProcessGroup | None, scatter: bool, reduce: bool) -> None:
+    def __init__(
+        self,
+        partial: Tensor,
+        *,
+        group: dist.ProcessGroup | None,
+        scatter: bool,
+        reduce: bool,
+        valid: int | None = None,
+    ) -> None:
         assert not (scatter and reduce)
-        self.partial = partial
+        self.partial, self._valid = partial, valid
         self._group, self._scatter, self._reduce = group, scatter, reduce
         self._work: dist.Work | None = None
 
@@ -41,7 +50,7 @@ class HiddenGrad:
             bounds: gives their [tokens] float32, at least the sum of |dY| over the whole vocabulary, to those who need
                 to know.
         """
-        return ChunkedHiddenSum(self.partial[tokens])
+        return ChunkedHiddenSum(self.partial[tokens], valid=self._valid)
 
     def start(self) -> None:
         """Begin the sum; it overlaps with what is still computed."""

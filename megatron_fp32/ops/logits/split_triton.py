@@ -24,7 +24,7 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     out = parts_ptr + row * columns + offsets
     for index in tl.static_range(COUNT):
         part = rest.to(parts_ptr.dtype.element_ty)
-        tl.store(out + index * part_stride, part, mask=inside)
+        tl.store(out + index * tl.cast(part_stride, tl.int64), part, mask=inside)
         wide = part.to(tl.float32)
         # Infinity and NaN are the values for which v - v is not zero.
         rest = tl.where(wide - wide == 0.0, rest - wide, 0.0)

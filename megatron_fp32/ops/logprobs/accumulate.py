@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fp32.ops.logits.fixed_order import why_not_fixed_order
@@ -74,6 +75,17 @@ class LogitsGradient:
         )
 
 
+def finished_hidden_grad(reduction: HiddenGrad, live: Tensor, hidden: Tensor, options: HeadOptions) -> Tensor:
+    """dX in the shape and dtype of `hidden`, summed over the ranks, and 0 for all ranks' tokens that are not `live`.
+
+    A weight that is NaN would make them NaN: a product of zeros with it is.
+    """
+    grad = reduction.finish()
+    if options.sequence_parallel:
+        live = live[dist.get_rank(options.shard.group) * len(grad) :][: len(grad)]
+    return grad.masked_fill_(~live[:, None], 0.0).view(hidden.shape).to(hidden.dtype)
+
+
 def room_for_hidden_grad(tokens: int, weight: Tensor, options: HeadOptions) -> HiddenGrad:
     """For dX [tokens, hidden] of all ranks' tokens, in the order of summation that the options ask for."""
     shard = options.shard
@@ -92,6 +104,7 @@ def room_for_hidden_grad(tokens: int, weight: Tensor, options: HeadOptions) -> H
         group=shard.group,
         scatter=options.sequence_parallel,
         reduce=options.reduce_hidden_grad,
+        valid=shard.valid_columns,
     )
 
 

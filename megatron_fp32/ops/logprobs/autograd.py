@@ -9,37 +9,49 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_fp32.config import GradPrecision
+from megatron_fp32.ops.first_order import first_order_only
 from megatron_fp32.ops.logits.gemm import check_operands
 from megatron_fp32.ops.logits.main_grad import weight_grad_for_autograd, weight_grad_target
 from megatron_fp32.ops.logits.products import WeightGrad, accumulate_gradients
 from megatron_fp32.ops.logits.ranks import HiddenGrad
 from megatron_fp32.ops.logprobs import workspace
-from megatron_fp32.ops.logprobs.accumulate import FloatWeightGrad, LogitsGradient, room_for_hidden_grad
-from megatron_fp32.ops.logprobs.gradient import gradient_vectors
-from megatron_fp32.ops.logprobs.options import HeadOptions, head_options, inverse_temperature, whole_hidden
+from megatron_fp32.ops.logprobs.accumulate import (
+    FloatWeightGrad,
+    LogitsGradient,
+    finished_hidden_grad,
+    room_for_hidden_grad,
+)
+from megatron_fp32.ops.logprobs.gradient import gradient_vectors, live_tokens
+from megatron_fp32.ops.logprobs.options import (
+    Backward,
+    HeadOptions,
+    head_options,
+    inverse_temperature,
+    rows_where,
+    whole_hidden,
+)
 from megatron_fp32.ops.logprobs.statistics import KeptLogits, TokenStatistics
 from megatron_fp32.ops.logprobs.tokens import join, token_statistics
 from megatron_fp32.ops.logprobs.topk import top_k_of
 
-Backward = Literal["recompute", "saved"]
-"""Where the backward pass finds the logits: it multiplies again, or they were kept."""
-
 
 class Logprobs(NamedTuple):
-    """What `linear_logprobs` returns: float32, in the shape of the labels."""
+    """What `linear_logprobs` returns: float32, in the shape of the labels.
+
+    A token whose label is ignored has 0 everywhere, and -1 in `top_tokens`.
+    """
 
     logprobs: Tensor
-    """log p of the label, 0 where it is ignored."""
+    """log p of the label."""
     entropy: Tensor
-    """Entropy of the distribution, in nats; of ignored tokens, too."""
+    """Entropy of the distribution, in nats."""
     logsumexp: Tensor
     """log of the sum of exp(logit)."""
     mean_logit: Tensor | None
@@ -74,8 +86,13 @@ def linear_logprobs(
 
     The logits are `softcap * tanh(scale * hidden @ weight.T / softcap) / temperature` in fp32, without a bias. All
     results are differentiable with respect to `hidden` and `weight`, in any combination; nothing is with respect to the
-    temperature. A label that is neither in the vocabulary nor `ignore_index` makes its token's log-prob and gradients
-    NaN: looking for it first would make the host wait for the device.
+    temperature.
+
+    What is wrong with one token stays with it, because looking for it first would make the host wait for the device. A
+    NaN among a token's logits makes all of its results NaN. A label that is neither in the vocabulary nor
+    `ignore_index` makes the log-prob NaN, and the gradients that come from it. A temperature that is not positive, in a
+    tensor of them, is NaN. A token whose label is ignored, or whose upstream gradients are all 0, adds exactly 0 to
+    every gradient, whatever its hidden states, label and temperature are.
 
     Args:
         hidden: [..., hidden], as for `fp32_logits`; with `sequence_parallel` this rank's slice of dimension 0.
@@ -88,7 +105,7 @@ def linear_logprobs(
         temperature: divides the logits: a positive number, or one for every token, in the shape of the labels.
         scale: multiplies the product.
         softcap: Gemma's soft cap; None for none.
-        ignore_index: label of tokens without one; their log-prob is 0 and gives no gradient.
+        ignore_index: label of tokens without one; all of their results are 0 and give no gradient.
         grad_precision: see `Fp32Config.grad_precision`.
         backward: `"recompute"` the logits in chunks, which costs a fourth product and a chunk of memory, or keep the
             `"saved"` ones, [tokens, vocab / tp] float32.
@@ -121,20 +138,27 @@ def linear_logprobs(
         grad_precision=grad_precision,
         invariant=invariant,
         chunk_size=chunk_size,
+        backward=backward,
+        mean="logit" if mean_logit else "none",
+        top_k=top_k,
     )
-    if backward not in get_args(Backward):
-        raise ValueError(f"backward must be one of {get_args(Backward)}, got {backward!r}")
-    if not 0 <= top_k <= options.shard.vocab_size:
-        raise ValueError(f"top_k must be 0 to {options.shard.vocab_size}, the size of the vocabulary, got {top_k}")
-    heat = inverse_temperature(temperature, labels)
-    options = dataclasses.replace(options, keep_logits=backward == "saved", with_total=mean_logit, top_k=top_k)
-    return Logprobs(*_eager(hidden, weight, labels, heat, options))
+    heat = inverse_temperature(temperature, labels, ignore_index)
+    return Logprobs(*apply_head(hidden, weight, labels, heat, options))
 
 
 @torch.compiler.disable
-def _eager(
+def apply_head(
     hidden: Tensor, weight: Tensor, labels: Tensor, heat: Tensor, options: HeadOptions
 ) -> tuple[Tensor | None, ...]:
+    """Fields of `Logprobs`, the fourth of them the mean that the options ask for.
+
+    Args:
+        hidden: as for `linear_logprobs`.
+        weight: as for `linear_logprobs`.
+        labels: as for `linear_logprobs`.
+        heat: [tokens], from `inverse_temperature`.
+        options: from `head_options`.
+    """
     # Inside of forward, gradients are off in any case.
     keep = options.keep_logits and torch.is_grad_enabled()
     return _LinearLogprobs.apply(hidden, weight, labels, heat, dataclasses.replace(options, keep_logits=keep))
@@ -147,15 +171,15 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.weight_owner = options, weight
-        x, flat = whole_hidden(hidden, options), labels.reshape(-1)
+        flat = labels.reshape(-1)
+        x = whole_hidden(hidden, weight, flat, options)
         needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         keep = None
         if options.keep_logits and needed:
             keep = KeptLogits.allocate(len(x), weight, with_tops=options.top_k > 0)
         statistics, top = _statistics_and_top(x, weight, flat, heat, options, keep)
         ctx.save_for_backward(hidden, weight, flat, heat, None if keep is None else keep.values, *statistics)
-        mean = None if statistics.total is None else statistics.total / options.shard.vocab_size
-        outputs = (statistics.logprob, statistics.entropy, statistics.logsumexp, mean)
+        outputs = (statistics.logprob, statistics.entropy, statistics.logsumexp, statistics.mean)
         # New tensors: an output must not be what the backward pass reads, nor a view that cannot be changed in place.
         shaped = [None if x is None else _copy(x, labels.shape) for x in outputs]
         tops = [_copy(x, (*labels.shape, options.top_k)) for x in top]
@@ -163,30 +187,32 @@ class _LinearLogprobs(torch.autograd.Function):
         return *shaped, *(tops or (None, None))
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, heat, logits, *saved = ctx.saved_tensors
         options: HeadOptions = ctx.options
         # TF32 may have been switched on since the forward pass.
         check_operands(hidden, weight, names=("hidden", "weight"))
         flat = [None if g is None else g.reshape(-1).float() for g in upstream[:4]]
-        if flat[0] is not None:
-            flat[0] = torch.where(labels == options.shard.ignore_index, 0.0, flat[0])
         vectors = gradient_vectors(
             TokenStatistics(*saved),
             heat,
             options.shard,
+            labels,
             logprob=flat[0],
             entropy=flat[1],
             logsumexp=flat[2],
-            mean_logit=flat[3],
+            mean=flat[3],
+            mean_of=options.mean,
         )
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        x = whole_hidden(hidden, options)
+        x = whole_hidden(hidden, weight, labels, options)
         target = weight_grad_target(ctx.weight_owner) if needs_weight else None
         reduction = room_for_hidden_grad(len(x), weight, options) if needs_hidden else None
         _accumulate(x, weight, labels, vectors, logits, options, reduction, target)
-        grad_hidden = None if reduction is None else reduction.finish().view(hidden.shape).to(hidden.dtype)
+        grad_hidden = None
+        if reduction is not None:
+            grad_hidden = finished_hidden_grad(reduction, live_tokens(vectors), hidden, options)
         # Before the dummy gradient of a weight with main_grad, which is as large as the weight.
         del reduction
         grad_weight = weight_grad_for_autograd(ctx.weight_owner, target) if needs_weight else None
@@ -201,10 +227,10 @@ def _statistics_and_top(
     x: Tensor, weight: Tensor, labels: Tensor, heat: Tensor, options: HeadOptions, keep: KeptLogits | None
 ) -> tuple[TokenStatistics, tuple[Tensor, ...]]:
     """Statistics of all tokens; with `top_k` also log-probs and tokens, from a chunk of logits at a time."""
-    with_total, chunk_size = options.with_total, options.chunk_size
+    mean, chunk_size = options.mean, options.chunk_size
     if options.top_k == 0:
         statistics = token_statistics(
-            x, weight, labels, heat, options.shard, with_total=with_total, keep=keep, chunk_size=chunk_size
+            x, weight, labels, heat, options.shard, mean=mean, keep=keep, chunk_size=chunk_size
         )
         return statistics, ()
     largest = chunk_size or max(
@@ -216,11 +242,10 @@ def _statistics_and_top(
             keep.rows(rows) if keep is not None else KeptLogits.allocate(rows.stop - rows.start, weight, with_tops=True)
         )
         part = token_statistics(
-            x[rows], weight, labels[rows], heat[rows], options.shard, with_total=with_total, keep=kept,
-            chunk_size=chunk_size,
-        )  # fmt: skip
+            x[rows], weight, labels[rows], heat[rows], options.shard, mean=mean, keep=kept, chunk_size=chunk_size
+        )
         parts.append(part)
-        tops.append(top_k_of(kept, heat[rows], part, options.shard, options.top_k))
+        tops.append(top_k_of(kept, labels[rows], heat[rows], part, options.shard, options.top_k))
     return join(parts), tuple(torch.cat(column) for column in zip(*tops, strict=True))
 
 
@@ -238,13 +263,17 @@ def _accumulate(
     pieces = options.pieces if weight.dtype != torch.float32 else 1
     blocks = workspace.even_chunks(len(x), options.chunk_size or workspace.GRADIENT_TOKENS)
     per_element = (4 if logits is None else 0) + pieces * weight.element_size()
-    room = workspace.workspace_bytes(weight.device, parallel=options.shard.group is not None) // per_element
+    room = workspace.workspace_bytes(weight.device, parallel=options.shard.group is not None)
     sums = FloatWeightGrad(target, blocks=len(blocks))
     if not blocks:
         # Nothing to add, but other ranks and autograd expect their answers.
         blocks = [slice(0, 0)]
     for tokens in blocks:
-        columns = max(128, room // max(1, tokens.stop - tokens.start) // 128 * 128)
+        count = max(1, tokens.stop - tokens.start)
+        live = live_tokens(vectors[:, tokens])
+        # dW takes a copy of the hidden states.
+        copied = 0 if target is None else count * x.shape[1] * x.element_size()
+        columns = max(128, (room - copied) // (per_element * count) // 128 * 128)
         grad = LogitsGradient(
             x[tokens],
             weight,
@@ -261,7 +290,7 @@ def _accumulate(
             pieces=options.pieces,
             chunk=columns,
             hidden_sum=None if reduction is None else reduction.of(tokens, grad.bounds),
-            hidden=lambda tokens=tokens: x[tokens],  # type: ignore[misc]
+            hidden=lambda tokens=tokens, live=live: rows_where(live, x[tokens]),  # type: ignore[misc]
             weight_grad=sums.part(first=tokens is blocks[0]),
             hidden_grad_done=reduction.start if last and reduction is not None else lambda: None,
         )

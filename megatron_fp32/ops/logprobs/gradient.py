@@ -6,7 +6,11 @@ and m of the mean logit:
     dz[v] = g [v = label] - p[v] (g - s + h (log p[v] + H)) + m / vocab
 
 The label's own element is computed as s + (g - s) (1 - p) - h p (log p + H) + m / vocab, with the 1 - p that
-`TokenStatistics.rest` holds: g - g p would lose every digit that p has as nines.
+`TokenStatistics.rest` holds: g - g p would lose every digit that p has as nines. The mean log-prob is the mean logit
+without the logsumexp: an upstream gradient of it is added to m and taken from s.
+
+A token whose label is ignored, or whose upstream gradients are all 0, is not live: all of its coefficients are 0, and
+its row of dY is 0 even where its logits are NaN.
 """
 
 from __future__ import annotations
@@ -17,18 +21,20 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.ops.logits.split import Pieces, split_scale, split_torch
-from megatron_fp32.ops.logprobs.statistics import KeptLogits, Shard, TokenStatistics
+from megatron_fp32.ops.logprobs.statistics import KeptLogits, Mean, Shard, TokenStatistics
 
 
 def gradient_vectors(
     statistics: TokenStatistics,
     inverse_temperature: Tensor,
     shard: Shard,
+    labels: Tensor,
     *,
     logprob: Tensor | None,
     entropy: Tensor | None,
     logsumexp: Tensor | None,
-    mean_logit: Tensor | None,
+    mean: Tensor | None,
+    mean_of: Mean,
 ) -> Tensor:
     """What dY depends on besides the logits.
 
@@ -36,32 +42,52 @@ def gradient_vectors(
         statistics: of the tokens.
         inverse_temperature: [tokens] float32.
         shard: for `vocab_size` and `ignore_index`.
-        logprob: upstream gradient [tokens]; 0 for ignored labels. The others likewise.
+        labels: [tokens], indices into the whole vocabulary.
+        logprob: upstream gradient [tokens], None for 0. The others likewise.
+        entropy: of the entropy.
+        logsumexp: of the logsumexp.
+        mean: of the mean over the vocabulary.
+        mean_of: what it is the mean of.
 
     Returns:
         [6, tokens] float32: top, log_sum, inverse temperature, what p is multiplied by, the label's element, what every
         element gets; with an upstream gradient of the entropy [8, tokens]: that, and the entropy.
     """
+    upstream = [g for g in (logprob, entropy, logsumexp, mean) if g is not None]
+    live = labels != shard.ignore_index
+    live = live & torch.stack([g != 0 for g in upstream]).any(0) if upstream else torch.zeros_like(live)
     zeros = torch.zeros_like(statistics.top)
     g = zeros if logprob is None else logprob
-    constant = zeros if mean_logit is None else mean_logit / shard.vocab_size
-    # A label outside of the vocabulary has no element of its own to say so.
-    of_all = torch.where(g != 0, g + (statistics.rest - statistics.rest), 0.0)
-    if logsumexp is not None:
-        of_all = of_all - logsumexp
-    at_label = of_all * statistics.rest + (constant if logsumexp is None else logsumexp + constant)
+    s = zeros if logsumexp is None else logsumexp
+    constant = zeros if mean is None else mean / shard.vocab_size
+    if mean is not None and mean_of == "logprob":
+        s = s - mean
+    # NaN for logits that are, and for a label outside of the vocabulary, which has no element of its own to say so.
+    wrong = statistics.log_sum - statistics.log_sum + torch.where(g != 0, statistics.rest - statistics.rest, 0.0)
+    of_all = g - s + wrong
+    at_label = of_all * statistics.rest + (s + constant)
+    if entropy is not None:
+        p = statistics.logprob.exp()
+        own = torch.where(p == 0, 0.0, p * (statistics.logprob + statistics.entropy))
+        at_label = at_label - entropy * own
+    at_label = torch.where(shard.knows(labels), at_label, 0.0)
     vectors = [statistics.top, statistics.log_sum, inverse_temperature, of_all, at_label, constant]
     if entropy is not None:
-        logp = statistics.logprob
-        vectors[4] = at_label - entropy * logp.exp() * (logp + statistics.entropy)
         vectors += [entropy, statistics.entropy]
-    return torch.stack(vectors)
+    return torch.where(live, torch.stack(vectors), 0.0)
+
+
+def live_tokens(vectors: Tensor) -> Tensor:
+    """[tokens] bool: whose dY is not 0 by its coefficients alone; `vectors` from `gradient_vectors`."""
+    live = (vectors[3:6] != 0).any(0)
+    return live if len(vectors) == 6 else live | (vectors[6] != 0)
 
 
 def gradient_scale(vectors: Tensor, shard: Shard, *, count: int, dtype: torch.dtype) -> Tensor | None:
     """The power of two [] float32 that dY is multiplied by before it is split; None where it need not be.
 
-    From a bound on its elements instead of the elements, which do not exist yet.
+    From a bound on its elements instead of the elements, which do not exist yet. A token whose gradient is infinite or
+    NaN does not change the scale of the others.
     """
     if dtype != torch.float16 or count == 1:
         return None
@@ -69,7 +95,8 @@ def gradient_scale(vectors: Tensor, shard: Shard, *, count: int, dtype: torch.dt
     if len(vectors) == 8:
         # p |log p| is at most 1 / e, and the entropy at most log(vocab).
         bounds = bounds + vectors[6].abs() * (1 + math.log(shard.vocab_size))
-    return split_scale(bounds * vectors[2] * abs(shard.scale), count, dtype)
+    bounds = bounds * vectors[2] * abs(shard.scale)
+    return split_scale(torch.where(bounds.isfinite(), bounds, 0.0), count, dtype)
 
 
 def gradient_bounds(vectors: Tensor, shard: Shard) -> Tensor:
@@ -158,9 +185,10 @@ def gradient_torch(
     grad = constant - torch.where(p == 0, 0.0, p * slope)
     columns = torch.arange(first, first + raw.shape[1], device=raw.device)
     grad = torch.where(columns == labels[:, None], at_label, grad)
-    grad = torch.where(columns < shard.valid_columns, grad * heat, 0.0)
+    grad = grad * heat
     if shard.softcap is not None:
         # 1 - tanh^2, without the cancellation.
         e = torch.exp(-2 * (raw * shard.scale / shard.softcap).abs())
         grad = grad * (4 * e / (1 + e).square())
-    return split_torch(grad * shard.scale, count, dtype, scale)
+    touched = live_tokens(vectors)[:, None] & (columns < shard.valid_columns)
+    return split_torch(torch.where(touched, grad * shard.scale, 0.0), count, dtype, scale)

@@ -28,7 +28,7 @@ IN_PLACE_COLUMNS = 8192
 @triton.jit
 def _statistics_kernel(  # type: ignore[no-untyped-def]
     raw, raw_stride, tokens, columns, valid_columns, statistics, labels, label_logits, inverse_temperature, scale, cap,
-    SUM: tl.constexpr, CAPPED: tl.constexpr, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    MEAN: tl.constexpr, CAPPED: tl.constexpr, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * WIDTH
@@ -38,7 +38,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     heat = tl.load(inverse_temperature + rows, mask=rows < tokens, other=1.0)
     z = transform(tile, scale, cap, heat[:, None], CAPPED)
     store_statistics(
-        z, rows, column, tokens, columns, valid_columns, statistics, labels, label_logits, SUM, INTERPRETED, WIDTH
+        z, rows, column, tokens, columns, valid_columns, statistics, labels, label_logits, MEAN, INTERPRETED, WIDTH
     )
 
 
@@ -50,7 +50,7 @@ def statistics_triton(
     _statistics_kernel[(triton.cdiv(tokens, _STATISTICS_ROWS), statistics.shape[0])](
         raw, raw.stride(0), tokens, columns, shard.valid_columns, statistics, labels, label_logits, inverse_temperature,
         shard.scale, shard.softcap or 0.0,
-        SUM=statistics.shape[1] == 4, CAPPED=shard.softcap is not None, INTERPRETED=not raw.is_cuda,
+        MEAN=statistics.shape[1] - 3, CAPPED=shard.softcap is not None, INTERPRETED=not raw.is_cuda,
         ROWS=_STATISTICS_ROWS, WIDTH=STATISTICS_BLOCK,
     )  # fmt: skip
 
@@ -58,17 +58,18 @@ def statistics_triton(
 # One order of summation for every number of tokens and blocks: see `_project_kernel`.
 @triton.jit(do_not_specialize=["blocks", "tokens"], do_not_specialize_on_alignment=["statistics", "out"])
 def _combine_kernel(  # type: ignore[no-untyped-def]
-    statistics, out, blocks, tokens, SUM: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr,
+    statistics, out, blocks, tokens, MEAN: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """The statistics of many blocks as those of one.
 
     Block b is added in lane b mod `BLOCKS`, whatever the number of blocks: blocks that are all padding, which are
     zeros at the end, change no bit.
     """
-    fields: tl.constexpr = 4 if SUM else 3
+    fields: tl.constexpr = 3 + MEAN
     columns = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     lanes = tl.arange(0, BLOCKS)
-    stride = tl.cast(tokens, tl.int64) * fields
+    field = tl.cast(tokens, tl.int64)
+    stride = field * fields
     pointers = statistics + lanes.to(tl.int64)[:, None] * stride + columns[None, :]
     inside = (columns < tokens)[None, :]
 
@@ -82,23 +83,31 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     sums = tl.zeros((BLOCKS, TOKENS), tl.float32)
     weighted = tl.zeros((BLOCKS, TOKENS), tl.float32)
     totals = tl.zeros((BLOCKS, TOKENS), tl.float32)
+    counts = tl.zeros((BLOCKS, TOKENS), tl.float32)
     for start in range(0, blocks, BLOCKS):
         mask = inside & (start + lanes < blocks)[:, None]
         here = pointers + start * stride
         block_top = tl.load(here, mask=mask, other=float("-inf"))
-        block_sum = tl.load(here + tokens, mask=mask, other=0.0)
-        block_weighted = tl.load(here + 2 * tokens, mask=mask, other=0.0)
+        block_sum = tl.load(here + field, mask=mask, other=0.0)
+        block_weighted = tl.load(here + 2 * field, mask=mask, other=0.0)
         distance = block_top - origin[None, :]
         factor = tl.exp(distance)
         sums += block_sum * factor
         weighted += tl.where(factor == 0.0, 0.0, (block_weighted + block_sum * distance) * factor)
-        if SUM:
-            totals += tl.load(here + 3 * tokens, mask=mask, other=0.0)
+        if MEAN == 1:
+            totals += tl.load(here + 3 * field, mask=mask, other=0.0)
+        if MEAN == 2:
+            count = tl.load(here + 4 * field, mask=mask, other=0.0)
+            # From each block's maximum to that of all.
+            totals += tl.load(here + 3 * field, mask=mask, other=0.0) + tl.where(count == 0.0, 0.0, count * distance)
+            counts += count
     tl.store(out + columns, top, mask=columns < tokens)
-    tl.store(out + tokens + columns, tl.sum(sums, 0), mask=columns < tokens)
-    tl.store(out + 2 * tokens + columns, tl.sum(weighted, 0), mask=columns < tokens)
-    if SUM:
-        tl.store(out + 3 * tokens + columns, tl.sum(totals, 0), mask=columns < tokens)
+    tl.store(out + field + columns, tl.sum(sums, 0), mask=columns < tokens)
+    tl.store(out + 2 * field + columns, tl.sum(weighted, 0), mask=columns < tokens)
+    if MEAN > 0:
+        tl.store(out + 3 * field + columns, tl.sum(totals, 0), mask=columns < tokens)
+    if MEAN == 2:
+        tl.store(out + 4 * field + columns, tl.sum(counts, 0), mask=columns < tokens)
 
 
 def combine_triton(statistics: Tensor) -> Tensor:
@@ -107,7 +116,7 @@ def combine_triton(statistics: Tensor) -> Tensor:
     out = statistics.new_empty(1, fields, tokens)
     _combine_kernel[(triton.cdiv(tokens, _COMBINE_TOKENS),)](
         statistics.contiguous(), out, blocks, tokens,
-        SUM=fields == 4, BLOCKS=_COMBINE_LANES, TOKENS=_COMBINE_TOKENS,
+        MEAN=fields - 3, BLOCKS=_COMBINE_LANES, TOKENS=_COMBINE_TOKENS,
     )  # fmt: skip
     return out
 
@@ -121,14 +130,18 @@ def _twice_atanh(s):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _log(x):  # type: ignore[no-untyped-def]
-    """log of a normal number, to a few units in the last place, which the device's approximation is not."""
+    """log of a positive number, to a few units in the last place, which the device's approximation is not.
+
+    Of a denormal it is too large; infinity and NaN stay what they are.
+    """
     bits = x.to(tl.int32, bitcast=True)
     # x = 2^exponent times something between sqrt(1/2) and sqrt(2), whose bits are 0x3F3504F3.
     exponent = (bits - 0x3F3504F3) >> 23
     rest = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
     power = exponent.to(tl.float32)
     # log(2) in two parts, the first of few enough bits for an exact product.
-    return power * 0.693145751953125 + (power * 1.42860682030941723e-6 + _twice_atanh((rest - 1.0) / (rest + 1.0)))
+    log = power * 0.693145751953125 + (power * 1.42860682030941723e-6 + _twice_atanh((rest - 1.0) / (rest + 1.0)))
+    return tl.where(x - x == 0.0, log, x)
 
 
 @triton.jit
@@ -139,14 +152,15 @@ def _log1p(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _finish_kernel(  # type: ignore[no-untyped-def]
-    statistics, label_logits, labels, out, tokens, vocab_size, ignore_index, TOKENS: tl.constexpr,
+    statistics, label_logits, labels, out, tokens, vocab_size, ignore_index, MEAN: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = columns < tokens
+    field = tl.cast(tokens, tl.int64)
     here = statistics + columns
     rival = tl.load(here, mask=inside, other=0.0)
-    others = tl.load(here + tokens, mask=inside, other=0.0)
-    weighted = tl.load(here + 2 * tokens, mask=inside, other=0.0)
+    others = tl.load(here + field, mask=inside, other=0.0)
+    weighted = tl.load(here + 2 * field, mask=inside, other=0.0)
     index = tl.load(labels + columns, mask=inside, other=0)
     ignored = index == ignore_index
     known = (index >= 0) & (index < vocab_size) & (index != ignore_index)
@@ -160,23 +174,33 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
     own = tl.exp(distance)
     total = others + own
     log_sum = tl.where(distance == 0.0, _log1p(others), _log(total))
-    wrong = tl.where(known | ignored, 0.0, float("nan"))
-    entropy = log_sum - (weighted + tl.where(known, own * distance, 0.0)) / total
+    logprob = tl.where(known, distance - log_sum, float("nan"))
+    rest = tl.where(known, others / total, float("nan"))
+    entropy = log_sum - (weighted + tl.where(own == 0.0, 0.0, own * distance)) / total
     out = out + columns
-    tl.store(out, top, mask=inside)
-    tl.store(out + tokens, log_sum, mask=inside)
-    tl.store(out + 2 * tokens, tl.where(known, distance - log_sum, wrong), mask=inside)
-    tl.store(out + 3 * tokens, others / total + wrong, mask=inside)
-    tl.store(out + 4 * tokens, entropy, mask=inside)
+    tl.store(out, tl.where(ignored, 0.0, top), mask=inside)
+    tl.store(out + field, tl.where(ignored, 0.0, log_sum), mask=inside)
+    tl.store(out + 2 * field, tl.where(ignored, 0.0, logprob), mask=inside)
+    tl.store(out + 3 * field, tl.where(ignored, 0.0, rest), mask=inside)
+    tl.store(out + 4 * field, tl.where(ignored, 0.0, entropy), mask=inside)
+    if MEAN > 0:
+        mean = tl.load(here + 3 * field, mask=inside, other=0.0)
+        if MEAN == 2:
+            count = tl.load(here + 4 * field, mask=inside, other=0.0)
+            mean += tl.where(count == 0.0, 0.0, count * below) + tl.where(known, distance, 0.0)
+        mean = mean / vocab_size
+        if MEAN == 2:
+            mean -= log_sum
+        tl.store(out + 5 * field, tl.where(ignored, 0.0, mean), mask=inside)
 
 
 def finish_triton(statistics: Tensor, label_logits: Tensor, labels: Tensor, shard: Shard) -> tuple[Tensor, ...]:
     """As `finish_torch`."""
-    tokens = statistics.shape[2]
-    out = statistics.new_empty(5, tokens)
+    _, fields, tokens = statistics.shape
+    out = statistics.new_empty(5 if fields == 3 else 6, tokens)
     _finish_kernel[(triton.cdiv(tokens, 128),)](
         statistics.contiguous(), label_logits, labels.contiguous(), out, tokens, shard.vocab_size, shard.ignore_index,
-        TOKENS=128,
+        MEAN=fields - 3, TOKENS=128,
     )  # fmt: skip
     return tuple(out.unbind(0))
 
@@ -188,18 +212,23 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     ENTROPY: tl.constexpr, CAPPED: tl.constexpr, COUNT: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of products, written as `COUNT` pieces; `vectors` are the rows of `gradient_vectors`."""
+    """The gradient of products, written as `COUNT` pieces; `vectors` are the rows of `gradient_vectors`.
+
+    A token that is not live (see `live_tokens`) gets zeros, whatever its logits are.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offsets = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row_inside = rows < tokens
     inside = row_inside[:, None] & (offsets < columns)[None, :]
     vector = vectors + rows
+    field = tl.cast(tokens, tl.int64)
     top = tl.load(vector, mask=row_inside, other=0.0)[:, None]
-    log_sum = tl.load(vector + tokens, mask=row_inside, other=0.0)[:, None]
-    inverse_temperature = tl.load(vector + 2 * tokens, mask=row_inside, other=0.0)[:, None]
-    of_all = tl.load(vector + 3 * tokens, mask=row_inside, other=0.0)[:, None]
-    at_label = tl.load(vector + 4 * tokens, mask=row_inside, other=0.0)[:, None]
-    constant = tl.load(vector + 5 * tokens, mask=row_inside, other=0.0)[:, None]
+    log_sum = tl.load(vector + field, mask=row_inside, other=0.0)[:, None]
+    inverse_temperature = tl.load(vector + 2 * field, mask=row_inside, other=0.0)[:, None]
+    of_all = tl.load(vector + 3 * field, mask=row_inside, other=0.0)[:, None]
+    at_label = tl.load(vector + 4 * field, mask=row_inside, other=0.0)[:, None]
+    constant = tl.load(vector + 5 * field, mask=row_inside, other=0.0)[:, None]
+    live = (of_all != 0.0) | (at_label != 0.0) | (constant != 0.0)
     label = tl.load(labels + rows, mask=row_inside, other=-1)[:, None]
 
     x = tl.load(raw + rows.to(tl.int64)[:, None] * raw_stride + offsets[None, :], mask=inside, other=0.0)
@@ -210,15 +239,16 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     log_p = (z - top) - log_sum
     slope = of_all
     if ENTROPY:
-        of_entropy = tl.load(vector + 6 * tokens, mask=row_inside, other=0.0)[:, None]
-        entropy = tl.load(vector + 7 * tokens, mask=row_inside, other=0.0)[:, None]
+        of_entropy = tl.load(vector + 6 * field, mask=row_inside, other=0.0)[:, None]
+        entropy = tl.load(vector + 7 * field, mask=row_inside, other=0.0)[:, None]
+        live = live | (of_entropy != 0.0)
         slope = slope + of_entropy * (log_p + entropy)
     grad = constant - tl.exp(log_p) * slope
     if ENTROPY:
         # p log p is 0 where p is; the difference to at_label is what its entropy term adds.
         grad = tl.where(log_p == float("-inf"), constant, grad)
     grad = tl.where((first + offsets)[None, :] == label, at_label, grad)
-    grad = tl.where((first + offsets < valid_columns)[None, :], grad * inverse_temperature, 0.0)
+    grad = grad * inverse_temperature
     if CAPPED:
         # 1 - tanh^2, without the cancellation.
         e = tl.exp(-2.0 * tl.abs(x * scale / cap))
@@ -226,10 +256,11 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     grad = grad * scale
     if SCALED:
         grad = grad * tl.load(split_scale)
+    grad = tl.where((first + offsets < valid_columns)[None, :] & live, grad, 0.0)
     out = pieces + rows.to(tl.int64)[:, None] * pieces_stride + offsets[None, :]
     for index in tl.static_range(COUNT):
         part = grad.to(pieces.dtype.element_ty)
-        tl.store(out + index * piece_stride, part, mask=inside)
+        tl.store(out + index * tl.cast(piece_stride, tl.int64), part, mask=inside)
         wide = part.to(tl.float32)
         grad = tl.where(wide - wide == 0.0, grad - wide, 0.0)
 
@@ -275,12 +306,14 @@ def _exponentials_gradient_kernel(  # type: ignore[no-untyped-def]
     row_inside = rows < tokens
     inside = row_inside[:, None] & (offsets < columns)[None, :]
     vector = vectors + rows
+    field = tl.cast(vectors_stride, tl.int64)
     top = tl.load(vector, mask=row_inside, other=0.0)
-    log_sum = tl.load(vector + vectors_stride, mask=row_inside, other=0.0)
-    heat = tl.load(vector + 2 * vectors_stride, mask=row_inside, other=0.0)
-    of_all = tl.load(vector + 3 * vectors_stride, mask=row_inside, other=0.0)
-    at_label = tl.load(vector + 4 * vectors_stride, mask=row_inside, other=0.0)
-    constant = tl.load(vector + 5 * vectors_stride, mask=row_inside, other=0.0)
+    log_sum = tl.load(vector + field, mask=row_inside, other=0.0)
+    heat = tl.load(vector + 2 * field, mask=row_inside, other=0.0)
+    of_all = tl.load(vector + 3 * field, mask=row_inside, other=0.0)
+    at_label = tl.load(vector + 4 * field, mask=row_inside, other=0.0)
+    constant = tl.load(vector + 5 * field, mask=row_inside, other=0.0)
+    live = (of_all != 0.0) | (at_label != 0.0) | (constant != 0.0)
     label = tl.load(labels + rows, mask=row_inside, other=-1)
     block_top = tl.load(tops + tl.cast(block, tl.int64) * tops_stride + rows, mask=row_inside, other=0.0)
     slope = tl.exp(block_top - top - log_sum) * of_all * (heat * scale)
@@ -288,7 +321,7 @@ def _exponentials_gradient_kernel(  # type: ignore[no-untyped-def]
     e = tl.load(exponentials + pointers, mask=inside, other=0.0).to(tl.float32)
     grad = (constant * (heat * scale))[:, None] - e * slope[:, None]
     grad = tl.where(offsets[None, :] == label[:, None], (at_label * (heat * scale))[:, None], grad)
-    grad = tl.where((offsets < valid_columns)[None, :], grad, 0.0)
+    grad = tl.where((offsets < valid_columns)[None, :] & live[:, None], grad, 0.0)
     tl.store(out + pointers, grad.to(out.dtype.element_ty), mask=inside)
 
 

@@ -2,7 +2,7 @@
 
 With log p and logsumexp of `linear_logprobs`, epsilon the label smoothing, and K the size of the vocabulary:
 
-    loss = -(1 - epsilon) log p[label] + epsilon (logsumexp - mean logit) + z_loss * logsumexp^2
+    loss = -(1 - epsilon) log p[label] - epsilon (mean of log p over the vocabulary) + z_loss * logsumexp^2
 
 The smoothing is that of `torch.nn.functional.cross_entropy`: the label's target is 1 - epsilon + epsilon / K.
 Megatron's `vocab_parallel_cross_entropy` spreads epsilon over the other K - 1: pass epsilon K / (K - 1) for that.
@@ -12,13 +12,17 @@ The z-loss is that of PaLM (arXiv 2204.02311, section 5).
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fp32.config import GradPrecision
-from megatron_fp32.ops.logprobs.autograd import Backward, linear_logprobs
+from megatron_fp32.ops.first_order import first_order_only
+from megatron_fp32.ops.logprobs.autograd import apply_head
+from megatron_fp32.ops.logprobs.options import Backward, HeadOptions, head_options, inverse_temperature
+from megatron_fp32.ops.logprobs.statistics import Mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,28 +38,30 @@ class TokenLoss:
         if not self.z_loss >= 0:
             raise ValueError(f"z_loss must not be negative, got {self.z_loss}")
 
-    def __call__(self, logprobs: Tensor, logsumexp: Tensor, mean_logit: Tensor | None, ignored: Tensor) -> Tensor:
-        """Loss of every token, all arguments [...]; 0 where it is ignored."""
+    @property
+    def mean(self) -> Mean:
+        """What must be averaged over the vocabulary for it."""
+        return "logprob" if self.label_smoothing > 0 else "none"
+
+    def __call__(self, logprobs: Tensor, logsumexp: Tensor, mean_logprob: Tensor | None) -> Tensor:
+        """Loss of every token, all arguments [...]; 0 where they are."""
         loss = -(1 - self.label_smoothing) * logprobs
         if self.label_smoothing > 0:
-            assert mean_logit is not None
-            loss = loss + self.label_smoothing * (logsumexp - mean_logit)
+            assert mean_logprob is not None
+            loss = loss - self.label_smoothing * mean_logprob
         if self.z_loss > 0:
             loss = loss + self.z_loss * logsumexp.square()
-        return torch.where(ignored, 0.0, loss)
+        # Not -0.
+        return loss + 0.0
 
     def gradients(self, weights: Tensor, logsumexp: Tensor) -> dict[str, Tensor | None]:
-        """Of `weights * loss` with respect to the three; `weights` are 0 where the label is ignored."""
-        smooth = self.label_smoothing * weights if self.label_smoothing > 0 else None
-        of_logsumexp = smooth
-        if self.z_loss > 0:
-            z = 2 * self.z_loss * logsumexp * weights
-            of_logsumexp = z if smooth is None else z + smooth
+        """Of `weights * loss` with respect to the three; 0 where the weight is, whatever the logsumexp is."""
+        z = 2 * self.z_loss * logsumexp * weights if self.z_loss > 0 else None
         return {
             "logprob": -(1 - self.label_smoothing) * weights,
             "entropy": None,
-            "logsumexp": of_logsumexp,
-            "mean_logit": None if smooth is None else -smooth,
+            "logsumexp": None if z is None else torch.where(weights == 0, 0.0, z),
+            "mean": -self.label_smoothing * weights if self.label_smoothing > 0 else None,
         }
 
 
@@ -91,7 +97,7 @@ def linear_cross_entropy(
         As `linear_logprobs`; and ValueError for values that these two do not allow.
     """
     loss = TokenLoss(label_smoothing=label_smoothing, z_loss=z_loss)
-    result = linear_logprobs(
+    options = head_options(
         hidden,
         weight,
         labels,
@@ -99,14 +105,37 @@ def linear_cross_entropy(
         sequence_parallel=sequence_parallel,
         reduce_hidden_grad=reduce_hidden_grad,
         vocab_size=vocab_size,
-        temperature=temperature,
         scale=scale,
         softcap=softcap,
         ignore_index=ignore_index,
         grad_precision=grad_precision,
-        backward=backward,
         invariant=invariant,
-        mean_logit=label_smoothing > 0,
         chunk_size=chunk_size,
+        backward=backward,
+        mean=loss.mean,
     )
-    return loss(result.logprobs, result.logsumexp, result.mean_logit, labels == ignore_index)
+    return _eager(hidden, weight, labels, inverse_temperature(temperature, labels, ignore_index), options, loss)
+
+
+@torch.compiler.disable
+def _eager(
+    hidden: Tensor, weight: Tensor, labels: Tensor, heat: Tensor, options: HeadOptions, loss: TokenLoss
+) -> Tensor:
+    logprobs, _, logsumexp, mean, *_ = apply_head(hidden, weight, labels, heat, options)
+    return _LossOfTokens.apply(logprobs, logsumexp, mean, loss)
+
+
+class _LossOfTokens(torch.autograd.Function):
+    """`TokenLoss` with its own gradient: autograd's would multiply a gradient of 0 by a NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, logprobs: Tensor, logsumexp: Tensor, mean: Tensor | None, loss: TokenLoss) -> Tensor:
+        ctx.loss = loss
+        ctx.save_for_backward(logsumexp)
+        return loss(logprobs, logsumexp, mean)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grads = ctx.loss.gradients(upstream, *ctx.saved_tensors)
+        return grads["logprob"], grads["logsumexp"], grads["mean"], None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,10 @@ from megatron_fp32.ops.logits.autograd import PIECES
 from megatron_fp32.ops.logits.fixed_order import check_fixed_order
 from megatron_fp32.ops.logits.gemm import check_operands
 from megatron_fp32.ops.logits.ranks import gather_first_dim
-from megatron_fp32.ops.logprobs.statistics import BLOCK, Shard
+from megatron_fp32.ops.logprobs.statistics import BLOCK, Mean, Shard
+
+Backward = Literal["recompute", "saved"]
+"""Where the backward pass finds the logits: it multiplies again, or they were kept."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,7 @@ class HeadOptions:
     pieces: int
     keep_logits: bool
     chunk_size: int | None
-    with_total: bool
+    mean: Mean
     top_k: int
 
 
@@ -45,9 +49,14 @@ def head_options(
     grad_precision: GradPrecision,
     invariant: bool,
     chunk_size: int | None,
+    backward: Backward = "recompute",
+    mean: Mean = "none",
+    top_k: int = 0,
 ) -> HeadOptions:
     """Check the arguments that the operators of this folder share. Raises what they say."""
     check_grad_precision(grad_precision)
+    if backward not in get_args(Backward):
+        raise ValueError(f"backward must be one of {get_args(Backward)}, got {backward!r}")
     if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             "expected hidden [..., hidden] of 2 or more dimensions and weight [vocab, hidden], "
@@ -79,6 +88,8 @@ def head_options(
             )
     first_column = rank * columns
     total = columns * ranks if vocab_size is None else vocab_size
+    if not 0 <= top_k <= total:
+        raise ValueError(f"top_k must be 0 to {total}, the size of the vocabulary, got {top_k}")
     shard = Shard(
         group=group,
         first_column=first_column,
@@ -94,10 +105,10 @@ def head_options(
         sequence_parallel=sequence_parallel and group is not None,
         reduce_hidden_grad=reduce_hidden_grad and group is not None and not sequence_parallel,
         pieces=PIECES[grad_precision],
-        keep_logits=False,
+        keep_logits=backward == "saved",
         chunk_size=chunk_size,
-        with_total=False,
-        top_k=0,
+        mean=mean,
+        top_k=top_k,
     )
 
 
@@ -110,8 +121,8 @@ def _check_invariant(hidden: Tensor, weight: Tensor, ranks: int) -> None:
         )
 
 
-def inverse_temperature(temperature: float | Tensor, labels: Tensor) -> Tensor:
-    """[tokens] float32, 1 / temperature.
+def inverse_temperature(temperature: float | Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """[tokens] float32, 1 / temperature; 1 for ignored labels, and NaN where one of several is not positive.
 
     Raises:
         ValueError: for a number that is not positive, or a tensor in another shape than the labels' or that requires a
@@ -123,14 +134,27 @@ def inverse_temperature(temperature: float | Tensor, labels: Tensor) -> Tensor:
                 f"expected a temperature without gradient and of the labels' shape {tuple(labels.shape)}, got "
                 f"{tuple(temperature.shape)}, requires_grad={temperature.requires_grad}"
             )
-        return temperature.to(labels.device, torch.float32).reciprocal().reshape(-1).contiguous()
+        each = temperature.to(labels.device, torch.float32)
+        each = torch.where(each > 0, each.reciprocal(), torch.nan)
+        return torch.where(labels == ignore_index, 1.0, each).reshape(-1)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     return torch.full((labels.numel(),), 1 / temperature, dtype=torch.float32, device=labels.device)
 
 
-def whole_hidden(hidden: Tensor, options: HeadOptions) -> Tensor:
-    """[tokens, hidden] of all ranks."""
+def whole_hidden(hidden: Tensor, weight: Tensor, labels: Tensor, options: HeadOptions) -> Tensor:
+    """[tokens, hidden] of all ranks, for labels [tokens].
+
+    Where all tokens share a scale, those whose label is ignored are zeros.
+    """
     if options.sequence_parallel:
         hidden = gather_first_dim(hidden, options.shard.group)
-    return hidden.reshape(-1, hidden.shape[-1])
+    whole = hidden.reshape(-1, hidden.shape[-1])
+    if weight.dtype == torch.float16 and whole.dtype == torch.float32:
+        return rows_where(labels != options.shard.ignore_index, whole)
+    return whole
+
+
+def rows_where(chosen: Tensor, rows: Tensor) -> Tensor:
+    """A copy of `rows` [tokens, ...] with zeros for the tokens that are not `chosen` [tokens], whatever they hold."""
+    return torch.where(chosen[:, None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device))

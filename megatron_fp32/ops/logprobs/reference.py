@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class LogprobsReference(NamedTuple):
-    """Everything about each token, in float64."""
+    """Everything about each token, in float64; 0 for ignored labels, but for the logits."""
 
     logits: Tensor
     """[tokens, vocab]"""
     logprobs: Tensor
-    """[tokens]; 0 for ignored labels."""
+    """[tokens]"""
     entropy: Tensor
     """[tokens], nats"""
     logsumexp: Tensor
@@ -44,10 +44,10 @@ def logprobs_reference(
     logp = logits.log_softmax(1)
     ignored = labels == ignore_index
     picked = logp.gather(1, labels.masked_fill(ignored, 0)[:, None])[:, 0]
-    return LogprobsReference(
-        logits=logits,
-        logprobs=torch.where(ignored, 0.0, picked),
-        entropy=torch.special.entr(logp.exp()).sum(1),
-        logsumexp=logits.logsumexp(1),
-        mean_logit=logits.mean(1),
-    )
+    fields = {
+        "logprobs": picked,
+        "entropy": torch.special.entr(logp.exp()).sum(1),
+        "logsumexp": logits.logsumexp(1),
+        "mean_logit": logits.mean(1),
+    }
+    return LogprobsReference(logits=logits, **{name: torch.where(ignored, 0.0, x) for name, x in fields.items()})

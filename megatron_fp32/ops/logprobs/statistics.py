@@ -1,16 +1,21 @@
 """What a softmax needs of its logits, block by block, and how blocks and ranks are put together.
 
 Per token and block of `BLOCK` columns: the maximum m and the sums of e = exp(z - m) and of e * (z - m), all three
-without the label; and, on request, the sum of z, with it. Such statistics of two blocks combine into those of their
-union, so the same function serves for the blocks of a shard and for the shards of all ranks. Leaving the label out
-keeps what a confident model is about: 1 - p is a sum of small numbers and log p its log1p; taken from p = 0.9999, both
-would have lost their digits.
+without the label. Such statistics of two blocks combine into those of their union, so the same function serves for the
+blocks of a shard and for the shards of all ranks. Leaving the label out keeps what a confident model is about: 1 - p is
+a sum of small numbers and log p its log1p; taken from p = 0.9999, both would have lost their digits.
+
+On request there is more, for a mean over the vocabulary (`Mean`): of the logits, the sum of z, with the label; of the
+log-probs, the sum of z - m and the number of its terms, without the label. The mean log-prob must not be taken from
+the mean logit: far from zero, its difference to the logsumexp would have lost its digits.
+
+A NaN among a token's logits makes these sums NaN, whatever the maximum is, and with them all results of the token.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +27,12 @@ from megatron_fp32.ops.logits.ranks import gather_first_dim
 
 BLOCK = 128
 """Columns of one block. Only 128 divides every shard of every vocabulary under Megatron's padding."""
+
+Mean = Literal["none", "logit", "logprob"]
+"""What is averaged over the vocabulary: nothing, the logits, or the log-probs."""
+
+FIELDS: dict[Mean, int] = {"none": 3, "logit": 4, "logprob": 5}
+"""How many statistics each block has."""
 
 _LANES = 64
 
@@ -58,6 +69,10 @@ class Shard:
         if self.softcap is None:
             return raw * (heat * self.scale)
         return self.softcap * torch.tanh(raw * self.scale / self.softcap) * heat
+
+    def knows(self, labels: Tensor) -> Tensor:
+        """[tokens] bool: whether each label is a token of the vocabulary."""
+        return (labels >= 0) & (labels < self.vocab_size) & (labels != self.ignore_index)
 
     def local_labels(self, labels: Tensor) -> Tensor:
         """[tokens] int32: the column of each label, or -1 where it is not among the valid ones of this shard."""
@@ -97,17 +112,17 @@ class TokenStatistics(NamedTuple):
     """Of each token, over the whole vocabulary: [tokens] float32 each."""
 
     top: Tensor
-    """The largest logit."""
+    """The largest logit. This and all other fields are 0 for an ignored label."""
     log_sum: Tensor
     """log of the sum of exp(z - top)."""
     logprob: Tensor
-    """0 for an ignored label, NaN for one outside of the vocabulary."""
+    """log p of the label; NaN for a label outside of the vocabulary."""
     rest: Tensor
-    """1 - p of the label; 1 for a label that is ignored."""
+    """1 - p of the label; NaN for a label outside of the vocabulary."""
     entropy: Tensor
     """In nats."""
-    total: Tensor | None
-    """Sum of the logits, where asked for."""
+    mean: Tensor | None
+    """Mean over the vocabulary of what `Mean` says."""
 
     @property
     def logsumexp(self) -> Tensor:
@@ -130,7 +145,7 @@ def block_statistics(
     inverse_temperature: Tensor,
     shard: Shard,
     *,
-    with_total: bool,
+    mean: Mean,
     keep: KeptLogits | None,
 ) -> tuple[Tensor, Tensor]:
     """Multiply, and take the statistics of every block of this shard.
@@ -141,15 +156,14 @@ def block_statistics(
         labels: [tokens] int32, from `Shard.local_labels`.
         inverse_temperature: [tokens] float32.
         shard: this rank's part.
-        with_total: take the sum of the logits, too.
+        mean: take what this mean needs, too.
         keep: room for the logits; None to forget them.
 
     Returns:
-        The statistics, [blocks, 3 or 4, tokens] float32, and the labels' logits, [tokens] float32, 0 for other shards'.
+        The statistics, [blocks, fields, tokens] float32, and the labels' logits, [tokens] float32, 0 for other shards'.
     """
     tokens, columns = hidden.shape[0], weight.shape[0]
-    fields = 4 if with_total else 3
-    statistics = torch.empty(-(-columns // BLOCK), fields, tokens, dtype=torch.float32, device=hidden.device)
+    statistics = torch.empty(-(-columns // BLOCK), FIELDS[mean], tokens, dtype=torch.float32, device=hidden.device)
     label_logits = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
     fixed = why_not_fixed_order(hidden, weight) is None
     if fixed and hidden.is_cuda:
@@ -208,11 +222,16 @@ def statistics_torch(
         top = others.amax(1)
         distance = others - torch.where(top.isneginf(), 0.0, top)[:, None]
         e = distance.exp()
+        valid = torch.arange(BLOCK, device=raw.device) < width
         statistics[index, 0] = top
         statistics[index, 1] = _tree_sum(e)
         statistics[index, 2] = _tree_sum(torch.where(e == 0, 0.0, e * distance))
-        if statistics.shape[1] == 4:
-            statistics[index, 3] = _tree_sum(torch.where(z.isneginf(), 0.0, z))
+        if statistics.shape[1] == FIELDS["logit"]:
+            statistics[index, 3] = _tree_sum(torch.where(valid, z, 0.0))
+        if statistics.shape[1] == FIELDS["logprob"]:
+            rivals = valid & ~is_label
+            statistics[index, 3] = _tree_sum(torch.where(rivals, distance, 0.0))
+            statistics[index, 4] = rivals.sum(1)
         label_logits += torch.where(is_label, z, 0.0).sum(1)
 
 
@@ -225,7 +244,7 @@ def _tree_sum(x: Tensor) -> Tensor:
 
 
 def combine(statistics: Tensor) -> Tensor:
-    """[1, 3 or 4, tokens] of [blocks, 3 or 4, tokens].
+    """[1, fields, tokens] of [blocks, fields, tokens].
 
     Block b is added in lane b mod `_LANES`: blocks of padding at the end, which are zeros, change no bit of it.
     """
@@ -247,14 +266,19 @@ def combine_torch(statistics: Tensor) -> Tensor:
         lanes[: len(group), 0] += group[:, 1] * factor
         weighted = (group[:, 2] + group[:, 1] * distance) * factor
         lanes[: len(group), 1] += torch.where(factor == 0, 0.0, weighted)
-        lanes[: len(group), 2:] += group[:, 3:]
+        if statistics.shape[1] == FIELDS["logit"]:
+            lanes[: len(group), 2] += group[:, 3]
+        if statistics.shape[1] == FIELDS["logprob"]:
+            # From each block's maximum to that of all.
+            lanes[: len(group), 2] += group[:, 3] + torch.where(group[:, 4] == 0, 0.0, group[:, 4] * distance)
+            lanes[: len(group), 3] += group[:, 4]
     while len(lanes) > 1:
         lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
     return torch.cat([top[None, None], lanes], 1)
 
 
 def over_ranks(statistics: Tensor, label_logits: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
-    """Statistics of the whole vocabulary, [1, 3 or 4, tokens], and the labels' logits, from this shard's blocks."""
+    """Statistics of the whole vocabulary, [1, fields, tokens], and the labels' logits, from this shard's blocks."""
     if not shard.invariant or shard.group is None:
         statistics = combine(statistics)
     if shard.group is None:
@@ -267,7 +291,7 @@ def over_ranks(statistics: Tensor, label_logits: Tensor, shard: Shard) -> tuple[
 
 
 def finish(statistics: Tensor, label_logits: Tensor, labels: Tensor, shard: Shard) -> TokenStatistics:
-    """What the tokens are asked for, from statistics [1, 3 or 4, tokens] of the whole vocabulary.
+    """What the tokens are asked for, from statistics [1, fields, tokens] of the whole vocabulary.
 
     Args:
         statistics: from `over_ranks`.
@@ -279,18 +303,17 @@ def finish(statistics: Tensor, label_logits: Tensor, labels: Tensor, shard: Shar
         from megatron_fp32.ops.logprobs.kernels import finish_triton
 
         with torch.cuda.device(statistics.device):
-            top, log_sum, logprob, rest, entropy = finish_triton(statistics, label_logits, labels, shard)
+            fields = finish_triton(statistics, label_logits, labels, shard)
     else:
-        top, log_sum, logprob, rest, entropy = finish_torch(statistics, label_logits, labels, shard)
-    total = statistics[0, 3] if statistics.shape[1] == 4 else None
-    return TokenStatistics(top=top, log_sum=log_sum, logprob=logprob, rest=rest, entropy=entropy, total=total)
+        fields = finish_torch(statistics, label_logits, labels, shard)
+    return TokenStatistics(*fields, *([] if len(fields) == 6 else [None]))
 
 
 def finish_torch(statistics: Tensor, label_logits: Tensor, labels: Tensor, shard: Shard) -> tuple[Tensor, ...]:
-    """The definition of `finish`: the first five fields."""
+    """The definition of `finish`: five fields, or six with a mean."""
     rival, others, weighted = statistics[0, :3]
     ignored = labels == shard.ignore_index
-    known = (labels >= 0) & (labels < shard.vocab_size) & ~ignored
+    known = shard.knows(labels)
     label = torch.where(known, label_logits, -torch.inf)
     # From the largest of the others to the largest of all.
     top = rival.maximum(label)
@@ -302,7 +325,14 @@ def finish_torch(statistics: Tensor, label_logits: Tensor, labels: Tensor, shard
     own = distance.exp()
     log_sum = torch.where(distance == 0, others.log1p(), (others + own).log())
     total = others + own
-    wrong = torch.zeros_like(top).masked_fill(~(known | ignored), torch.nan)
-    logprob = torch.where(known, distance - log_sum, wrong)
-    entropy = log_sum - (weighted + torch.where(known, own * distance, 0.0)) / total
-    return top, log_sum, logprob, others / total + wrong, entropy
+    logprob = torch.where(known, distance - log_sum, torch.nan)
+    rest = torch.where(known, others / total, torch.nan)
+    entropy = log_sum - (weighted + torch.where(own == 0, 0.0, own * distance)) / total
+    fields = [top, log_sum, logprob, rest, entropy]
+    if statistics.shape[1] == FIELDS["logit"]:
+        fields.append(statistics[0, 3] / shard.vocab_size)
+    if statistics.shape[1] == FIELDS["logprob"]:
+        distances, count = statistics[0, 3:]
+        distances = distances + torch.where(count == 0, 0.0, count * below)
+        fields.append((distances + torch.where(known, distance, 0.0)) / shard.vocab_size - log_sum)
+    return tuple(torch.where(ignored, 0.0, field) for field in fields)

@@ -9,6 +9,7 @@ from megatron_fp32.ops.logits.fixed_order import ROWS, why_not_fixed_order
 from megatron_fp32.ops.logprobs import workspace
 from megatron_fp32.ops.logprobs.statistics import (
     KeptLogits,
+    Mean,
     Shard,
     TokenStatistics,
     block_statistics,
@@ -24,7 +25,7 @@ def token_statistics(
     inverse_temperature: Tensor,
     shard: Shard,
     *,
-    with_total: bool,
+    mean: Mean,
     keep: KeptLogits | None = None,
     chunk_size: int | None = None,
 ) -> TokenStatistics:
@@ -36,7 +37,7 @@ def token_statistics(
         labels: [tokens], indices into the whole vocabulary.
         inverse_temperature: [tokens] float32.
         shard: this rank's part.
-        with_total: take the sum of the logits, too.
+        mean: what to average over the vocabulary, too.
         keep: room for the logits of all of them.
         chunk_size: tokens at a time.
     """
@@ -57,9 +58,7 @@ def token_statistics(
         kept = None if keep is None else keep.rows(rows)
         if kept is not None and count < len(x):
             kept = KeptLogits.allocate(len(x), weight, with_tops=kept.tops is not None)
-        statistics, label_logits = block_statistics(
-            x, weight, shard.local_labels(y), heat, shard, with_total=with_total, keep=kept
-        )
+        statistics, label_logits = block_statistics(x, weight, shard.local_labels(y), heat, shard, mean=mean, keep=kept)
         if keep is not None and kept is not None and count < len(x):
             keep.values[rows] = kept.values[:count]
             if keep.tops is not None and kept.tops is not None:
@@ -68,7 +67,7 @@ def token_statistics(
         parts.append(TokenStatistics(*(None if field is None else field[:count] for field in done)))  # type: ignore[arg-type]
     if not parts:
         empty = inverse_temperature.new_empty(0)
-        return TokenStatistics(empty, empty, empty, empty, empty, empty if with_total else None)
+        return TokenStatistics(empty, empty, empty, empty, empty, None if mean == "none" else empty)
     return join(parts)
 
 

@@ -14,12 +14,15 @@ from megatron_fp32.ops.logprobs.statistics import BLOCK, KeptLogits, Shard, Toke
 
 
 def top_k_of(
-    kept: KeptLogits, inverse_temperature: Tensor, statistics: TokenStatistics, shard: Shard, k: int
+    kept: KeptLogits, labels: Tensor, inverse_temperature: Tensor, statistics: TokenStatistics, shard: Shard, k: int
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [tokens, k] float32, largest first, and indices [tokens, k] int64 into the whole vocabulary.
 
+    Zeros and -1 for a token whose label is ignored.
+
     Args:
         kept: the products of the tokens, with `tops`.
+        labels: [tokens], indices into the whole vocabulary.
         inverse_temperature: [tokens] float32.
         statistics: of the tokens.
         shard: this rank's part.
@@ -46,4 +49,6 @@ def top_k_of(
         )
         values, places = values.sort(dim=1, descending=True, stable=True)
         values, indices = values[:, :k], indices.gather(1, places[:, :k])
-    return (values - statistics.top[:, None]) - statistics.log_sum[:, None], indices
+    values = (values - statistics.top[:, None]) - statistics.log_sum[:, None]
+    ignored = (labels == shard.ignore_index)[:, None]
+    return values.masked_fill(ignored, 0.0), indices.masked_fill(ignored, -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,20 +9,31 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_fp32.config import GradPrecision
+from megatron_fp32.ops.first_order import first_order_only
 from megatron_fp32.ops.logits.fixed_order import why_not_fixed_order
 from megatron_fp32.ops.logits.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
 from megatron_fp32.ops.logits.products import ChunkedHiddenSum, WeightGrad, accumulate_gradients
 from megatron_fp32.ops.logits.ranks import HiddenGrad
 from megatron_fp32.ops.logits.split import Pieces
 from megatron_fp32.ops.logprobs import workspace
-from megatron_fp32.ops.logprobs.accumulate import FloatWeightGrad, LogitsGradient, room_for_hidden_grad
-from megatron_fp32.ops.logprobs.gradient import exponentials_gradient, gradient_bounds, gradient_vectors
+from megatron_fp32.ops.logprobs.accumulate import (
+    FloatWeightGrad,
+    LogitsGradient,
+    finished_hidden_grad,
+    room_for_hidden_grad,
+)
+from megatron_fp32.ops.logprobs.gradient import exponentials_gradient, gradient_bounds, gradient_vectors, live_tokens
 from megatron_fp32.ops.logprobs.loss import TokenLoss
-from megatron_fp32.ops.logprobs.options import HeadOptions, head_options, inverse_temperature, whole_hidden
-from megatron_fp32.ops.logprobs.statistics import KeptLogits, TokenStatistics
+from megatron_fp32.ops.logprobs.options import (
+    HeadOptions,
+    head_options,
+    inverse_temperature,
+    rows_where,
+    whole_hidden,
+)
+from megatron_fp32.ops.logprobs.statistics import KeptLogits
 from megatron_fp32.ops.logprobs.tokens import token_statistics
 
 
@@ -33,7 +43,7 @@ class WeightedLoss(NamedTuple):
     total: Tensor
     """[] float32: the sum of loss * weight, to call backward on."""
     losses: Tensor
-    """Loss of every token, in the shape of the labels, without a gradient."""
+    """Loss of every token, in the shape of the labels, without a gradient; 0 where its weight is."""
 
 
 def weighted_cross_entropy(
@@ -63,18 +73,21 @@ def weighted_cross_entropy(
     mask over a number of tokens, say) can have the gradients while a chunk of logits is still there. dW goes into
     `weight.main_grad` at once, where there is one, and dX is rounded. Nothing can scale them later without losing bits,
     so the gradient that `total` will receive must be known, too: it is `grad_scale`, and a backward pass with another
-    one fails.
+    one fails. A relative difference of 2^-20 passes, because a caller may divide twice where `grad_scale` is a product.
+
+    A token with a weight of 0 is one whose label is ignored.
 
     Arguments are those of `linear_cross_entropy`, and:
 
     Args:
-        loss_weights: [...], the shape of the labels; receives no gradient.
+        loss_weights: [...], the shape of the labels; they receive no gradient.
         grad_scale: the gradient that `total` will receive: what the caller multiplies it with afterwards.
 
     Raises:
         As `linear_cross_entropy`; and ValueError for `loss_weights` of another shape, or that require a gradient.
-        RuntimeError in the backward pass, when the gradient is not `grad_scale` (on CUDA as a device-side assertion),
-        or when it is run twice with a `main_grad`; in the forward pass, when saved-tensor hooks may run it twice then.
+        RuntimeError in the backward pass, when the gradient is not `grad_scale` (on CUDA at the end of the whole
+        backward pass, so that the host does not wait; while a CUDA graph is captured, as a device-side assertion), or
+        when it is run twice with a `main_grad`; in the forward pass, when saved-tensor hooks may run it twice then.
     """
     loss = TokenLoss(label_smoothing=label_smoothing, z_loss=z_loss)
     options = head_options(
@@ -91,17 +104,19 @@ def weighted_cross_entropy(
         grad_precision=grad_precision,
         invariant=invariant,
         chunk_size=chunk_size,
+        mean=loss.mean,
     )
     if loss_weights.shape != labels.shape or loss_weights.requires_grad:
         raise ValueError(
             f"expected loss_weights without gradient and of the labels' shape {tuple(labels.shape)}, got "
             f"{tuple(loss_weights.shape)}, requires_grad={loss_weights.requires_grad}"
         )
-    heat = inverse_temperature(temperature, labels)
+    # A masked token is an ignored one from here on.
+    labels = torch.where(loss_weights.to(labels.device) == 0, ignore_index, labels)
+    heat = inverse_temperature(temperature, labels, ignore_index)
     if not isinstance(grad_scale, Tensor):
         # A tensor made from a number on the host would make the host wait.
         grad_scale = torch.full((), grad_scale, dtype=torch.float32, device=hidden.device)
-    options = dataclasses.replace(options, with_total=label_smoothing > 0)
     return WeightedLoss(*_eager(hidden, weight, labels, loss_weights, heat, grad_scale.float(), options, loss))
 
 
@@ -144,7 +159,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 "weighted_cross_entropy adds dW to main_grad in its forward pass, which saved-tensor hooks may run "
                 "twice (torch.utils.checkpoint with use_reentrant=False does). Use linear_cross_entropy there"
             )
-        step = _GradientInForward(hidden, weight, options, needs=needs)
+        step = _GradientInForward(hidden, weight, flat, options, needs=needs)
         result = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
         losses = result.view(-1)
         for tokens in step.chunks:
@@ -155,15 +170,17 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 flat[tokens],
                 heat[tokens],
                 options.shard,
-                with_total=options.with_total,
+                mean=options.mean,
                 keep=kept,
                 chunk_size=options.chunk_size,
             )
-            losses[tokens] = _loss_of(statistics, loss, ignored[tokens], options.shard.vocab_size)
+            losses[tokens] = loss(statistics.logprob, statistics.logsumexp, statistics.mean)
             if kept is None:
                 continue
             upstream = loss.gradients(weights[tokens] * grad_scale, statistics.logsumexp)
-            vectors = gradient_vectors(statistics, heat[tokens], options.shard, **upstream)
+            vectors = gradient_vectors(
+                statistics, heat[tokens], options.shard, flat[tokens], mean_of=options.mean, **upstream
+            )
             step.accumulate(tokens, kept, vectors, flat[tokens])
         ctx.weight_owner, ctx.target = weight, step.target if ctx.in_main_grad else None
         ctx.handed_out = False
@@ -173,7 +190,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         return (losses * weights).sum(), result
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_scale = ctx.saved_tensors
         if ctx.in_main_grad and ctx.handed_out:
@@ -181,19 +198,43 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 "weighted_cross_entropy has added dW to main_grad in its forward pass: a second backward pass would "
                 "need a second dW. Use linear_cross_entropy"
             )
-        torch._assert_async(
-            upstream == grad_scale,
-            "weighted_cross_entropy has computed its gradients for grad_scale; its total receives another gradient",
-        )
+        _check_upstream(upstream, grad_scale)
         if ctx.in_main_grad:
             ctx.handed_out = True
             grad_weight = weight_grad_for_autograd(ctx.weight_owner, ctx.target)
         return grad_hidden, grad_weight, *([None] * 7)
 
 
-def _loss_of(statistics: TokenStatistics, loss: TokenLoss, ignored: Tensor, vocab_size: int) -> Tensor:
-    mean = None if statistics.total is None else statistics.total / vocab_size
-    return loss(statistics.logprob, statistics.logsumexp, mean, ignored)
+def _check_upstream(upstream: Tensor, grad_scale: Tensor) -> None:
+    """Raise RuntimeError unless the gradient of the total is the one that its gradients were computed for."""
+    as_said = (upstream - grad_scale).abs() <= 2.0**-20 * grad_scale.abs()
+    if not upstream.is_cuda:
+        _raise_unless(as_said, upstream, grad_scale)
+    elif torch.cuda.is_current_stream_capturing():
+        torch._assert_async(as_said, _OTHER_GRADIENT.format("another", "grad_scale"))
+    else:
+        answer = torch.empty(3, dtype=torch.float32, pin_memory=True)
+        answer.copy_(torch.stack([as_said.float(), upstream.float(), grad_scale]), non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def check() -> None:
+            copied.synchronize()
+            _raise_unless(*answer)
+
+        # By then the host has launched the rest of the backward pass, so the device does not run out of work.
+        torch.autograd.Variable._execution_engine.queue_callback(check)
+
+
+def _raise_unless(as_said: Tensor, upstream: Tensor, grad_scale: Tensor) -> None:
+    if not as_said:
+        raise RuntimeError(_OTHER_GRADIENT.format(upstream.item(), grad_scale.item()))
+
+
+_OTHER_GRADIENT = (
+    "weighted_cross_entropy computed its gradients in the forward pass for grad_scale; its total received the gradient "
+    "{}, and grad_scale was {}. Pass the gradient that total will receive as grad_scale"
+)
 
 
 def _can_keep_exponentials(hidden: Tensor, weight: Tensor, options: HeadOptions) -> bool:
@@ -209,10 +250,13 @@ def _columns_of(dy: Tensor) -> Callable[[slice], Pieces]:
 class _GradientInForward:
     """Chunks of tokens whose logits are kept until their gradients are computed."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, options: HeadOptions, *, needs: tuple[bool, bool]) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, options: HeadOptions, *, needs: tuple[bool, bool]
+    ) -> None:
         self._weight, self._options = weight, options
-        self._shape, self._dtype = hidden.shape, hidden.dtype
-        self.hidden = whole_hidden(hidden, options)
+        self._like = hidden
+        self.hidden = whole_hidden(hidden, weight, labels, options)
+        self._live = torch.zeros(len(self.hidden), dtype=torch.bool, device=hidden.device)
         tokens, device = len(self.hidden), hidden.device
         wanted = any(needs)
         exponentials = _can_keep_exponentials(self.hidden, weight, options)
@@ -241,6 +285,7 @@ class _GradientInForward:
     def accumulate(self, tokens: slice, kept: KeptLogits, vectors: Tensor, labels: Tensor) -> None:
         shard = self._options.shard
         local = shard.local_labels(labels)
+        self._live[tokens] = live_tokens(vectors)
         weight_grad = self._sums.part(first=tokens is self.chunks[0])
         if kept.tops is None:
             grad = LogitsGradient(
@@ -275,7 +320,7 @@ class _GradientInForward:
         elif with_dx and self._dx is not None:
             dx = self._dx[tokens]
             dx = dx if dx.dtype == torch.float32 else torch.empty_like(dx, dtype=torch.float32)
-            hidden_sum = ChunkedHiddenSum(dx)
+            hidden_sum = ChunkedHiddenSum(dx, valid=self._options.shard.valid_columns)
         if hidden_sum is None and weight_grad is None:
             return
         accumulate_gradients(
@@ -284,7 +329,7 @@ class _GradientInForward:
             pieces=self._options.pieces,
             chunk=columns,
             hidden_sum=hidden_sum,
-            hidden=lambda: self.hidden[tokens],
+            hidden=lambda: rows_where(self._live[tokens], self.hidden[tokens]),
             weight_grad=weight_grad,
             hidden_grad_done=lambda: None,
         )
@@ -298,5 +343,7 @@ class _GradientInForward:
         self._sums.finish()
         if self._reduction is not None:
             self._reduction.start()
-            return self._reduction.finish().view(self._shape).to(self._dtype)
-        return None if self._dx is None else self._dx.view(self._shape)
+            return finished_hidden_grad(self._reduction, self._live, self._like, self._options)
+        if self._dx is None:
+            return None
+        return self._dx.masked_fill_(~self._live[:, None], 0.0).view(self._like.shape)

@@ -1,0 +1,114 @@
+"""On CUDA: what NaN logits, masked tokens, impossible labels and temperatures touch; large offsets; a wrong scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from megatron_fp32.ops.logits.split import split_torch
+from megatron_fp32.ops.logprobs import linear_cross_entropy, weighted_cross_entropy
+from tests.ops.hostile_tokens import CHECKS, Head, heads
+from tests.ops.logprobs_cases import VOCAB, case, with_main_grad
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("head", heads("cuda"), ids=str)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_what_a_hostile_token_touches(check: Callable[[Head], None], head: Head) -> None:
+    check(head)
+
+
+def test_pieces_beyond_two_to_the_31st_element() -> None:
+    """fp32 hidden states of 131072 tokens with a hidden size of 8192: the third piece begins at element 2^31."""
+    from megatron_fp32.ops.logits.split_triton import split_triton
+
+    x = torch.randn(131072, 8192, device="cuda")
+    parts = split_triton(x, 3, torch.bfloat16, None)
+    for rows in (slice(0, 64), slice(65536, 65600), slice(131008, 131072)):
+        assert all(
+            torch.equal(a[rows], b) for a, b in zip(parts, split_torch(x[rows], 3, torch.bfloat16, None), strict=True)
+        )
+
+
+@pytest.mark.parametrize("level", [1e4, -1e4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_smoothing_far_from_zero(dtype: torch.dtype, level: float) -> None:
+    torch.manual_seed(0)
+    hidden = torch.cat([torch.full((20, 1), level), torch.randint(-8, 9, (20, 15)).float()], 1).to("cuda", dtype)
+    weight = torch.cat([torch.ones(300, 1), torch.randint(-8, 9, (300, 15)) / 32], 1).to("cuda", dtype)
+    labels = torch.randint(300, (20,), device="cuda")
+    z = hidden.double() @ weight.double().t()
+    exact = torch.nn.functional.cross_entropy(z, labels, reduction="none", label_smoothing=0.1)
+    torchs = torch.nn.functional.cross_entropy(z.float(), labels, reduction="none", label_smoothing=0.1)
+    bound = max(2e-6, 2 * ((torchs - exact) / exact).abs().max().item())
+    losses = linear_cross_entropy(hidden, weight, labels, label_smoothing=0.1)
+    assert ((losses - exact) / exact).abs().max() < bound
+
+
+class TestGradScale:
+    def test_another_gradient_does_not_cost_the_context(self) -> None:
+        c = case(device="cuda")
+        for _ in range(2):
+            out = weighted_cross_entropy(
+                c.hidden, with_main_grad(c.weight), c.labels, torch.ones(len(c.labels), device="cuda"), vocab_size=VOCAB
+            )
+            with pytest.raises(RuntimeError, match=r"received the gradient 2\.0, and grad_scale was 1\.0"):
+                (out.total * 2).backward()
+        torch.cuda.synchronize()
+        (out.total.detach() * 2).item()
+
+    def test_a_scale_that_was_divided_twice(self) -> None:
+        c = case(device="cuda")
+        for a, b in ((3, 7), (49, 11), (41, 47)):
+            out = weighted_cross_entropy(
+                c.hidden, c.weight, c.labels, torch.ones(len(c.labels), device="cuda"), vocab_size=VOCAB,
+                grad_scale=1 / (a * b),
+            )  # fmt: skip
+            (out.total / a / b).backward()
+        torch.cuda.synchronize()
+
+    def test_the_host_does_not_wait_for_the_device(self) -> None:
+        """A device that is busy when the backward pass begins is still busy when the host has launched all of it."""
+        c = case(device="cuda")
+        order: list[bool] = []
+
+        def launched(_: torch.Tensor) -> None:
+            order.append(busy.query())
+
+        for _ in range(2):  # the first compiles
+            order.clear()
+            out = weighted_cross_entropy(
+                c.hidden, c.weight, c.labels, torch.ones(len(c.labels), device="cuda"), vocab_size=VOCAB
+            )
+            busy = torch.cuda.Event()
+            torch.cuda._sleep(200_000_000)
+            busy.record()
+            handle = c.hidden.register_hook(launched)
+            out.total.backward()
+            handle.remove()
+        assert order == [False]
+
+    def test_in_a_cuda_graph(self) -> None:
+        c = case(device="cuda")
+        weights = torch.ones(len(c.labels), device="cuda")
+
+        def step() -> None:
+            c.hidden.grad = c.weight.grad = None
+            weighted_cross_entropy(c.hidden, c.weight, c.labels, weights, vocab_size=VOCAB).total.backward()
+
+        step()
+        expected = c.hidden.grad.clone()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        c.hidden.grad.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(c.hidden.grad, expected)

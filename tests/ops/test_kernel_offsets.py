@@ -1,0 +1,161 @@
+"""Offsets into tensors of more than 2^31 elements: what the compiler makes of every Triton kernel, read without a GPU.
+
+A stride or a size multiplies in 64 bits. In 32, the product of a stride of 2^30 and a piece's number 2 is negative, and
+the kernel writes 4 GiB before its buffer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import megatron_fp32.ops
+from megatron_fp32.ops.fp8.scales import ScaleFormat
+from megatron_fp32.ops.logprobs.statistics import FIELDS, KeptLogits, Mean, Shard
+
+triton = pytest.importorskip("triton")
+TOKENS, COLUMNS, HIDDEN = 40, 300, 64
+
+WITHIN_A_TILE = {"_block_kernel": {"row_stride", "columns"}, "_row_kernel": {"row_stride", "columns"}}
+"""Kernels whose products with these arguments stay below 2^31: the host sends larger ones elsewhere."""
+
+
+def all_kernels() -> set[str]:
+    """Every function of `ops/` that is launched, by the convention that its name ends with `_kernel`."""
+    found = set()
+    for module in pkgutil.walk_packages(megatron_fp32.ops.__path__, "megatron_fp32.ops."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
+                found.add(name)
+    return found
+
+
+def call_every_host_function() -> None:
+    """With small CPU tensors; the launches are recorded, not run."""
+    from megatron_fp32.ops.fp8.kernels import LONGEST_ROW, quantize_triton
+    from megatron_fp32.ops.logits.hidden_grad_triton import add_hidden_grad
+    from megatron_fp32.ops.logits.project_triton import project_triton
+    from megatron_fp32.ops.logits.split_triton import split_triton
+    from megatron_fp32.ops.logits.weight_grad_triton import add_weight_grad
+    from megatron_fp32.ops.logprobs import kernels
+
+    x, w = torch.zeros(TOKENS, HIDDEN).bfloat16(), torch.zeros(COLUMNS, HIDDEN).bfloat16()
+    raw, labels, vector = torch.zeros(TOKENS, 304)[:, :COLUMNS], torch.zeros(TOKENS).int(), torch.zeros(TOKENS)
+    mean: Mean
+    for mean, cap in (("none", None), ("logit", 5.0), ("logprob", 5.0)):
+        part = Shard(
+            group=None, first_column=0, valid_columns=290, vocab_size=290, scale=1.1, softcap=cap, ignore_index=-100,
+            invariant=False,
+        )  # fmt: skip
+        statistics = torch.zeros(3, FIELDS[mean], TOKENS)
+        for keep in (None, KeptLogits.allocate(TOKENS, w), KeptLogits.allocate(TOKENS, w, exponentials=True)):
+            project_triton(
+                x, w, logits=None if keep is None else keep.values, statistics=statistics, labels=labels,
+                label_logits=vector, inverse_temperature=vector, valid_columns=290, softcap=cap,
+            )  # fmt: skip
+        kernels.statistics_triton(raw, labels, vector, part, statistics, vector)
+        kernels.combine_triton(statistics)
+        kernels.finish_triton(statistics[:1], vector, labels.long(), part)
+        for count, fields, dtype in ((1, 6, torch.bfloat16), (3, 8, torch.bfloat16), (2, 8, torch.float16)):
+            scale = vector[0] if dtype == torch.float16 else None
+            kernels.gradient_triton(raw, torch.zeros(fields, TOKENS), labels, part, 0, count, dtype, scale)
+            split_triton(raw, count, dtype, scale)
+        kernels.gradient_triton(raw, torch.zeros(6, TOKENS), labels, part, 0, 2, torch.bfloat16, None, True)
+        exponentials = KeptLogits.allocate(TOKENS, w, exponentials=True)
+        kernels.exponentials_gradient_triton(exponentials.values, exponentials.tops, torch.zeros(6, 40), labels, part)
+    for count in (1, 2, 3):
+        grads = (torch.zeros(TOKENS, 304).bfloat16()[:, :COLUMNS],) * count
+        add_hidden_grad(torch.zeros(TOKENS, HIDDEN), grads, w, begin=False)
+        add_weight_grad(torch.zeros(COLUMNS, HIDDEN), grads, x)
+    formats: list[ScaleFormat] = ["float32", "bf16", "ue8m0"]
+    for columns, block in ((256, (128, 128)), (256, (1, 256)), (LONGEST_ROW + 8, (1, LONGEST_ROW + 8))):
+        weight = torch.zeros(2, 130, columns).bfloat16()
+        scales = torch.zeros(2, -(-130 // block[0]), -(-columns // block[1]))
+        for scale_format in formats:
+            quantize_triton(weight, weight.to(torch.float8_e4m3fn), scales, block, scale_format, 1.0, native=False)
+
+
+@pytest.fixture(scope="module")
+def launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.JITFunction, "run", lambda self, *args, **options: found.append((self, args, options)))
+        call_every_host_function()
+    return found
+
+
+def ttir(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """What the compiler's front end makes of a launch on a Hopper GPU, with its functions inlined."""
+    from triton._C.libtriton import ir, passes
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    options = {k: v for k, v in options.items() if k not in ("grid", "warmup")}
+    if "INTERPRETED" in options:
+        options["INTERPRETED"] = False
+    target = GPUTarget("cuda", 90, 32)
+    backend = make_backend(target)
+    bound, specialization, rest = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *args, **options
+    )
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source = ASTSource(kernel, signature, constants, attributes)
+    module = source.make_ir(
+        target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context
+    )
+    manager = ir.pass_manager(context)
+    passes.common.add_inliner(manager)
+    manager.run(module, "inline")
+    return str(module)
+
+
+def narrow_products(text: str) -> Iterator[str]:
+    """Arguments that are factors of a 32-bit product."""
+    argument = {f"%{name}": name for name in re.findall(r"%(\w+): i32", text.split("{\n", 2)[1])}
+    for line in text.splitlines():
+        if passed_on := re.match(r"\s*(%\S+) = tt\.(?:splat|expand_dims|broadcast) (%\w+)", line):
+            result, operand = passed_on.groups()
+            if operand in argument:
+                argument[result] = argument[operand]
+        if product := re.match(
+            r"\s*%\S+ = arith\.muli (%\w+), (%\w+)(?: overflow<\w+>)? : (?:tensor<[\dx]*)?i32", line
+        ):
+            yield from (argument[x] for x in product.groups() if x in argument)
+
+
+def test_a_narrow_product_is_found() -> None:
+    """The fault that this file is for, in a kernel of its own."""
+
+    @triton.jit
+    def kernel(x, stride, COUNT: triton.language.constexpr):  # type: ignore[no-untyped-def]
+        for index in triton.language.static_range(COUNT):
+            triton.language.store(x + index * stride, 0.0)
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.JITFunction, "run", lambda self, *args, **options: found.append((self, args, options)))
+        kernel[(1,)](torch.zeros(4), 7, COUNT=3)
+    assert set(narrow_products(ttir(*found[0]))) == {"stride"}
+
+
+def test_every_kernel_is_looked_at(launches: Any) -> None:
+    assert {kernel.__name__ for kernel, _, _ in launches} == all_kernels()
+
+
+def test_strides_and_sizes_multiply_in_64_bits(launches: Any) -> None:
+    faults = set()
+    for kernel, args, options in launches:
+        narrow = set(narrow_products(ttir(kernel, args, options))) - WITHIN_A_TILE.get(kernel.__name__, set())
+        faults |= {(kernel.__name__, name) for name in narrow}
+    assert not faults
