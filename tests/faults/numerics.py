@@ -264,7 +264,7 @@ NUMERICS = [
         file="ops/logits/project_triton.py",
         old="propagate_nan=tl.PropagateNan.ALL",
         new="propagate_nan=tl.PropagateNan.NONE",
-        test=KERNELS,
+        test="tests/ops/test_compiled_kernels.py",
     ),
     Mutant(
         name="write a masked token's dY in a kernel",
@@ -334,7 +334,7 @@ NUMERICS = [
         file="ops/logits/split_triton.py",
         old="index * tl.cast(part_stride, tl.int64)",
         new="index * part_stride",
-        test="tests/ops/test_kernel_offsets.py",
+        test="tests/ops/test_compiled_kernels.py",
     ),
     Mutant(
         name="let a double backward pass go by",

@@ -252,6 +252,20 @@ def impossible_labels(head: Head) -> None:
         assert result.dx[11].isnan().all()
 
 
+def impossible_temperatures(head: Head) -> None:
+    """They make that token's results NaN, and no others'."""
+    clean, p = head.problem().run(head), head.problem()
+    bad = [2, 9, 33]
+    p.temperature[bad] = torch.tensor([0.0, -1.0, NAN], device=head.device)
+    result = p.run(head)
+    for name, value in result.values.items():
+        assert name == "top_tokens" or value[bad].isnan().all(), name
+    rows = others(head, bad)
+    result.assert_same(clean, rows, gradients=False)
+    assert same_bits(result.dx[rows], clean.dx[rows])
+    assert result.dx[bad].isnan().all()
+
+
 def poisoned_padding(head: Head) -> None:
     """Rows of the weight beyond the vocabulary touch nothing."""
     clean, p = head.problem(), head.problem()
@@ -272,6 +286,7 @@ CHECKS = [
     weights_of_zero,
     upstream_gradients_of_zero,
     impossible_labels,
+    impossible_temperatures,
     poisoned_padding,
 ]
 

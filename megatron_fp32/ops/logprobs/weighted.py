@@ -292,8 +292,8 @@ class _GradientInForward:
                 self.hidden[tokens], self._weight, labels=local, vectors=vectors, kept=kept, consume=True, shard=shard,
                 pieces=self._pieces,
             )  # fmt: skip
-            # Two pieces take the place of the logits, three need some of their own.
-            columns = workspace.GRADIENT_COLUMNS // (1 if self._pieces == 2 else self._pieces) // 128 * 128
+            # Two pieces take the place of the logits, three need memory of their own.
+            columns = workspace.GRADIENT_COLUMNS // (4 if self._pieces == 3 else 1)
             self._products(grad, tokens, weight_grad, with_dx=True, bounds=grad.bounds, columns=columns)
             return
         # All of dY is there, in the memory of the exponentials: dX of fewer tokens needs less of it in fp32.

@@ -1,7 +1,7 @@
-"""Offsets into tensors of more than 2^31 elements: what the compiler makes of every Triton kernel, read without a GPU.
+"""What the compiler makes of every Triton kernel, read without a GPU.
 
-A stride or a size multiplies in 64 bits. In 32, the product of a stride of 2^30 and a piece's number 2 is negative, and
-the kernel writes 4 GiB before its buffer.
+Strides and sizes multiply in 64 bits: in 32, the product of a stride of 2^30 and a piece's number 2 is negative, and the
+kernel writes 4 GiB before its buffer. And a NaN stays one.
 """
 
 from __future__ import annotations
@@ -151,6 +151,19 @@ def test_a_narrow_product_is_found() -> None:
 
 def test_every_kernel_is_looked_at(launches: Any) -> None:
     assert {kernel.__name__ for kernel, _, _ in launches} == all_kernels()
+
+
+@pytest.mark.parametrize("name", ["_project_kernel", "_statistics_kernel"])
+def test_distances_to_the_maximum_keep_a_nan(launches: Any, name: str) -> None:
+    """`maxnumf` would drop it on a GPU. The interpreter keeps it either way."""
+    taking = [
+        (k, args, options) for k, args, options in launches if k.__name__ == name and options.get("STATISTICS", True)
+    ]
+    for launch in taking:
+        text = ttir(*launch)
+        assert re.search(r"arith\.maximumf %\w+, %\w+ : tensor<\d+x128xf32>", text)
+        assert not re.search(r"arith\.maxnumf %\w+, %\w+ : tensor<\d+x128xf32>", text)
+    assert taking
 
 
 def test_strides_and_sizes_multiply_in_64_bits(launches: Any) -> None:
