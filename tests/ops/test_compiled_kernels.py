@@ -1,7 +1,7 @@
 """What the compiler makes of every Triton kernel, read without a GPU.
 
-Strides and sizes multiply in 64 bits: in 32, the product of a stride of 2^30 and a piece's number 2 is negative, and the
-kernel writes 4 GiB before its buffer. And a NaN stays one.
+Strides and sizes multiply in 64 bits. In 32, the product of a stride of 2^30 and a piece's number 2 is negative, and
+the kernel writes 4 GiB before its buffer. A NaN stays a NaN.
 """
 
 from __future__ import annotations
