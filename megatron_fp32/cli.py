@@ -195,7 +195,8 @@ def quantize(
 ) -> None:
     """Make FP8_DIR, a float8 checkpoint for inference engines, from the 16-bit safetensors in HF_DIR.
 
-    FP8_DIR must not exist. Norms, routers, embeddings, the head and whatever else loses too much keep their dtype.
+    FP8_DIR must not exist. The large projections of the text model's layers become float8; everything else (norms,
+    routers, embeddings, heads, vision towers) keeps its bytes.
     """
     with errors_exit(1), progress(only_on_terminals=False) as tell:
         scheme = _scheme(name, like, names="--scheme and --like")

@@ -68,13 +68,17 @@ def write_config(directory: Path, config: dict[str, Any], name: str = "config.js
 
 
 def _entries(config: dict[str, Any]) -> list[tuple[dict[str, Any], tuple[str, ...], str]]:
-    """Objects, their paths, and the keys of entries in them; a config may be nested as deeply as JSON can be."""
+    """Objects, their paths, and the keys of entries in them; without recursion, however deeply a config is nested.
+
+    An entry of null says nothing, and transformers loads such a config.
+    """
     found = []
-    pending: list[tuple[dict[str, Any], tuple[str, ...]]] = [(config, ())]
+    pending: list[tuple[Any, tuple[str, ...]]] = [(config, ())]
     while pending:
         inner, path = pending.pop()
-        found += [(inner, path, key) for key in CLAIM_KEYS if key in inner]
-        pending += [
-            (value, (*path, key)) for key, value in inner.items() if isinstance(value, dict) and key not in CLAIM_KEYS
-        ]
+        if isinstance(inner, list):
+            pending += [(value, (*path, str(index))) for index, value in enumerate(inner)]
+        elif isinstance(inner, dict):
+            found += [(inner, path, key) for key in CLAIM_KEYS if inner.get(key) is not None]
+            pending += [(value, (*path, key)) for key, value in inner.items() if key not in CLAIM_KEYS]
     return found

@@ -45,6 +45,7 @@ def claiming(plain: Path, tmp_path: Path) -> Path:
     config["compression_config"] = {"quant_method": "compressed-tensors"}
     config["text_config"]["quantization_config"] = FP8
     config["vision_config"]["quantization"] = {"bits": 4}
+    config["others"] = [{"a": 1}, {"quantization_config": {}}]
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "hf_quant_config.json").write_text('{"producer": {"name": "modelopt"}, "quantization": {}}')
     for name in OTHER_FILES:
@@ -57,6 +58,7 @@ CLAIMS = {
     "config.json: compression_config",
     "config.json: text_config.quantization_config",
     "config.json: vision_config.quantization",
+    "config.json: others.1.quantization_config",
     "hf_quant_config.json",
     *OTHER_FILES,
 }
@@ -77,7 +79,8 @@ class TestBf16:
         there = import_checkpoint(claiming, tmp_path / "megatron", vision="carry")
         back = export_checkpoint(tmp_path / "megatron", tmp_path / "out")
         assert set(there.quantization_claims) == set(back.quantization_claims) == CLAIMS
-        assert read(tmp_path / "out") == read(plain)
+        assert read(tmp_path / "out") == {**read(plain), "others": [{"a": 1}, {}]}
+        assert not every_key(read(tmp_path / "out")) & {"quantization_config", "compression_config", "quantization"}
         assert assets(tmp_path / "out").keys() == assets(plain).keys()
         assert stored_tensors(tmp_path / "out") == stored_tensors(plain)
         # The sidecar has the source as it came.
@@ -85,7 +88,7 @@ class TestBf16:
 
     def test_a_config_without_it_keeps_its_bytes(self, plain: Path, tmp_path: Path) -> None:
         own = shutil.copytree(plain, tmp_path / "own")
-        (own / "config.json").write_text(json.dumps(read(plain), indent=7))
+        (own / "config.json").write_text(json.dumps({**read(plain), "quantization_config": None}, indent=7))
         there = import_checkpoint(own, tmp_path / "megatron", text_only=True)
         back = export_checkpoint(tmp_path / "megatron", tmp_path / "out")
         assert there.quantization_claims == back.quantization_claims == ()
@@ -114,7 +117,7 @@ def test_a_float8_export_tells_of_its_own_format(layout: str, claiming: Path, pl
     assert assets(tmp_path / "out").keys() == assets(plain).keys() | own
     config = read(tmp_path / "out")
     assert detect_scheme(tmp_path / "out").layout == layout
-    del config["quantization_config"]
+    del config["quantization_config"], config["others"]
     assert config == read(plain)
 
 

@@ -119,8 +119,8 @@ CHECKPOINTS = [
     Mutant(
         name="look for a quantization at the top of a config only",
         file="checkpoint/quantization_claims.py",
-        old="if isinstance(value, dict) and key not in CLAIM_KEYS",
-        new="if False",
+        old="for key, value in inner.items() if key not in CLAIM_KEYS]",
+        new="for key, value in ()]",
         test=f"{CLAIMS}::TestBf16",
     ),
     Mutant(
