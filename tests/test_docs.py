@@ -28,7 +28,10 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def blocks(page: Path) -> Iterator[tuple[str, str]]:
-    yield from BLOCK.findall(page.read_text())
+    text = page.read_text()
+    found = BLOCK.findall(text)
+    assert text.count("```") == 2 * len(found), f"{page.name}: a block is indented, or names no language"
+    yield from found
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != RECIPES], ids=lambda page: page.name)
@@ -117,8 +120,9 @@ def script(code: str, directory: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Of a user who has installed the package of this tree."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    """Of a user who has installed the package of this tree, and who uses no GPU, as the pages say."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
