@@ -182,5 +182,8 @@ def _refuse_quantized(reader: HuggingFaceReader, config: dict[str, Any]) -> None
 def _plan(reader: HuggingFaceReader, scheme: Fp8Scheme) -> dict[str, TensorInfo]:
     infos = fp8_infos(reader.tensors, scheme)
     if all(info.dtype != torch.float8_e4m3fn for info in infos.values()):
-        raise CheckpointError(f"{reader.directory} holds no weight that the {scheme.layout} scheme quantizes")
+        raise CheckpointError(
+            f"{reader.directory} holds no weight that the {scheme.layout} scheme quantizes, such as "
+            "model.layers.0.self_attn.q_proj.weight; docs/fp8.md lists the names"
+        )
     return infos
