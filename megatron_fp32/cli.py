@@ -15,7 +15,7 @@ from megatron_fp32.checkpoint import convert
 from megatron_fp32.checkpoint.export_job import ExportDtype
 from megatron_fp32.checkpoint.fp8 import Fp8Scheme, detect_scheme, named_scheme
 from megatron_fp32.checkpoint.fp8.scheme import LAYOUTS
-from megatron_fp32.checkpoint.plan import Mtp, Vision
+from megatron_fp32.checkpoint.plan import Mtp, Vision, listing
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 from megatron_fp32.terminal import console, errors_exit, progress
 
@@ -101,6 +101,7 @@ def import_(
         out.print(f"left out, as asked ({len(report.left_out)}):")
         for name in report.left_out:
             out.print(f"  {name}")
+    _print_claims(report.quantization_claims, "will be left out of exports")
 
 
 @main.command()
@@ -167,6 +168,8 @@ def export(
         ):
             if names:
                 out.print(f"{what}: {', '.join(names)}")
+        _print_claims(report.quantization_claims)
+        _print_partial_blocks(report.partial_blocks)
     if report.rounded:
         sys.exit(1)
 
@@ -192,7 +195,8 @@ def quantize(
 ) -> None:
     """Make FP8_DIR, a float8 checkpoint for inference engines, from the 16-bit safetensors in HF_DIR.
 
-    FP8_DIR must not exist. Norms, routers, embeddings, the head and whatever else loses too much keep their dtype.
+    FP8_DIR must not exist. The large projections of the text model's layers become float8; everything else (norms,
+    routers, embeddings, heads, vision towers) keeps its bytes.
     """
     with errors_exit(1), progress(only_on_terminals=False) as tell:
         scheme = _scheme(name, like, names="--scheme and --like")
@@ -208,6 +212,21 @@ def quantize(
         f"{report.directory}: {len(report.quantized)} weights in float8 ({report.scheme.layout}), {len(report.kept)} "
         f"tensors as they were; {report.nbytes:,} bytes of {report.source_nbytes:,}, each tensor read back and equal"
     )
+    _print_claims(report.quantization_claims)
+    _print_partial_blocks(report.partial_blocks)
+
+
+def _print_claims(claims: tuple[str, ...], done: str = "left out") -> None:
+    if claims:
+        console().print(f"{done}, because the weights are not quantized as it says: {', '.join(claims)}")
+
+
+def _print_partial_blocks(names: tuple[str, ...]) -> None:
+    if names:
+        console().print(
+            f"warning: {len(names)} float8 weights have rows or columns that are no multiple of the block's, and not "
+            f"every reader takes their scales as they are meant (docs/fp8.md says which): {listing(names)}"
+        )
 
 
 def _scheme(name: str | None, like: Path | None, *, names: str) -> Fp8Scheme | None:

@@ -46,8 +46,8 @@ def noticed(copy: Path, mutant: Mutant) -> bool:
     """Whether the mutant's test fails with the fault in place."""
     path = copy / "megatron_fp32" / mutant.file
     text = path.read_text()
-    if text.count(mutant.old) != 1:
-        print(f"does not apply ({text.count(mutant.old)} places): {mutant.name}", file=sys.stderr)
+    if problems := mutant.problems(copy):
+        print(f"does not apply: {mutant.name}: {'; '.join(problems)}", file=sys.stderr)
         return False
     start = time.monotonic()
     path.write_text(text.replace(mutant.old, mutant.new))

@@ -32,6 +32,10 @@ def wrapped(hooks: list[Hook]) -> list[Any]:
 # Megatron-LM
 
 
+def get_args() -> Any:
+    return types.SimpleNamespace(custom_model_provider_path="this one")
+
+
 def gpt_builder(
     args: Any,
     pre_process: bool,
@@ -71,8 +75,12 @@ class Provider:
 class Bridge:
     """`AutoBridge` of Megatron-Bridge."""
 
+    provider: Provider
+    """The last that one has made."""
+
     def to_megatron_provider(self, load_weights: bool = True, hf_path: str | None = None) -> Provider:
-        return Provider()
+        Bridge.provider = Provider()
+        return Bridge.provider
 
 
 # NeMo-RL
@@ -125,7 +133,10 @@ class EngineRegistry:
 def modules() -> dict[str, types.ModuleType]:
     """What the recipes import and is not installed, by name."""
     contents: dict[str, dict[str, Any]] = {
-        "megatron.training": {"get_args": lambda: types.SimpleNamespace(custom_model_provider_path="this one")},
+        "gpt_builders": {"gpt_builder": gpt_builder},
+        "megatron.training": {"get_args": get_args},
+        "megatron.training.argument_utils": {"gpt_config_from_args": gpt_config_from_args},
+        "nemo_rl.models.megatron.setup": {"setup_model_and_optimizer": setup_model_and_optimizer},
         "slime.backends.megatron_utils.model_provider": {"_get_model_provider_func": _get_model_provider_func},
         "verl.workers.engine.base": {"EngineRegistry": EngineRegistry},
         "verl.workers.engine.megatron.transformer_impl": {"MegatronEngineWithLMHead": MegatronEngineWithLMHead},
@@ -139,17 +150,3 @@ def modules() -> dict[str, types.ModuleType]:
                 made.setdefault(package, types.ModuleType(package))
         vars(made[name]).update(names)
     return made
-
-
-def names() -> dict[str, Any]:
-    """What the recipes use without importing it."""
-    return {
-        "args": types.SimpleNamespace(),
-        "bridge": Bridge(),
-        "ddp_config": None,
-        "gpt_builder": gpt_builder,
-        "gpt_config_from_args": gpt_config_from_args,
-        "megatron_cfg": None,
-        "policy_cfg": None,
-        "setup_model_and_optimizer": setup_model_and_optimizer,
-    }

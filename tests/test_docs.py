@@ -1,4 +1,4 @@
-"""Every code block of the README and the docs runs, in the order of its file."""
+"""Every code block of the README and the docs runs as it stands, with nothing but what the page gives it."""
 
 from __future__ import annotations
 
@@ -17,67 +17,81 @@ import torch
 
 from megatron_fp32.check import check_fp32
 from megatron_fp32.config import Fp32Config
-from megatron_fp32.models.provider import cpu_overrides
-from megatron_fp32.testing.qwen3_5 import write_qwen3_5
 from megatron_fp32.testing.training import Batch, Trainer
 from tests import recipe_stubs
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")])
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = ROOT / "docs" / "recipes.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def blocks(page: Path) -> Iterator[tuple[str, str]]:
-    yield from BLOCK.findall(page.read_text())
+    text = page.read_text()
+    found = BLOCK.findall(text)
+    assert text.count("```") == 2 * len(found), f"{page.name}: a block is indented, or names no language"
+    yield from found
 
 
-@pytest.mark.usefixtures("megatron")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    if page.name != "quickstart.md":
-        write_qwen3_5("qwen3_5")
-    if page.name in ("checkpoints.md", "fp8.md"):
-        shell("megatron-fp32 import qwen3_5 checkpoint")
-    names: dict[str, Any] = {"parallel_settings": {**cpu_overrides(), "params_dtype": torch.bfloat16}}
-    if page.name == "recipes.md":
-        names |= recipe_stubs.names()
-        for name, module in recipe_stubs.modules().items():
-            monkeypatch.setitem(sys.modules, name, module)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != RECIPES], ids=lambda page: page.name)
+def test_every_block_of_a_page_runs_as_it_stands(page: Path, tmp_path: Path) -> None:
+    """The page begins in an empty directory, and a Python block is a script of its own."""
     ran = 0
     for language, code in blocks(page):
         assert language in ("python", "bash", "console", "text"), language
         if language == "python":
-            exec(compile(code, str(page), "exec"), names)
+            script(code, tmp_path)
         elif language == "bash":
-            shell(code)
+            shell(code, tmp_path)
         ran += language in ("python", "bash")
     assert ran or page.name in ("numerics.md", "refused.md", "scale.md")
-    if page.name == "recipes.md":
-        recipes_did_what_they_say(names)
-    if "repairs" in names:
-        names["repairs"].undo()
 
 
-def recipes_did_what_they_say(names: dict[str, Any]) -> None:
-    """Every recipe's model is in fp32, and its weights arrived in fp32 parameters."""
-    fp32 = names["fp32"]
-    assert names["from_flags"] == Fp32Config(grad_precision="bf16x2")
-    for chunks in (names["model"], names["state"]):
-        check_fp32(chunks, fp32)
-    assert names["provider"].loaded_into == [torch.float32]
-    (hook,) = names["model_config"].pre_wrap_hooks
+@pytest.mark.parametrize("code", ["print(model)", "import math\nprint(torch.pi)", "open('qwen3_5/config.json')"])
+def test_a_block_that_needs_more_than_it_says_fails(code: str, tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        script(code, tmp_path)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_every_recipe_does_what_it_says(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Each by itself, beside stubs of the program that it is for."""
+    for name, module in recipe_stubs.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    found: list[dict[str, Any]] = []
+    for language, code in blocks(RECIPES):
+        assert language == "python"
+        names: dict[str, Any] = {"__name__": "__main__"}
+        exec(compile(code, str(RECIPES), "exec"), names)
+        if "repairs" in names:
+            request.addfinalizer(names["repairs"].undo)
+        found.append(names)
+
+    def defined(name: str) -> list[Any]:
+        return [names[name] for names in found if name in names]
+
+    (fp32,) = defined("fp32")
+    assert fp32 == Fp32Config()
+    assert defined("from_flags") == [Fp32Config(grad_precision="bf16x2")]
+    megatron_lm, slime = defined("model_provider")
+    for provider in (megatron_lm, slime):
+        check_fp32(provider(True, True, vp_stage=None), fp32)
+    (model_config,) = defined("fp32_model_config")
+    (hook,) = model_config(recipe_stubs.get_args()).pre_wrap_hooks
     check_fp32(recipe_stubs.wrapped([hook]), fp32)
-    for provider in ("model_provider", "slime_model_provider"):
-        check_fp32(names[provider](True, True, vp_stage=None), fp32)
+    (bridge,), (nemo_rl,) = defined("fp32_model"), defined("fp32_setup")
+    check_fp32(bridge(recipe_stubs.Bridge(), None), fp32)
+    assert recipe_stubs.Bridge.provider.loaded_into == [torch.float32]
+    check_fp32(nemo_rl(None, None), fp32)
     engine = recipe_stubs.EngineRegistry._engines["language_model"]["megatron"]["cuda"]()
     engine._build_tf_config()
     check_fp32(engine._build_megatron_module(), fp32)
     assert engine.provider.loaded_into == [torch.float32]
-    trainer = Trainer(names["model_provider"]())
+    trainer = Trainer(megatron_lm())
     trainer.step([Batch.random(120, batch=2, length=16)])
-    names["after_the_first_step"]([trainer.model], trainer.optimizer)
+    (after_the_first_step,) = defined("after_the_first_step")
+    after_the_first_step([trainer.model], trainer.optimizer)
 
 
 def test_make_targets_in_the_docs_exist() -> None:
@@ -94,9 +108,21 @@ def test_links_between_files_lead_somewhere() -> None:
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
-def shell(script: str) -> None:
+def shell(commands: str, directory: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run(["bash", "-euc", script], check=True, env={**os.environ, "PATH": path})
+    subprocess.run(["bash", "-euc", commands], check=True, cwd=directory, env=environment() | {"PATH": path})
+
+
+def script(code: str, directory: Path) -> None:
+    file = directory / "block.py"
+    file.write_text(code)
+    subprocess.run([sys.executable, file.name], check=True, cwd=directory, env=environment())
+
+
+def environment() -> dict[str, str]:
+    """Of a user who has installed the package of this tree, and who uses no GPU, as the pages say."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -17,6 +17,7 @@ import torch
 
 from megatron_fp32.checkpoint.export_job import ExportDtype, ExportOptions, open_export
 from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme
+from megatron_fp32.checkpoint.fp8.tensors import partial_blocks
 from megatron_fp32.checkpoint.import_job import RELEASE, open_import
 from megatron_fp32.checkpoint.jobs import Progress, run_job
 from megatron_fp32.checkpoint.plan import Mtp, Vision
@@ -35,6 +36,9 @@ class ImportReport:
     carried: tuple[str, ...]
     """Kept beside the checkpoint as they are, for the export."""
     left_out: tuple[str, ...]
+    quantization_claims: tuple[str, ...]
+    """Entries of `config.json`, and files beside it, that say how the weights are quantized, which they are not. The
+    sidecar keeps them; an export leaves them out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,11 @@ class ExportReport:
     """Trained in fp32 from a 16-bit source, and rounded to its dtype, as `dtype="source"` asks."""
     rounded: tuple[str, ...]
     """Fewer bits in the Megatron checkpoint than in the source. Empty unless `allow_rounded`."""
+    quantization_claims: tuple[str, ...]
+    """What the source's config said of a quantization that its weights did not have, and the export does not say."""
+    partial_blocks: tuple[str, ...]
+    """Block-wise float8 weights with rows or columns that are no multiple of the block's: not every reader takes their
+    scales as they are meant."""
 
 
 def import_checkpoint(
@@ -101,6 +110,7 @@ def import_checkpoint(
             fp32_tensors=tuple(n for n, t in source.items() if t.info.dtype == torch.float32),
             carried=job.plan.carried,
             left_out=job.plan.left_out,
+            quantization_claims=job.claims,
         )
 
 
@@ -161,4 +171,6 @@ def export_checkpoint(
             widened=widened if dtype == "trained" else (),
             narrowed=widened if dtype == "source" else (),
             rounded=job.dtypes.rounded,
+            quantization_claims=job.claims,
+            partial_blocks=() if fp8 is None else partial_blocks(job.infos, fp8),
         )

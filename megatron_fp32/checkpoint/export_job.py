@@ -18,6 +18,7 @@ from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, quantize_e
 from megatron_fp32.checkpoint.huggingface import CheckpointError, TensorInfo
 from megatron_fp32.checkpoint.jobs import Part, Tell, described
 from megatron_fp32.checkpoint.plan import PADDED_VOCABULARY, Plan, listing, naming, plan_export
+from megatron_fp32.checkpoint.quantization_claims import find_claims, remove_claims
 from megatron_fp32.checkpoint.read_back import SafetensorsPart
 from megatron_fp32.checkpoint.safetensors_writer import cut_into_shards, shard_names, write_index
 from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, find_sidecar, fits
@@ -69,6 +70,7 @@ class ExportJob:
         present = {n: i for n, i in reader.tensors.items() if n not in known_non_model_entries([n])}
         with naming(reader.directory):
             self.plan: Plan = plan_export(sidecar.hf_config, {n: t.info for n, t in sidecar.tensors.items()}, present)
+        self.claims = find_claims(sidecar.directory / "assets", sidecar.hf_config)
         self._originals = sidecar.originals()
         self.dtypes = dtypes or self._decide_dtypes()
         self.infos = self.dtypes.infos if options.fp8 is None else fp8_infos(self.dtypes.infos, options.fp8)
@@ -95,7 +97,9 @@ class ExportJob:
     def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:
         """Write the index and the files that are no weights; see `Job`."""
         self.sidecar.copy_assets(staging.output)
-        if self._options.fp8 is not None:
+        if self._options.fp8 is None:
+            remove_claims(staging.output, self.sidecar.hf_config)
+        else:
             write_configs(staging.output, self.sidecar.hf_config, self.infos, self._options.fp8)
         write_index(staging.output, {part.file: part.steps[0] for part in self.parts}, self.infos)
 

@@ -16,6 +16,7 @@ from megatron_fp32.checkpoint.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.jobs import Part, Tell, described
 from megatron_fp32.checkpoint.kind import read_config
 from megatron_fp32.checkpoint.plan import ImportPlan, Mtp, Vision, naming, plan_import
+from megatron_fp32.checkpoint.quantization_claims import find_claims
 from megatron_fp32.checkpoint.read_back import ReadBack
 from megatron_fp32.checkpoint.sidecar import SourceTensor, write_sidecar
 from megatron_fp32.checkpoint.staging import Staging
@@ -43,6 +44,7 @@ class ImportJob:
         plan: ImportPlan,
         sources: dict[str, Any],
         *,
+        claims: tuple[str, ...],
         vision: Vision,
         mtp: Mtp,
         max_part_bytes: int,
@@ -50,6 +52,7 @@ class ImportJob:
         self.reader, self.plan, self._max_part_bytes = reader, plan, max_part_bytes
         self.options = {"vision": vision, "mtp": mtp, "max_part_bytes": max_part_bytes}
         self.sources = sources
+        self.claims = claims
         self.parts: Sequence[Part] = self._cut()
 
     def run(self, part: Part, path: Path, tell: Tell) -> dict[str, Any]:
@@ -140,4 +143,12 @@ def open_import(hf_dir: Path, vision: Vision, mtp: Mtp, max_part_bytes: int) -> 
     with HuggingFaceReader(hf_dir) as reader:
         with naming(reader.directory):
             plan = plan_import(config, reader.tensors, vision=vision, mtp=mtp)
-        yield ImportJob(reader, plan, sources, vision=vision, mtp=mtp, max_part_bytes=max_part_bytes)
+        yield ImportJob(
+            reader,
+            plan,
+            sources,
+            claims=find_claims(hf_dir, config),
+            vision=vision,
+            mtp=mtp,
+            max_part_bytes=max_part_bytes,
+        )

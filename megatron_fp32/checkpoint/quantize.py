@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from megatron_fp32.checkpoint.digests import Digests
-from megatron_fp32.checkpoint.fp8.config import MODELOPT_FILE, described_scheme, write_configs
-from megatron_fp32.checkpoint.fp8.detect import read_quantization_config
+from megatron_fp32.checkpoint.fp8.config import described_scheme, write_configs
+from megatron_fp32.checkpoint.fp8.detect import SCALES, read_quantization_config
 from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, named_scheme
-from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, quantize_tensor
-from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader, TensorInfo
+from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, partial_blocks, quantize_tensor
+from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, CheckpointError, HuggingFaceReader, TensorInfo
 from megatron_fp32.checkpoint.jobs import Part, Progress, Tell, described, run_job
 from megatron_fp32.checkpoint.kind import read_config
+from megatron_fp32.checkpoint.quantization_claims import RECIPE, find_claims
 from megatron_fp32.checkpoint.read_back import SafetensorsPart
 from megatron_fp32.checkpoint.safetensors_writer import cut_into_shards, shard_names, write_index
 from megatron_fp32.checkpoint.sidecar import copy_assets
@@ -35,6 +36,11 @@ class Fp8Report:
     """Names of the float8 weights."""
     kept: tuple[str, ...]
     """Names of the tensors that are as they were."""
+    quantization_claims: tuple[str, ...]
+    """Files of the source that told of another quantization, and were left out."""
+    partial_blocks: tuple[str, ...]
+    """Block-wise float8 weights with rows or columns that are no multiple of the block's: not every reader takes their
+    scales as they are meant."""
     nbytes: int
     source_nbytes: int
 
@@ -80,6 +86,8 @@ def quantize_checkpoint(
             scheme=scheme,
             quantized=tuple(name for name, info in job.infos.items() if info.dtype == torch.float8_e4m3fn),
             kept=tuple(name for name, info in job.infos.items() if job.reader.tensors.get(name) == info),
+            quantization_claims=job.claims,
+            partial_blocks=partial_blocks(job.infos, scheme),
             nbytes=sum(info.nbytes for info in job.infos.values()),
             source_nbytes=sum(info.nbytes for info in job.reader.tensors.values()),
         )
@@ -99,6 +107,7 @@ class QuantizeJob:
         max_shard_bytes: int,
     ) -> None:
         self.reader, self._config, self._scheme, self._device = reader, config, scheme, device
+        self.claims = find_claims(reader.directory, config)
         self.infos = _plan(reader, scheme)
         self.options = {"scheme": described_scheme(scheme), "max_shard_bytes": max_shard_bytes}
         self.sources = sources
@@ -117,7 +126,7 @@ class QuantizeJob:
 
     def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:
         """Write the index and the files that are no weights; see `Job`."""
-        copy_assets(self.reader.directory, staging.output, without=(MODELOPT_FILE,))
+        copy_assets(self.reader.directory, staging.output)
         write_configs(staging.output, self._config, self.infos, self._scheme)
         write_index(staging.output, {part.file: part.steps[0] for part in self.parts}, self.infos)
 
@@ -140,22 +149,41 @@ def open_quantization(hf_dir: Path, scheme: Fp8Scheme, device: str, max_shard_by
     """Raises as `quantize_checkpoint`, before anything is written."""
     sources = {"source": described(hf_dir)}
     config = read_config(hf_dir)
-    found = read_quantization_config(hf_dir)
-    if found is not None:
-        raise CheckpointError(
-            f"{hf_dir} is quantized already: {found.get('quant_method') or found.get('quantization')}"
-        )
     with HuggingFaceReader(hf_dir) as reader:
+        _refuse_quantized(reader, config)
         yield QuantizeJob(reader, config, scheme, sources, device=device, max_shard_bytes=max_shard_bytes)
 
 
-def _plan(reader: HuggingFaceReader, scheme: Fp8Scheme) -> dict[str, TensorInfo]:
-    eight_bits = [n for n, i in reader.tensors.items() if i.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)]
-    if eight_bits:
+def _refuse_quantized(reader: HuggingFaceReader, config: dict[str, Any]) -> None:
+    """Whatever says that it is quantized, tensors or config, must be gone before a checkpoint is quantized."""
+    directory, tensors = reader.directory, reader.tensors
+    quantized = [
+        name
+        for name, info in tensors.items()
+        if (info.dtype.is_floating_point and info.dtype.itemsize < 2)
+        or (name.endswith(".weight") and not info.dtype.is_floating_point)
+        or name.endswith((*SCALES, ".qweight", ".weight_packed"))
+    ]
+    found = read_quantization_config(directory)
+    if quantized:
+        example = f"{quantized[0]} is {tensors[quantized[0]].dtype}"
+        method = (found or {}).get("quant_method") or (found or {}).get("quantization")
+        raise CheckpointError(f"{directory} is quantized already: {f'{method}, ' if method else ''}{example}")
+    # A recipe without one of the others is no reason: it is left out.
+    claims = [claim for claim in find_claims(directory, config) if claim != RECIPE]
+    if claims:
+        dtypes = " and ".join(sorted({DTYPE_NAMES[info.dtype] for info in tensors.values()}))
         raise CheckpointError(
-            f"{reader.directory} is quantized already: {eight_bits[0]} is {reader.tensors[eight_bits[0]].dtype}"
+            f"{directory}: {', '.join(claims)} says that the weights are quantized, which contradicts the tensors: "
+            f"they are {dtypes}, without scales. Take it away to quantize them"
         )
+
+
+def _plan(reader: HuggingFaceReader, scheme: Fp8Scheme) -> dict[str, TensorInfo]:
     infos = fp8_infos(reader.tensors, scheme)
     if all(info.dtype != torch.float8_e4m3fn for info in infos.values()):
-        raise CheckpointError(f"{reader.directory} holds no weight that the {scheme.layout} scheme quantizes")
+        raise CheckpointError(
+            f"{reader.directory} holds no weight that the {scheme.layout} scheme quantizes, such as "
+            "model.layers.0.self_attn.q_proj.weight; docs/fp8.md lists the names"
+        )
     return infos

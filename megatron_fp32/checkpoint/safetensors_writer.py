@@ -26,12 +26,13 @@ class SafetensorsFile:
 
     Args:
         path: of the file to make.
-        tensors: what it will hold.
+        tensors: what it will hold. Wider dtypes come first in the file, as safetensors' own writer has it: the format
+            allows no gap between two tensors, and every tensor must lie at a multiple of its item size.
     """
 
     def __init__(self, path: str | Path, tensors: Mapping[str, TensorInfo]) -> None:
         self._path = Path(path)
-        self._infos = dict(tensors)
+        self._infos = {name: tensors[name] for name in by_alignment(tensors)}
         self._written: dict[str, set[tuple[int, ...]]] = {name: set() for name in tensors}
         self._starts = self._declare()
 

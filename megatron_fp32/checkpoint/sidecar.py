@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,20 +160,19 @@ def write_sidecar(
     (directory / "source.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def copy_assets(hf_dir: Path, directory: Path, *, without: Collection[str] = ()) -> None:
+def copy_assets(hf_dir: Path, directory: Path) -> None:
     """Copy every file of a Hugging Face checkpoint that is no weights.
 
     Args:
         hf_dir: from where.
         directory: to where; it is made when it does not exist.
-        without: names of files to leave out.
     """
     directory.mkdir(exist_ok=True)
     for path in sorted(hf_dir.rglob("*")):
         place = path.relative_to(hf_dir)
         # Hidden folders are those of git and of download caches.
         hidden = any(part.startswith(".") for part in place.parts[:-1])
-        if path.is_file() and not hidden and not path.name.endswith(_WEIGHTS) and path.name not in without:
+        if path.is_file() and not hidden and not path.name.endswith(_WEIGHTS):
             (directory / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, directory / place)
 

@@ -28,6 +28,7 @@ LAYOUTS = ("blockwise", "channelwise", "modelopt")
 SUFFIX = {"blockwise": "weight_scale_inv", "channelwise": "weight_scale", "modelopt": "weight_scale"}
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 WEIGHT = TensorInfo(dtype=torch.bfloat16, shape=(256, 384))
+UP, DOWN_PROJ = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 
 
 class TestWhichTensors:
@@ -51,9 +52,32 @@ class TestWhichTensors:
             "model.layers.3.mlp.router",
             "model.layers.3.mlp.shared_expert_gate",
             "model.visual.blocks.0.attn.qkv",
+            "model.visual.layers.0.self_attn.q_proj",
+            "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj",
+            "audio_tower.layers.0.self_attn.q_proj",
+            "model.multi_modal_projector.up_proj",
             "mtp.fc",
             "mtp.pre_fc_norm_hidden",
             "mtp.shared_head.head",
+            "model.layers.61.eh_proj",
+            "model.layers.61.shared_head.head",
+            # Heads under other names.
+            "score",
+            "score.0",
+            "v_head",
+            "v_head.summary",
+            "value_head",
+            "reward_head.out_proj",
+            "qa_outputs",
+            "classifier",
+            "classifier.out_proj",
+            "regression_head.layers.0.mlp.up_proj",
+            # Nobody knows what these are.
+            "a",
+            "up_proj",
+            "model.layers.3.mlp.up_proj.lora_A",
+            "model.layers.3.self_attn.indexer.weights_proj",
+            "model.layers.3.mamba.dt_proj",
         ],
     )
     @by_layout
@@ -77,6 +101,10 @@ class TestWhichTensors:
             "model.layers.3.mlp.gate_proj",
             "model.layers.3.mlp.shared_expert.gate_proj",
             "model.layers.3.mlp.experts.17.up_proj",
+            "model.layers.3.self_attn.kv_a_proj_with_mqa",
+            "model.layers.3.mlp.shared_experts.down_proj",
+            "model.language_model.layers.3.self_attn.v_proj",
+            "language_model.model.layers.3.self_attn.v_proj",
             "mtp.layers.0.self_attn.k_proj",
         ],
     )
@@ -117,61 +145,65 @@ class TestWhichTensors:
         scheme = named_scheme(layout, skip=("other", entry))
         assert [scheme.skips(module) for module in skipped] == [True] * len(skipped)
         assert [scheme.skips(module) for module in kept] == [False] * len(kept)
-        assert not is_quantized(f"{skipped[0]}.weight", WEIGHT, scheme)
-        assert is_quantized(f"{kept[0]}.weight", WEIGHT, scheme)
+
+    @by_layout
+    def test_what_a_list_names_keeps_its_dtype(self, layout: str) -> None:
+        scheme = named_scheme(layout, skip=(UP,))
+        assert not is_quantized(f"{UP}.weight", WEIGHT, scheme)
+        assert is_quantized(f"{DOWN_PROJ}.weight", WEIGHT, scheme)
 
     def test_modules_of_a_checkpoint_decide_alone(self) -> None:
-        scheme = Fp8Scheme(layout="blockwise", scale_format="fp32", skip=("a",), modules=frozenset({"a"}))
-        assert is_quantized("a.weight", WEIGHT, scheme)
-        assert not is_quantized("b.weight", WEIGHT, scheme)
+        scheme = Fp8Scheme(layout="blockwise", scale_format="fp32", skip=(UP,), modules=frozenset({UP}))
+        assert is_quantized(f"{UP}.weight", WEIGHT, scheme)
+        assert not is_quantized(f"{DOWN_PROJ}.weight", WEIGHT, scheme)
 
 
 class TestNamesAndShapes:
     @pytest.mark.parametrize(
         ("layout", "scale", "shape", "dtype"),
         [
-            ("blockwise", "a.weight_scale_inv", (2, 3), torch.float32),
-            ("channelwise", "a.weight_scale", (200, 1), torch.bfloat16),
-            ("modelopt", "a.weight_scale", (200,), torch.float32),
+            ("blockwise", f"{UP}.weight_scale_inv", (2, 3), torch.float32),
+            ("channelwise", f"{UP}.weight_scale", (200, 1), torch.bfloat16),
+            ("modelopt", f"{UP}.weight_scale", (200,), torch.float32),
         ],
     )
     def test_of_each_layout(self, layout: str, scale: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         weight = torch.randn(200, 300).bfloat16()
-        infos = fp8_infos({"a.weight": info_of(weight), "a.bias": info_of(weight[0])}, named_scheme(layout))
+        infos = fp8_infos({f"{UP}.weight": info_of(weight), f"{UP}.bias": info_of(weight[0])}, named_scheme(layout))
         assert infos == {
-            "a.weight": TensorInfo(dtype=torch.float8_e4m3fn, shape=(200, 300)),
+            f"{UP}.weight": TensorInfo(dtype=torch.float8_e4m3fn, shape=(200, 300)),
             scale: TensorInfo(dtype=dtype, shape=shape),
-            "a.bias": TensorInfo(dtype=torch.bfloat16, shape=(300,)),
+            f"{UP}.bias": TensorInfo(dtype=torch.bfloat16, shape=(300,)),
         }
-        got = quantize_tensor("a.weight", weight, named_scheme(layout))
-        assert {name: info_of(t) for name, t in got.items()} == {n: infos[n] for n in ("a.weight", scale)}
+        got = quantize_tensor(f"{UP}.weight", weight, named_scheme(layout))
+        assert {name: info_of(t) for name, t in got.items()} == {n: infos[n] for n in (f"{UP}.weight", scale)}
         block = (128, 128) if layout == "blockwise" else (1, 300)
         codes, scales = quantize_reference(weight, block, scale_format="bf16" if layout == "channelwise" else "fp32")
-        assert torch.equal(bits(got["a.weight"]), bits(codes))
+        assert torch.equal(bits(got[f"{UP}.weight"]), bits(codes))
         assert torch.equal(got[scale].double().flatten(), scales.flatten())
 
     @pytest.mark.parametrize("scale_format", ["bf16", "ue8m0"])
     def test_of_other_scales_and_blocks(self, scale_format: Any) -> None:
         scheme = Fp8Scheme(layout="blockwise", scale_format=scale_format, block=(32, 64))
         weight = torch.randn(70, 130)
-        got = quantize_tensor("a.weight", weight, scheme)
-        assert {n: info_of(t) for n, t in got.items()} == fp8_infos({"a.weight": info_of(weight)}, scheme)
+        got = quantize_tensor(f"{UP}.weight", weight, scheme)
+        assert {n: info_of(t) for n, t in got.items()} == fp8_infos({f"{UP}.weight": info_of(weight)}, scheme)
         codes, scales = quantize_reference(weight, (32, 64), scale_format=scale_format)
-        assert torch.equal(bits(got["a.weight"]), bits(codes))
-        assert torch.equal(got["a.weight_scale_inv"].double(), scales)
+        assert torch.equal(bits(got[f"{UP}.weight"]), bits(codes))
+        assert torch.equal(got[f"{UP}.weight_scale_inv"].double(), scales)
 
     def test_what_is_not_quantized_is_the_same_tensor(self) -> None:
-        for name in ("lm_head.weight", "a.bias"):
+        for name in ("lm_head.weight", f"{UP}.bias"):
             tensor = torch.randn(4, 4)
             assert quantize_tensor(name, tensor, named_scheme("blockwise")) == {name: tensor}
 
     def test_nan_is_refused_by_name(self) -> None:
-        with pytest.raises(ValueError, match=r"a\.weight: infinite or NaN weights cannot be quantized: weight\[1, 0\]"):
-            quantize_tensor("a.weight", torch.tensor([[1.0], [torch.nan]]), named_scheme("channelwise"))
+        with pytest.raises(ValueError, match=rf"{UP}\.weight: infinite or NaN weights .* weight\[1, 0\]"):
+            quantize_tensor(f"{UP}.weight", torch.tensor([[1.0], [torch.nan]]), named_scheme("channelwise"))
 
     def test_two_tensors_of_one_name_are_refused(self) -> None:
-        with pytest.raises(CheckpointError, match=r"\['a.weight_scale'\] would be there twice"):
-            fp8_infos({"a.weight": WEIGHT, "a.weight_scale": WEIGHT}, named_scheme("channelwise"))
+        with pytest.raises(CheckpointError, match=rf"\['{UP}.weight_scale'\] would be there twice"):
+            fp8_infos({f"{UP}.weight": WEIGHT, f"{UP}.weight_scale": WEIGHT}, named_scheme("channelwise"))
 
 
 GATE_UP, DOWN = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"

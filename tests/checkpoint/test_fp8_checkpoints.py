@@ -43,6 +43,9 @@ by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 WEIGHT = TensorInfo(dtype=torch.bfloat16, shape=(256, 384))
 
 
+UP = "model.layers.0.mlp.up_proj"
+
+
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = write_dense(tmp_path_factory.mktemp("dense") / "hf")
@@ -112,12 +115,12 @@ class TestDetection:
         assert (found.layout, found.scale_format, found.block) == (layout, scale_format, (128, 128))
 
     def test_blocks_and_powers_of_two_are_those_of_the_config(self) -> None:
-        tensors = {"a.weight": F8, "a.weight_scale_inv": TensorInfo(dtype=torch.float32, shape=(4, 12))}
+        tensors = {f"{UP}.weight": F8, f"{UP}.weight_scale_inv": TensorInfo(dtype=torch.float32, shape=(4, 12))}
         config = {**BLOCKWISE, "weight_block_size": [64, 32], "scale_fmt": "ue8m0"}
         found = scheme_of_tensors(tensors, config)
         assert (found.block, found.scale_format) == ((64, 32), "ue8m0")
-        again = quantization_config(fp8_infos({"a.weight": WEIGHT}, found), found)
-        assert again == {**config, "modules_to_not_convert": []}
+        again = quantization_config(fp8_infos({f"{UP}.weight": WEIGHT}, found), found)
+        assert again == {**config, "modules_to_not_convert": ["lm_head"]}
 
     @pytest.mark.parametrize(
         ("tensors", "message"),
@@ -334,8 +337,8 @@ def test_a_safetensors_file_of_zeros_has_the_producers_scales(tmp_path: Path) ->
     """compressed-tensors: the smallest step of the scale's dtype; the others: 1."""
     expected = {"blockwise": 1.0, "channelwise": 2.0**-7, "modelopt": 1.0}
     for layout, scale in expected.items():
-        got = quantize_tensor("a.weight", torch.zeros(4, 8), named_scheme(layout))
+        got = quantize_tensor(f"{UP}.weight", torch.zeros(4, 8), named_scheme(layout))
         save_file(got, tmp_path / f"{layout}.safetensors")
         stored = load_file(tmp_path / f"{layout}.safetensors")
-        assert (stored[f"a.{SUFFIX[layout]}"].float() == scale).all()
-        assert not bits(stored["a.weight"]).any()
+        assert (stored[f"{UP}.{SUFFIX[layout]}"].float() == scale).all()
+        assert not bits(stored[f"{UP}.weight"]).any()

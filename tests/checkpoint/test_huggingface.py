@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM
 
 from megatron_fp32.checkpoint.huggingface import DTYPES, INDEX, CheckpointError, HuggingFaceReader, TensorInfo
-from megatron_fp32.checkpoint.safetensors_writer import HuggingFaceWriter
+from megatron_fp32.checkpoint.safetensors_file import read_header
+from megatron_fp32.checkpoint.safetensors_writer import HuggingFaceWriter, SafetensorsFile
 from tests.checkpoint.conftest import Source
 from tests.checkpoint.support import bits
 
@@ -70,6 +71,41 @@ def test_every_tensor_is_aligned_to_its_item(tmp_path: Path, limit: int) -> None
         for name, entry in json.loads(content[8 : 8 + length]).items():
             if name != "__metadata__":
                 assert (8 + length + entry["data_offsets"][0]) % DTYPES[entry["dtype"]].itemsize == 0, name
+
+
+def test_a_file_alone_is_aligned_however_its_tensors_are_declared(tmp_path: Path) -> None:
+    """In the order of safetensors' own writer, wider items first: the format allows no gap."""
+    tensors = {
+        "a": torch.zeros(15).to(torch.float8_e4m3fn),
+        "b": torch.randn(2),
+        "c": torch.randn(3).bfloat16(),
+        "d": torch.zeros(0),
+        "e": torch.randn(1, dtype=torch.float64),
+        "f": torch.ones(3, dtype=torch.bool),
+        "g": torch.arange(5),
+    }
+    file = SafetensorsFile(
+        tmp_path / "ours", {n: TensorInfo(dtype=t.dtype, shape=tuple(t.shape)) for n, t in tensors.items()}
+    )
+    for name, tensor in tensors.items():
+        file.write(name, tensor)
+    file.finish()
+    save_file(tensors, tmp_path / "theirs")
+    ours, theirs = (read_header(tmp_path / name) for name in ("ours", "theirs"))
+    assert {name: start % tensors[name].element_size() for name, start in ours.starts.items()} == dict.fromkeys(
+        tensors, 0
+    )
+    widths = [
+        [
+            tensors[name].element_size()
+            for name in sorted(tensors, key=header.starts.__getitem__)
+            if tensors[name].numel()
+        ]
+        for header in (ours, theirs)
+    ]
+    assert widths[0] == widths[1]
+    loaded = load_file(tmp_path / "ours")
+    assert all(torch.equal(bits(loaded[name]), bits(tensor)) for name, tensor in tensors.items())
 
 
 def test_a_tensor_that_is_no_block_of_memory_is_written_in_its_order(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,12 @@ import torch
 
 from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, named_scheme
 from megatron_fp32.checkpoint.huggingface import CheckpointError, TensorInfo
+from megatron_fp32.checkpoint.quantization_claims import remove_claims, write_config
+from megatron_fp32.models.naming import PREFIXES
 
 MODELOPT_FILE = "hf_quant_config.json"
 _MODELOPT_ALGORITHM = "FP8_PER_CHANNEL_PER_TOKEN"
+_EXPERTS = re.compile(r"(.*\.experts)\.")
 
 
 def quantization_config(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[str, Any]:
@@ -54,20 +57,19 @@ def quantization_config(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> d
     }
 
 
-def write_configs(
-    directory: Path, config: Mapping[str, Any], infos: Mapping[str, TensorInfo], scheme: Fp8Scheme
-) -> None:
-    """`config.json` and whatever else says how a checkpoint is quantized.
+def write_configs(directory: Path, config: dict[str, Any], infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> None:
+    """`config.json` and whatever else says how a checkpoint is quantized, in place of what the source said of it.
 
     Args:
         directory: to write into.
-        config: the model's `config.json`.
+        config: the model's `config.json`, parsed.
         infos: all tensors of the float8 checkpoint.
         scheme: its format.
     """
+    remove_claims(directory, config)
     quantized = {**config, "quantization_config": quantization_config(infos, scheme)}
     for file, content in {"config.json": quantized, **extra_files(infos, scheme)}.items():
-        (directory / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_config(directory, content, file)
 
 
 def described_scheme(scheme: Fp8Scheme) -> dict[str, Any]:
@@ -89,12 +91,27 @@ def extra_files(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[str,
 
 
 def unquantized_modules(infos: Mapping[str, TensorInfo]) -> list[str]:
-    """Modules whose weight has two dimensions or more and is not float8."""
-    return sorted(
-        name.removesuffix(".weight")
-        for name, info in infos.items()
-        if name.endswith(".weight") and len(info.shape) > 1 and info.dtype != torch.float8_e4m3fn
-    )
+    """Modules that a loader must not build for float8, by their full names.
+
+    Beside the modules whose weight has two dimensions or more and is not float8 these are:
+
+    - `lm_head`, always: a tied head has no tensor of its own, but transformers builds it as a linear layer.
+    - `X.experts` where no expert of X is float8: transformers builds all experts of a layer as one module.
+    - `model.X` for every `model.language_model.X`: `AutoModelForCausalLM` builds the text model of a vision-language
+      checkpoint under these names.
+    """
+    kept = {"lm_head"}
+    experts: dict[str, bool] = {}
+    for name, info in infos.items():
+        quantized = info.dtype == torch.float8_e4m3fn
+        if match := _EXPERTS.match(name):
+            experts[match[1]] = experts.get(match[1], False) or quantized
+        if name.endswith(".weight") and len(info.shape) > 1 and not quantized:
+            kept.add(name.removesuffix(".weight"))
+    kept.update(module for module, quantized in experts.items() if not quantized)
+    inside, alone = PREFIXES
+    kept.update([alone + name.removeprefix(inside) for name in kept if name.startswith(inside)])
+    return sorted(kept)
 
 
 def scheme_from_config(config: Mapping[str, Any]) -> Fp8Scheme:

@@ -14,7 +14,7 @@ from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, Layout
 from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader, TensorInfo
 from megatron_fp32.ops.fp8.scales import ScaleFormat
 
-_SCALES = (".weight_scale_inv", ".weight_scale")
+SCALES = (".weight_scale_inv", ".weight_scale")
 
 
 def detect_scheme(directory: str | Path) -> Fp8Scheme:
@@ -77,15 +77,16 @@ def scheme_of_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, An
 
 
 def read_quantization_config(directory: Path) -> dict[str, Any] | None:
-    """What `config.json` or `hf_quant_config.json` say of quantization; None where they say nothing.
+    """What `config.json` (or the text model's part of it) or `hf_quant_config.json` say of quantization, or None.
 
     Raises:
         CheckpointError: when they are no JSON objects.
     """
     main = _read_json(directory / "config.json") or {}
     text = main.get("text_config") or {}
-    found = main.get("quantization_config") or text.get("quantization_config")
-    return found or _read_json(directory / MODELOPT_FILE)
+    # compressed-tensors wrote the second before its 0.8.
+    entries = [part.get(key) for part in (main, text) for key in ("quantization_config", "compression_config")]
+    return next((entry for entry in entries if entry), None) or _read_json(directory / MODELOPT_FILE)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -101,7 +102,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _scale_of(name: str, tensors: Mapping[str, TensorInfo]) -> tuple[str, TensorInfo]:
-    names = [name.removesuffix(".weight") + suffix for suffix in _SCALES]
+    names = [name.removesuffix(".weight") + suffix for suffix in SCALES]
     present = [scale for scale in names if scale in tensors]
     if not name.endswith(".weight") or len(tensors[name].shape) != 2 or len(present) != 1:
         raise CheckpointError(f"unknown float8 scheme: {name} {tensors[name].shape} needs one scale, got {present}")

@@ -16,15 +16,19 @@ Layout = Literal["blockwise", "channelwise", "modelopt"]
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
-NEVER_QUANTIZED = re.compile(
-    r"(^|\.)("
-    r"[^.]*norm[^.]*|conv1d|in_proj_(a|b|ba)|[^.]*router[^.]*|gate|[^.]*_gate"
-    r"|[^.]*embed[^.]*|[^.]*head|A_log|dt_bias"
-    r"|visual|vision_[^.]*|mtp\.fc"
-    r")(\.|$)"
+QUANTIZED = re.compile(
+    r"(?:(?:model|language_model|mtp)\.)*layers\.\d+\."
+    r"(?:self_attn\.(?:[qkvo]_proj|q_[ab]_proj|kv_a_proj_with_mqa|kv_b_proj)"
+    r"|linear_attn\.(?:in_proj_(?:qkv|z|qkvz)|out_proj)"
+    r"|mlp\.(?:experts\.\d+\.|shared_experts?\.)?(?:gate|up|down)_proj)"
 )
-"""Modules that stay as they are, whatever a scheme says: those whose rounding costs accuracy out of proportion, and the
-vision towers and the `mtp.fc` that no producer quantizes."""
+"""The only modules that a scheme may quantize: the large projections in the layers of a text model, which the producers
+quantize and the engines build for float8 (DeepSeek's attention included, whose format "blockwise" is).
+
+Everything else keeps its dtype: heads under any name (`lm_head`, `score`, `v_head`, `qa_outputs`; vLLM builds them
+without a quantization, vLLM#35849), embeddings, norms, `conv1d`, `in_proj_a`, `in_proj_b`, `in_proj_ba`, routers, gates
+of shared experts, vision and audio towers, `mtp.fc`, `eh_proj`. A name that is not known here is not quantized: a layer
+in 16 bits costs memory, one that an engine builds without scales cannot be loaded."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +122,6 @@ def is_quantized(name: str, info: TensorInfo, scheme: Fp8Scheme) -> bool:
     module = name.removesuffix(".weight")
     if module == name or len(info.shape) != 2 or info.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False
-    if NEVER_QUANTIZED.search(module):
+    if not QUANTIZED.fullmatch(module):
         return False
     return not scheme.skips(module) if scheme.modules is None else module in scheme.modules

@@ -167,6 +167,23 @@ def quantize_tensor(name: str, tensor: Tensor, scheme: Fp8Scheme, *, check: bool
         raise ValueError(f"{name}: {error}") from error
 
 
+def partial_blocks(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> tuple[str, ...]:
+    """Names of float8 weights with a last block of fewer rows or columns than the others.
+
+    Args:
+        infos: all tensors of the float8 checkpoint.
+        scheme: its format; only "blockwise" has blocks.
+    """
+    if scheme.layout != "blockwise":
+        return ()
+    return tuple(
+        name
+        for name, info in infos.items()
+        if info.dtype == torch.float8_e4m3fn
+        and any(size % block for size, block in zip(info.shape, scheme.block, strict=True))
+    )
+
+
 def _unfused(name: str, info: TensorInfo, scheme: Fp8Scheme) -> dict[str, TensorInfo]:
     parts = {p.name: TensorInfo(dtype=info.dtype, shape=p.shape) for p in expert_parts(name, info.shape)}
     return parts if any(is_quantized(part, i, scheme) for part, i in parts.items()) else {name: info}
