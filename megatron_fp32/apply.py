@@ -6,6 +6,9 @@ Float16Module, DistributedDataParallel, the optimizer. `check_fp32` belongs afte
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence

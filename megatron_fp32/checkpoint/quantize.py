@@ -18,10 +18,10 @@ from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, named_scheme
 from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, quantize_tensor
 from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader, TensorInfo
 from megatron_fp32.checkpoint.jobs import Part, Progress, Tell, described, run_job
-from megatron_fp32.checkpoint.kind import read_config
+from megatron_fp32.checkpoint.kind import check_direction, read_config
 from megatron_fp32.checkpoint.read_back import SafetensorsPart
 from megatron_fp32.checkpoint.safetensors_writer import cut_into_shards, shard_names, write_index
-from megatron_fp32.checkpoint.sidecar import copy_assets
+from megatron_fp32.checkpoint.sidecar import check_assets, copy_assets
 from megatron_fp32.checkpoint.staging import Staging
 
 
@@ -138,6 +138,8 @@ class QuantizeJob:
 @contextlib.contextmanager
 def open_quantization(hf_dir: Path, scheme: Fp8Scheme, device: str, max_shard_bytes: int) -> Iterator[QuantizeJob]:
     """Raises as `quantize_checkpoint`, before anything is written."""
+    check_direction("quantize", hf_dir, "huggingface", f"export {hf_dir} FP8_DIR --fp8 {scheme.layout}")
+    check_assets(hf_dir)
     sources = {"source": described(hf_dir)}
     config = read_config(hf_dir)
     found = read_quantization_config(hf_dir)

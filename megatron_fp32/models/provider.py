@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
+from megatron_fp32.checkpoint.directory import why_no_config, why_no_directory
+from megatron_fp32.checkpoint.kind import read_config
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models.decoder import LINEAR_ATTENTION_FIELDS, DecoderConfig
 from megatron_fp32.models.families import find_family
@@ -28,8 +32,15 @@ def read_hf_config(hf_dir: str | Path) -> DecoderConfig:
         FileNotFoundError: when there is none.
         ValueError: for a family or a variant that is not supported.
     """
-    hf_config = json.loads((Path(hf_dir) / "config.json").read_text())
-    return find_family(hf_config).parse(hf_config)
+    if not Path(hf_dir).is_dir():
+        raise FileNotFoundError(why_no_directory(hf_dir))
+    if not (Path(hf_dir) / "config.json").is_file():
+        raise FileNotFoundError(why_no_config(Path(hf_dir)))
+    hf_config = read_config(Path(hf_dir))
+    try:
+        return find_family(hf_config).parse(hf_config)
+    except ValueError as error:
+        raise ValueError(f"{hf_dir}: {error}") from error
 
 
 def transformer_config(model: DecoderConfig, **overrides: Any) -> TransformerConfig:

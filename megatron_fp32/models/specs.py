@@ -7,6 +7,9 @@ Transformer Engine spec, so that one checkpoint loads under both.
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 import copy
 import dataclasses
 from typing import Any

@@ -6,6 +6,9 @@ and (without sequence parallel) trains `out_norm` with a gradient that saw only 
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 import copy
 import dataclasses
 from typing import Any

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 import copy
 import functools
 from typing import Any

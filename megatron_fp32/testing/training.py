@@ -6,6 +6,9 @@ order in which Megatron-LM does.
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
