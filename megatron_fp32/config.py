@@ -82,10 +82,10 @@ class Fp32Config:
             )
 
 
-def config_or_default(config: Fp32Config | None) -> Fp32Config:
+def config_or_default(config: Fp32Config | None, *, name: str = "config") -> Fp32Config:
     """The configuration that a caller gave, or the default for None. Raises TypeError for anything else."""
     if config is None:
         return Fp32Config()
     if not isinstance(config, Fp32Config):
-        raise TypeError(f"expected an Fp32Config or None, got {config!r}")
+        raise TypeError(f"{name} must be an Fp32Config or None, got {config!r}")
     return config

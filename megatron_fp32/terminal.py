@@ -30,6 +30,7 @@ _REMEDIES = {
     errno.EROFS: "choose a directory on a disk that can be written to",
     errno.EMFILE: "raise the limit on open files (ulimit -n), or use fewer --workers",
     errno.ENFILE: "close other programs that hold many files open, or use fewer --workers",
+    errno.EFBIG: "lower --max-shard-bytes, or raise the limit on the size of a file (ulimit -f)",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EIO: "check the disk or the network file system",
     errno.ESTALE: "check the network file system",
@@ -104,16 +105,13 @@ def _interrupted(output: Path | None) -> str:
 
 
 def _operating_system(error: OSError, output: Path | None) -> str:
-    if error.errno is None or error.strerror is None:
-        return str(error)
-    message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    if error.errno in _REMEDIES:
-        message += f". What to do: {_REMEDIES[error.errno]}"
-    if output is not None and not output.exists() and staging_directory(output).exists():
-        message += (
-            f". What is finished stays in {staging_directory(output)}: after that, run the same command again, and it "
-            "goes on from there"
-        )
+    message = str(error)
+    if error.errno is not None and error.strerror is not None:
+        message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        if error.errno in _REMEDIES:
+            message += f". What to do: {_REMEDIES[error.errno]}"
+    if output is not None and not output.exists() and (partial := staging_directory(output)).exists():
+        message += f". What is finished stays in {partial}: run the same command again to go on from there"
     return message
 
 

@@ -144,9 +144,7 @@ def inspect_checkpoint(path: str | Path, *, source: str | Path | None = None) ->
     if kind_of(path) == "megatron":
         return _inspect_megatron(path, source)
     if source is not None:
-        raise ValueError(
-            f"source (--source) is for Megatron checkpoints, and {path} is a Hugging Face one: leave it out"
-        )
+        raise ValueError(f"a source is for Megatron checkpoints, and {path} is a Hugging Face one: leave --source out")
     return _inspect_huggingface(path)
 
 

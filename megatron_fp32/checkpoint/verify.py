@@ -78,7 +78,7 @@ def verify_checkpoints(
     check_callable("progress", progress)
     kinds = kind_of(a), kind_of(b)
     if source is not None and "megatron" not in kinds:
-        raise ValueError(f"source (--source) is for Megatron checkpoints, and neither {a} nor {b} is one: leave it out")
+        raise ValueError(f"a source is for Megatron checkpoints, and neither {a} nor {b} is one: leave --source out")
     with contextlib.ExitStack() as stack:
         first, second = (
             _Side(Path(path), kind, source, text_only, stack) for path, kind in zip((a, b), kinds, strict=True)

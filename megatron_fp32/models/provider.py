@@ -160,7 +160,7 @@ def build_model(
         vocab_divisible_by: see `padded_vocab_size`.
         pg_collection: process groups; None takes megatron-core's global ones.
     """
-    fp32 = config_or_default(fp32)
+    fp32 = config_or_default(fp32, name="fp32")
     for name, flag in (("pre_process", pre_process), ("post_process", post_process)):
         check_flag(name, flag)
     check_flag("parallel_output", parallel_output)
@@ -218,7 +218,7 @@ def model_provider(hf_dir: str | Path, *, fp32: Fp32Config | None = None, **over
         overrides: fields of `TransformerConfig`; see `transformer_config`.
     """
     check_path("hf_dir", hf_dir)
-    fp32 = config_or_default(fp32)
+    fp32 = config_or_default(fp32, name="fp32")
     _check_overrides(overrides)
     model = read_hf_config(hf_dir)
     dtype = torch.bfloat16 if overrides.get("bf16") else torch.float16 if overrides.get("fp16") else torch.float32

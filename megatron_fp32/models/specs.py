@@ -128,7 +128,7 @@ def with_fp32_gated_delta_net(
     spec: TransformerBlockSubmodules, fp32: Fp32Config | None = None
 ) -> TransformerBlockSubmodules:
     """A copy of a block spec in which every `GatedDeltaNet` is an `Fp32GatedDeltaNet`."""
-    names = config_or_default(fp32).gated_delta_net
+    names = config_or_default(fp32, name="fp32").gated_delta_net
     spec = copy.deepcopy(spec)
     for layer in spec.layer_specs or ():
         attention = layer.submodules.self_attention

@@ -22,7 +22,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from megatron_fp32.config import DEFAULT_KEPT_PARAMETERS, Fp32Config
+from megatron_fp32.config import DEFAULT_KEPT_PARAMETERS
 from megatron_fp32.transformer.counter import count_fp32_call
 from megatron_fp32.transformer.keep_in_fp32 import (
     Fp32ParameterGuard,
@@ -61,8 +61,9 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
 
     def __init__(self, *args: Any, fp32_parameters: tuple[str, ...] = DEFAULT_KEPT_PARAMETERS, **kwargs: Any) -> None:
         # The parent's constructor ends in reset_parameters, which reads this.
-        names = Fp32Config(gated_delta_net=fp32_parameters).gated_delta_net
-        object.__setattr__(self, "_fp32_parameters", names)
+        if isinstance(fp32_parameters, str):
+            raise TypeError(f"fp32_parameters must be a tuple of names, got {fp32_parameters!r}")
+        object.__setattr__(self, "_fp32_parameters", tuple(fp32_parameters))
         super().__init__(*args, **kwargs)
         self.fp32_calls = 0
         self._hook: RemovableHandle | None = None

@@ -48,7 +48,7 @@ class Fp32OutputLayer(ColumnParallelLinear):
 
     def __init__(self, *args: Any, fp32_config: Fp32Config | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = config_or_default(fp32_config)
+        config = config_or_default(fp32_config, name="fp32_config")
         _check_convertible(self, config)
         _take_over(self, config)
 
