@@ -18,13 +18,16 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from megatron.core.models.gpt import gpt_layer_specs
 
 from megatron_fp32 import cli
 from megatron_fp32.checkpoint import convert
 from megatron_fp32.checkpoint.convert import import_checkpoint
 from megatron_fp32.checkpoint.tensors import CheckpointError
 from megatron_fp32.checkpoint.torch_dist_writer import DataFile
-from megatron_fp32.models.provider import read_hf_config
+from megatron_fp32.extras import MissingPackageError
+from megatron_fp32.models.provider import read_hf_config, transformer_config
+from megatron_fp32.models.specs import decoder_block_spec, mtp_block_spec
 from tests.checkpoint.support import rewrite, write_small
 from tests.families import case
 
@@ -399,7 +402,8 @@ class TestInterruption:
         import_checkpoint(hf, tmp_path / "megatron")
         command = ["export", str(tmp_path / "megatron"), str(tmp_path / "out"), "--workers", "2"]
         command += ["--max-shard-bytes", "4000"]
-        status, stderr = _interrupt(command, when=(tmp_path / ".out.partial" / "job.json").is_file, after=0.5)
+        job = tmp_path / ".out.partial" / "job.json"
+        status, stderr = _interrupt(command, when=lambda _: job.is_file(), after=0.3)
         assert status == 130
         assert "Traceback" not in stderr
         assert "run the same command again" in stderr
@@ -407,12 +411,15 @@ class TestInterruption:
         assert not (tmp_path / ".out.partial").exists()
 
     def test_while_torch_is_imported(self, original: Path, tmp_path: Path) -> None:
-        status, stderr = _interrupt(["import", str(original), str(tmp_path / "out")], when=lambda: True, after=0.4)
+        def is_importing(process: int) -> bool:
+            return "libtorch" in Path(f"/proc/{process}/maps").read_text()
+
+        status, stderr = _interrupt(["import", str(original), str(tmp_path / "out")], when=is_importing)
         assert (status, stderr) == (130, "megatron-fp32: interrupted before anything was done\n")
         assert list(tmp_path.iterdir()) == []
 
 
-def _interrupt(command: list[str], *, when: Callable[[], bool], after: float) -> tuple[int, str]:
+def _interrupt(command: list[str], *, when: Callable[[int], bool], after: float = 0.0) -> tuple[int, str]:
     """Exit status and stderr of a command whose whole group of processes gets SIGINT, a while after a condition."""
     process = subprocess.Popen(
         [sys.executable, "-m", "megatron_fp32", *command],
@@ -422,7 +429,7 @@ def _interrupt(command: list[str], *, when: Callable[[], bool], after: float) ->
         text=True,
         start_new_session=True,
     )
-    while not when():
+    while not when(process.pid):
         assert process.poll() is None, "it ended before it was interrupted"
         time.sleep(0.01)
     time.sleep(after)
@@ -486,6 +493,16 @@ else:
     raise SystemExit("it worked")
 """
         _without("nothing", script)
+
+    def test_transformer_engine(self, original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """megatron-core without it calls None, or a name that is not there."""
+        monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", None, raising=False)
+        config = transformer_config(read_hf_config(original))
+        for spec in (decoder_block_spec, mtp_block_spec):
+            with pytest.raises(
+                MissingPackageError, match=r"transformer_engine is not installed.*transformer_impl='local'"
+            ):
+                spec(config)
 
     def test_of_a_testing_helper(self) -> None:
         script = """

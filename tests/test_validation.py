@@ -29,6 +29,8 @@ from megatron_fp32.models.provider import (
     padded_vocab_size,
     transformer_config,
 )
+from megatron_fp32.ops.logits import fp32_logits
+from megatron_fp32.ops.logprobs import linear_cross_entropy, linear_logprobs, weighted_cross_entropy
 from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
 from megatron_fp32.tensor_parallel.logprobs import logprobs_processor
 from megatron_fp32.tensor_parallel.output_layer import to_fp32_output_layer
@@ -261,6 +263,22 @@ def test_arguments_that_did_not_come_from_the_parser(name: str, value: Any) -> N
     setattr(args, name, value)
     with pytest.raises((TypeError, ValueError), match=name.removeprefix("fp32_").removeprefix("logits_")):
         fp32_config_from_args(args)
+
+
+@pytest.mark.parametrize("value", NO_FLAGS)
+@pytest.mark.parametrize("name", ["sequence_parallel", "reduce_hidden_grad", "invariant", "mean_logit"])
+def test_flags_of_operators(name: str, value: Any) -> None:
+    hidden, weight, labels = torch.ones(2, 8), torch.ones(5, 8), torch.zeros(2, dtype=torch.int64)
+    operators: list[Callable[..., Any]] = [lambda **flags: linear_logprobs(hidden, weight, labels, **flags)]
+    if name != "mean_logit":
+        operators += [
+            lambda **flags: fp32_logits(hidden, weight, **flags),
+            lambda **flags: linear_cross_entropy(hidden, weight, labels, **flags),
+            lambda **flags: weighted_cross_entropy(hidden, weight, labels, torch.ones(2), **flags),
+        ]
+    for operator in operators:
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got {value!r}"):
+            operator(**{name: value})
 
 
 def test_text_only_and_carry(tmp_path: Path) -> None:

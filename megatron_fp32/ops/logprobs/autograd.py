@@ -28,6 +28,7 @@ from megatron_fp32.ops.logprobs.options import HeadOptions, head_options, invers
 from megatron_fp32.ops.logprobs.statistics import KeptLogits, TokenStatistics
 from megatron_fp32.ops.logprobs.tokens import join, token_statistics
 from megatron_fp32.ops.logprobs.topk import top_k_of
+from megatron_fp32.validation import check_choice, check_flag
 
 Backward = Literal["recompute", "saved"]
 """Where the backward pass finds the logits: it multiplies again, or they were kept."""
@@ -122,8 +123,8 @@ def linear_logprobs(
         invariant=invariant,
         chunk_size=chunk_size,
     )
-    if backward not in get_args(Backward):
-        raise ValueError(f"backward must be one of {get_args(Backward)}, got {backward!r}")
+    check_choice("backward", backward, get_args(Backward))
+    check_flag("mean_logit", mean_logit)
     if not 0 <= top_k <= options.shard.vocab_size:
         raise ValueError(f"top_k must be 0 to {options.shard.vocab_size}, the size of the vocabulary, got {top_k}")
     heat = inverse_temperature(temperature, labels)

@@ -14,6 +14,7 @@ from megatron_fp32.ops.logits.fixed_order import check_fixed_order
 from megatron_fp32.ops.logits.gemm import check_operands
 from megatron_fp32.ops.logits.ranks import gather_first_dim
 from megatron_fp32.ops.logprobs.statistics import BLOCK, Shard
+from megatron_fp32.validation import check_flag
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,12 @@ def head_options(
 ) -> HeadOptions:
     """Check the arguments that the operators of this folder share. Raises what they say."""
     check_grad_precision(grad_precision)
+    for name, flag in (
+        ("sequence_parallel", sequence_parallel),
+        ("reduce_hidden_grad", reduce_hidden_grad),
+        ("invariant", invariant),
+    ):
+        check_flag(name, flag)
     if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             "expected hidden [..., hidden] of 2 or more dimensions and weight [vocab, hidden], "
