@@ -5,4 +5,5 @@ from __future__ import annotations
 from megatron_fp32.extras import remedy_named
 
 with remedy_named():
-    import megatron.core  # noqa: F401
+    # megatron.core alone does not import what megatron-core itself needs, such as Triton.
+    import megatron.core.models.gpt  # noqa: F401

@@ -209,6 +209,13 @@ class TestWhatIsInTheDirectory:
         with pytest.raises(FileNotFoundError, match=r"no config\.json in .*is it a Hugging Face model directory"):
             read_hf_config(hf)
 
+    def test_a_download_that_was_interrupted(self, hf: Path, tmp_path: Path) -> None:
+        (hf / "model.safetensors").unlink()
+        (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+        message = _refused("import", hf, tmp_path / "out")
+        assert f"{hf / 'model-00001-of-00002.safetensors'} is missing" in message
+        assert "run hf download again" in message
+
     def test_weights_of_another_format(self, hf: Path, tmp_path: Path) -> None:
         (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
         for message in (_refused("import", hf, tmp_path / "out"), _refused("inspect", hf, status=2)):
@@ -441,9 +448,16 @@ def _interrupt(command: list[str], *, when: Callable[[int], bool], after: float 
 class TestMissingPackages:
     """In a process where the package cannot be imported."""
 
-    def test_every_module_without_megatron_core(self) -> None:
-        """Each either works without it, or says how to install it."""
-        script = """
+    @pytest.mark.parametrize(
+        ("package", "modules", "remedies"),
+        [
+            ("megatron", 13, ("pip install 'megatron_fp32[megatron]'", "PYTHONPATH")),
+            ("triton", 6, ("pip install triton",)),
+        ],
+    )
+    def test_every_module(self, package: str, modules: int, remedies: tuple[str, ...]) -> None:
+        """Each either works without it, or says how to install it. (megatron-core, too, may need Triton.)"""
+        script = f"""
 import importlib, pkgutil, megatron_fp32
 from megatron_fp32.extras import MissingPackageError
 missing = 0
@@ -453,11 +467,17 @@ for module in pkgutil.walk_packages(megatron_fp32.__path__, "megatron_fp32."):
     try:
         importlib.import_module(module.name)
     except MissingPackageError as error:
-        missing += 1
-        assert "pip install 'megatron_fp32[megatron]'" in str(error), error
-        assert "PYTHONPATH" in str(error), error
-        assert error.name in ("megatron", "megatron.core"), error.name
-assert missing >= 13, missing
+        if error.name.split(".")[0] == {package!r}:
+            missing += 1
+            assert all(remedy in str(error) for remedy in {remedies!r}), error
+assert missing >= {modules}, missing
+"""
+        _without(package, script)
+
+    def test_every_name_of_the_package(self) -> None:
+        script = """
+import megatron_fp32
+from megatron_fp32.extras import MissingPackageError
 for name in megatron_fp32.__all__:
     try:
         getattr(megatron_fp32, name)

@@ -79,7 +79,10 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
 
     def _open(self, path: Path, expected: set[str] | None) -> None:
         if not os.path.isfile(path):  # unlike Path.is_file, for any text in the index
-            raise CheckpointError(f"{path} is missing; {self.directory / INDEX} names it")
+            raise CheckpointError(
+                f"{path} is missing; {self.directory / INDEX} names it. If its download was interrupted, run hf "
+                "download again"
+            )
         refuse_pointers([path])
         header = read_header(path)
         names = header.tensors.keys()
