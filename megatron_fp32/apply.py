@@ -6,6 +6,9 @@ Float16Module, DistributedDataParallel, the optimizer. `check_fp32` belongs afte
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +24,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import unwrap_model
 from torch import nn
 
-from megatron_fp32.config import Fp32Config
+from megatron_fp32.config import Fp32Config, config_or_default
 from megatron_fp32.ssm.gated_delta_net import VARIANTS, check_gated_delta_net, to_fp32_gated_delta_net
 from megatron_fp32.tensor_parallel.fused_loss import check_owner, set_fused_loss
 from megatron_fp32.tensor_parallel.output_layer import check_output_layer, to_fp32_output_layer
@@ -78,7 +81,7 @@ def apply_fp32(model: Model, config: Fp32Config | None = None, *, draw: bool = T
             is configured for what fp32 logits do not support.
         TypeError: when a layer is of a kind that cannot be changed.
     """
-    config = config or Fp32Config()
+    config = config_or_default(config)
     chunks = named_chunks(model)
     for name, chunk in chunks:
         _refuse_wrapped(name, chunk)
@@ -108,6 +111,8 @@ def pre_wrap_hook(config: Fp32Config | None = None, *, draw: bool = True) -> Cal
     For `pre_wrap_hooks` of megatron-core's model configurations (HybridModel >= 0.18, GPTModel >= 0.19), and for
     Megatron-Bridge's `register_pre_wrap_hook(hook, prepend=True)`. What was done is logged.
     """
+
+    config = config_or_default(config)
 
     def hook(chunks: list[Any]) -> list[Any]:
         report = apply_fp32(chunks, config, draw=draw)

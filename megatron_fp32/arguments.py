@@ -57,6 +57,7 @@ def fp32_config_from_args(args: argparse.Namespace) -> Fp32Config:
 
     Raises:
         ValueError: when the flags were not added to the parser, or one of them has a value that is not allowed.
+        TypeError: for a value of another type, which a file of arguments can give.
     """
     if not hasattr(args, "fp32_logits_grad_precision"):
         raise ValueError("the arguments lack --fp32-logits and its like: pass add_fp32_arguments to the parser")
@@ -66,5 +67,5 @@ def fp32_config_from_args(args: argparse.Namespace) -> Fp32Config:
         invariant=args.fp32_logits_invariant,
         fused_loss=args.fp32_fused_loss,
         vocab_size=args.fp32_vocab_size,
-        gated_delta_net=tuple(args.fp32_gated_delta_net),
+        gated_delta_net=args.fp32_gated_delta_net,
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,11 +13,12 @@ from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from torch import nn
 
 from megatron_fp32.apply import Model, expected_heads, find_output_layers, named_chunks, why_no_vocabulary_head
-from megatron_fp32.config import Fp32Config
+from megatron_fp32.config import Fp32Config, config_or_default
 from megatron_fp32.optimizer.native_fp32 import pending_repairs
 from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
 from megatron_fp32.tensor_parallel.fused_loss import has_fused_loss
 from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
+from megatron_fp32.validation import check_flag
 
 Chunks = list[tuple[str, nn.Module]]
 
@@ -37,7 +41,8 @@ def check_fp32(
     Raises:
         RuntimeError: naming everything that is not as it should be.
     """
-    config = config or Fp32Config()
+    config = config_or_default(config)
+    check_flag("after_forward", after_forward)
     chunks = named_chunks(model)
     kept: dict[str, nn.Parameter] = {}
     problems: list[str] = []

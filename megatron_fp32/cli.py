@@ -17,9 +17,9 @@ from megatron_fp32.checkpoint.fp8 import Fp8Scheme, detect_scheme, named_scheme
 from megatron_fp32.checkpoint.fp8.scheme import LAYOUTS
 from megatron_fp32.checkpoint.plan import Mtp, Vision, listing
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
-from megatron_fp32.terminal import console, errors_exit, progress
+from megatron_fp32.terminal import Commands, ExistingDirectory, console, errors_exit, progress
 
-_EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
+_EXISTING = ExistingDirectory()
 _NEW = click.Path(path_type=Path)
 
 _workers = click.option(
@@ -35,7 +35,7 @@ _shard_bytes = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="megatron_fp32")
 def main() -> None:
     """Convert checkpoints between Hugging Face and Megatron, exact in every dtype, compare them, and look into them.
@@ -43,14 +43,15 @@ def main() -> None:
     Families: Qwen3.5 and Qwen3.5-MoE, alone and as the text model of a vision-language checkpoint, Qwen3-Next, Qwen3,
     Qwen3-MoE, Llama 3.
 
-    Neither a GPU nor a process group is needed, and no model is built: one tensor at a time is in memory.
+    The commands need neither a GPU nor a process group. They do not build the model: they stream its tensors, one at a
+    time, through the memory.
 
     An output gets its name when all of it was written, read back and compared. Until then it grows in .NAME.partial
-    beside it; after an interruption, a full disk or a kill, the same command goes on from there.
+    beside it. After Ctrl-C, a full disk or a kill, run the same command again: it goes on from there.
 
-    Exit status: 0 when everything was converted and verified, 1 when it was refused or failed, or when `export
-    --allow-rounded` exported rounded tensors, 2 for a mistake on the command line. `verify`
-    and `inspect` have their own: 0, 1 for a difference, 2 for what cannot be read.
+    Exit status: 0 when everything was converted and verified; 1 when the conversion was refused or failed, or when
+    `export --allow-rounded` exported rounded tensors; 2 for a mistake on the command line; 130 after Ctrl-C. `verify`
+    and `inspect` exit with 0, with 1 when something differs, and with 2 when a checkpoint cannot be read.
     """
 
 
@@ -83,7 +84,7 @@ def import_(
 
     MEGATRON_DIR must not exist. Beside the checkpoint it holds hf_source/, which `export` needs later.
     """
-    with errors_exit(1), progress(only_on_terminals=False) as tell:
+    with errors_exit(1, output=megatron_dir), progress(only_on_terminals=False) as tell:
         report = convert.import_checkpoint(
             hf_dir, megatron_dir, text_only=text_only, vision=vision, mtp=mtp, workers=workers, progress=tell
         )
@@ -141,7 +142,7 @@ def export(
 
     HF_DIR must not exist. Tensors leave with the dtype that they came with; those trained in fp32 leave as F32.
     """
-    with errors_exit(1), progress(only_on_terminals=False) as tell:
+    with errors_exit(1, output=hf_dir), progress(only_on_terminals=False) as tell:
         report = convert.export_checkpoint(
             megatron_dir,
             hf_dir,
@@ -198,7 +199,7 @@ def quantize(
     FP8_DIR must not exist. The large projections of the text model's layers become float8; everything else (norms,
     routers, embeddings, heads, vision towers) keeps its bytes.
     """
-    with errors_exit(1), progress(only_on_terminals=False) as tell:
+    with errors_exit(1, output=fp8_dir), progress(only_on_terminals=False) as tell:
         scheme = _scheme(name, like, names="--scheme and --like")
         if scheme is None:
             raise click.UsageError("one of --scheme and --like is needed")

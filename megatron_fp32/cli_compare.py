@@ -19,9 +19,9 @@ from megatron_fp32.checkpoint.findings import TensorDifference, VerifiedSide, Ve
 from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, TensorInfo
 from megatron_fp32.checkpoint.inspection import Inspection, inspect_checkpoint
 from megatron_fp32.checkpoint.verify import verify_checkpoints
-from megatron_fp32.terminal import console, errors_exit, progress
+from megatron_fp32.terminal import ExistingDirectory, console, errors_exit, progress
 
-_EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
+_EXISTING = ExistingDirectory()
 
 _MEANINGS = {
     "only_a": "only in A",

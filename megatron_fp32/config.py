@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
+from megatron_fp32.validation import check_choice, check_count, check_flag
+
 FusedLoss = Literal["off", "recompute", "saved"]
 """How a model's loss is computed: from logits; or without them, computed again or saved for the backward pass."""
 
@@ -16,8 +18,7 @@ DEFAULT_KEPT_PARAMETERS = ("A_log", "out_norm.weight")
 
 def check_grad_precision(value: object) -> None:
     """Raise ValueError unless `value` is a `GradPrecision`."""
-    if value not in get_args(GradPrecision):
-        raise ValueError(f"grad_precision must be one of {get_args(GradPrecision)}, got {value!r}")
+    check_choice("grad_precision", value, get_args(GradPrecision))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Fp32Config:
 
     Raises:
         ValueError: on construction, for a value outside of what a field allows.
+        TypeError: on construction, for a flag that is no bool, such as "false", or a size that is no int.
     """
 
     logits: bool = True
@@ -62,18 +64,28 @@ class Fp32Config:
     """Parameters of every gated-delta-net layer that stay fp32, named relative to the layer. Empty keeps none."""
 
     def __post_init__(self) -> None:
+        check_flag("logits", self.logits)
         check_grad_precision(self.grad_precision)
-        if self.fused_loss not in get_args(FusedLoss):
-            raise ValueError(f"fused_loss must be one of {get_args(FusedLoss)}, got {self.fused_loss!r}")
+        check_flag("invariant", self.invariant)
+        check_choice("fused_loss", self.fused_loss, get_args(FusedLoss))
         if self.fused_loss != "off" and not self.logits:
             raise ValueError("fused_loss needs logits=True: it is the fp32 output layer that computes it")
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise ValueError(f"vocab_size must be positive or None, got {self.vocab_size}")
+        if self.vocab_size is not None:
+            check_count("vocab_size", self.vocab_size)
         if isinstance(self.gated_delta_net, list):
             object.__setattr__(self, "gated_delta_net", tuple(self.gated_delta_net))
-        if isinstance(self.gated_delta_net, str) or not all(
+        if not isinstance(self.gated_delta_net, tuple) or not all(
             isinstance(name, str) and name for name in self.gated_delta_net
         ):
             raise ValueError(
                 f"gated_delta_net must be a tuple of non-empty parameter names, got {self.gated_delta_net!r}"
             )
+
+
+def config_or_default(config: Fp32Config | None, *, name: str = "config") -> Fp32Config:
+    """The configuration that a caller gave, or the default for None. Raises TypeError for anything else."""
+    if config is None:
+        return Fp32Config()
+    if not isinstance(config, Fp32Config):
+        raise TypeError(f"{name} must be an Fp32Config or None, got {config!r}")
+    return config

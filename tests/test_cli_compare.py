@@ -161,7 +161,7 @@ class TestVerify:
         (separate / "config.json").unlink()
         result = _run("verify", fused, separate)
         assert (result.exit_code, result.stderr) == (1, "")
-        assert f"compared by name alone, other layouts were not paired: {separate / 'config.json'}" in result.stdout
+        assert f"compared by name alone, other layouts were not paired: no config.json in {separate}" in result.stdout
         assert result.stdout.splitlines()[-1].startswith("DIFFERENT: ")
         assert str(separate) in _json(_run("verify", fused, separate, "--json"))["names_only"]
 

@@ -21,6 +21,7 @@ from megatron_fp32.checkpoint.fp8.tensors import partial_blocks
 from megatron_fp32.checkpoint.import_job import RELEASE, open_import
 from megatron_fp32.checkpoint.jobs import Progress, run_job
 from megatron_fp32.checkpoint.plan import Mtp, Vision
+from megatron_fp32.validation import check_callable, check_choice, check_count, check_flag, check_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,11 +92,23 @@ def import_checkpoint(
         CheckpointError: when the source is incomplete or damaged, or `out` exists. Nothing is left behind.
         OSError: such as of a full disk; what is done stays in `.NAME.partial` beside `out`, and the same call goes on
             from there.
-        ValueError: when `config.json` describes a model that is not supported, or parts are to be both dropped and
-            carried.
+        ValueError: when `config.json` describes a model that is not supported, parts are to be both dropped and
+            carried, or an argument has a value that is not allowed.
+        TypeError: for an argument of another type. Both come before anything is read.
     """
+    check_path("hf_dir", hf_dir)
+    check_path("out", out)
+    check_flag("text_only", text_only)
+    check_choice("vision", vision, get_args(Vision))
+    check_choice("mtp", mtp, get_args(Mtp))
+    check_count("max_part_bytes", max_part_bytes)
+    check_count("workers", workers)
+    check_callable("progress", progress)
     if text_only and "carry" in (vision, mtp):
-        raise ValueError("text_only drops the parts that vision and mtp say to carry")
+        raise ValueError(
+            f"text_only (--text-only) drops the parts that vision={vision!r} (--vision) and mtp={mtp!r} (--mtp) carry: "
+            "leave it out, or carry nothing"
+        )
     if text_only:
         vision = mtp = "drop"
     out = Path(out)
@@ -146,10 +159,20 @@ def export_checkpoint(
         CheckpointError: for missing, unexpected or misshapen tensors, for rounded ones, and when there is no sidecar.
             Nothing is left behind.
         OSError: as `import_checkpoint`.
-        ValueError: for an unknown `dtype`, and for infinite or NaN weights that are to be quantized.
+        ValueError: for an argument with a value that is not allowed, and for infinite or NaN weights that are to be
+            quantized.
+        TypeError: for an argument of another type.
     """
-    if dtype not in get_args(ExportDtype):
-        raise ValueError(f"dtype must be one of {get_args(ExportDtype)}, got {dtype!r}")
+    check_path("megatron_dir", megatron_dir)
+    check_path("out", out)
+    check_path("source", source, optional=True)
+    check_flag("allow_rounded", allow_rounded)
+    check_choice("dtype", dtype, get_args(ExportDtype))
+    if fp8 is not None and not isinstance(fp8, Fp8Scheme):
+        raise TypeError(f"fp8 must be an Fp8Scheme, such as named_scheme('blockwise'), or None, got {fp8!r}")
+    check_count("max_shard_bytes", max_shard_bytes)
+    check_count("workers", workers)
+    check_callable("progress", progress)
     out = Path(out)
     options = ExportOptions(
         megatron_dir=Path(megatron_dir),

@@ -17,11 +17,12 @@ from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme
 from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, quantize_element
 from megatron_fp32.checkpoint.huggingface import CheckpointError, TensorInfo
 from megatron_fp32.checkpoint.jobs import Part, Tell, described
+from megatron_fp32.checkpoint.kind import check_direction
 from megatron_fp32.checkpoint.plan import PADDED_VOCABULARY, Plan, listing, naming, plan_export
 from megatron_fp32.checkpoint.quantization_claims import find_claims, remove_claims
 from megatron_fp32.checkpoint.read_back import SafetensorsPart
 from megatron_fp32.checkpoint.safetensors_writer import cut_into_shards, shard_names, write_index
-from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, find_sidecar, fits
+from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, check_assets, find_sidecar, fits
 from megatron_fp32.checkpoint.staging import Staging
 from megatron_fp32.checkpoint.torch_dist import TorchDistReader, known_non_model_entries
 from megatron_fp32.models import mapping as models
@@ -71,6 +72,7 @@ class ExportJob:
         with naming(reader.directory):
             self.plan: Plan = plan_export(sidecar.hf_config, {n: t.info for n, t in sidecar.tensors.items()}, present)
         self.claims = find_claims(sidecar.directory / "assets", sidecar.hf_config)
+        sidecar.check_shapes(self.plan.hf_shapes)
         self._originals = sidecar.originals()
         self.dtypes = dtypes or self._decide_dtypes()
         self.infos = self.dtypes.infos if options.fp8 is None else fp8_infos(self.dtypes.infos, options.fp8)
@@ -192,8 +194,10 @@ class ExportJob:
 @contextlib.contextmanager
 def open_export(options: ExportOptions, dtypes: Dtypes | None = None) -> Iterator[ExportJob]:
     """Raises as `export_checkpoint`, before anything is written. `dtypes` from another process: finding them reads."""
+    check_direction("export", options.megatron_dir, "megatron", f"import {options.megatron_dir} MEGATRON_DIR")
     reader = TorchDistReader(options.megatron_dir)
     sidecar = find_sidecar(options.megatron_dir, options.source)
+    check_assets(sidecar.directory / "assets")
     with sidecar.open_carried() as carried:
         yield ExportJob(reader, sidecar, carried, options, dtypes)
 

@@ -14,6 +14,7 @@ from megatron_fp32.checkpoint.difference import Comparison, ValueDifference
 from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, TensorInfo
 from megatron_fp32.checkpoint.kind import Kind
 from megatron_fp32.models.mapping import TensorSpec
+from megatron_fp32.validation import check_flag
 
 Status = Literal["only_a", "only_b", "shape", "values", "dtype"]
 """In one checkpoint only; another shape; other values; the same values in another dtype."""
@@ -77,6 +78,7 @@ class VerifyReport:
 
     def agrees(self, *, values_only: bool = False) -> bool:
         """Nothing differs, or with `values_only` nothing but dtypes."""
+        check_flag("values_only", values_only)
         return all(values_only and difference.status == "dtype" for difference in self.differences)
 
     def as_json(self) -> dict[str, Any]:

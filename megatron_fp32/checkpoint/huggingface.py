@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_fp32.checkpoint.directory import refuse_pointers, why_no_weights
 from megatron_fp32.checkpoint.files import read_json
 from megatron_fp32.checkpoint.safetensors_file import Header, read_header, read_tensor
 from megatron_fp32.checkpoint.tensors import DTYPE_NAMES, DTYPES, CheckpointError, TensorInfo
@@ -59,10 +60,11 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
         if index.is_file():
             return self._indexed_files(index)
         if not single.is_file():
-            raise CheckpointError(f"{self.directory} holds neither model.safetensors nor {INDEX}")
+            raise CheckpointError(why_no_weights(self.directory))
         return [(single, None)]
 
     def _indexed_files(self, index: Path) -> list[tuple[Path, set[str] | None]]:
+        refuse_pointers([index])
         content = read_json(index, "safetensors index")
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -77,7 +79,11 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
 
     def _open(self, path: Path, expected: set[str] | None) -> None:
         if not os.path.isfile(path):  # unlike Path.is_file, for any text in the index
-            raise CheckpointError(f"{path} is missing; {self.directory / INDEX} names it")
+            raise CheckpointError(
+                f"{path} is missing; {self.directory / INDEX} names it. If its download was interrupted, run hf "
+                "download again"
+            )
+        refuse_pointers([path])
         header = read_header(path)
         names = header.tensors.keys()
         if expected is not None and expected - names:

@@ -14,11 +14,11 @@ from torch import Tensor
 from megatron_fp32.checkpoint.digests import Digests, compare, digest
 from megatron_fp32.checkpoint.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.jobs import Part, Tell, described
-from megatron_fp32.checkpoint.kind import read_config
+from megatron_fp32.checkpoint.kind import check_direction, read_config
 from megatron_fp32.checkpoint.plan import ImportPlan, Mtp, Vision, naming, plan_import
 from megatron_fp32.checkpoint.quantization_claims import find_claims
 from megatron_fp32.checkpoint.read_back import ReadBack
-from megatron_fp32.checkpoint.sidecar import SourceTensor, write_sidecar
+from megatron_fp32.checkpoint.sidecar import SourceTensor, check_assets, write_sidecar
 from megatron_fp32.checkpoint.staging import Staging
 from megatron_fp32.checkpoint.torch_dist import TRACKER
 from megatron_fp32.checkpoint.torch_dist_writer import (
@@ -138,6 +138,8 @@ class ImportJob:
 @contextlib.contextmanager
 def open_import(hf_dir: Path, vision: Vision, mtp: Mtp, max_part_bytes: int) -> Iterator[ImportJob]:
     """Raises as `import_checkpoint`, before anything is written."""
+    check_direction("import", hf_dir, "huggingface", f"export {hf_dir} HF_DIR")
+    check_assets(hf_dir)
     sources = {"source": described(hf_dir)}
     config = read_config(hf_dir)
     with HuggingFaceReader(hf_dir) as reader:

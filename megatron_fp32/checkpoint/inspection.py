@@ -19,6 +19,7 @@ from megatron_fp32.checkpoint.torch_dist import TorchDistReader
 from megatron_fp32.models.families import find_family
 from megatron_fp32.models.layout import has_stacked_layers
 from megatron_fp32.models.naming import MTP, VISION
+from megatron_fp32.validation import check_path
 
 _ITERATION = re.compile(r"iter_(\d+)")
 
@@ -137,11 +138,13 @@ def inspect_checkpoint(path: str | Path, *, source: str | Path | None = None) ->
         CheckpointError: when it cannot be read.
         ValueError: when `source` is given for a Hugging Face checkpoint.
     """
+    check_path("path", path)
+    check_path("source", source, optional=True)
     path = Path(path)
     if kind_of(path) == "megatron":
         return _inspect_megatron(path, source)
     if source is not None:
-        raise ValueError(f"a source is for Megatron checkpoints, and {path} is none")
+        raise ValueError(f"a source is for Megatron checkpoints, and {path} is a Hugging Face one: leave --source out")
     return _inspect_huggingface(path)
 
 

@@ -7,7 +7,8 @@ import dataclasses
 import multiprocessing
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_fp32.checkpoint.huggingface import CheckpointError
-from megatron_fp32.checkpoint.staging import Staging, is_the_machines, open_staging
+from megatron_fp32.checkpoint.staging import Staging, is_the_machines, open_staging, staging_directory
 
 Progress = Callable[[str, int, int], None]
 """Called with what was done (`"write"` after each tensor, `"verify"` after some hundred megabytes), the size of what it
@@ -92,7 +93,7 @@ def run_job(
         "options": job.options,
         "sources": job.sources,
     }
-    with open_staging(out, identity) as staging:
+    with _place_named(staging_directory(out)), open_staging(out, identity) as staging:
         pending = []
         for index, part in enumerate(job.parts):
             if staging.record(index) is None or not (staging.output / part.file).is_file():
@@ -112,6 +113,17 @@ def run_job(
                 raise CheckpointError(f"the {name} in {before['directory']} has changed while it was converted")
         staging.publish()
     return records
+
+
+@contextlib.contextmanager
+def _place_named(directory: Path) -> Iterator[None]:
+    """Name the directory in an OSError that names no file, as those of write and fsync do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(directory)) from error
 
 
 def described(directory: Path) -> dict[str, Any]:
@@ -142,9 +154,10 @@ def _in_processes(open_job: Opener, pending: list[int], staging: Staging, count:
         for _ in range(count):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(open_job, staging, there), daemon=True)
-            process.start()
+            with _interrupts_blocked():
+                process.start()
+                stack.callback(_end, process, here)
             there.close()
-            stack.callback(_end, process, here)
             busy[here] = process
         while busy:
             for pipe in wait(list(busy)):
@@ -169,9 +182,22 @@ def _in_processes(open_job: Opener, pending: list[int], staging: Staging, count:
                         pipe.send(index)
 
 
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """A process that starts in the block never sees Ctrl-C; its parent sees it after the block.
+
+    Ctrl-C reaches all processes of the terminal. This one ends the others, and a traceback of theirs would say nothing.
+    """
+    # Where it is started by the block, it unblocks what the block has blocked.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(open_job: Opener, staging: Staging, pipe: Connection) -> None:
-    # Ctrl-C reaches all processes of the terminal; the first one ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     try:
         with open_job() as job:

@@ -6,6 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_fp32.checkpoint.directory import (
+    existing_directory,
+    is_legacy,
+    refuse_pointers,
+    saved_iterations,
+    why_no_checkpoint,
+    why_no_config,
+    why_no_weights,
+)
 from megatron_fp32.checkpoint.files import read_json
 from megatron_fp32.checkpoint.huggingface import INDEX, CheckpointError, TensorInfo
 from megatron_fp32.checkpoint.sidecar import DIRECTORY, Sidecar, find_sidecar
@@ -20,18 +29,55 @@ def kind_of(directory: str | Path) -> Kind:
     Raises:
         CheckpointError: when it holds neither, or both.
     """
-    directory = Path(directory)
+    directory = existing_directory(directory)
     found: dict[Kind, bool] = {
         "huggingface": any((directory / name).is_file() for name in (INDEX, "model.safetensors")),
         "megatron": any((directory / name).is_file() for name in (".metadata", TRACKER)),
     }
     kinds = [kind for kind, is_there in found.items() if is_there]
-    if len(kinds) != 1:
-        wrong = "both kinds of checkpoint" if kinds else "no checkpoint"
+    if len(kinds) > 1:
         raise CheckpointError(
-            f"{directory} holds {wrong}: expected either model.safetensors or {INDEX}, or .metadata or {TRACKER}"
+            f"{directory} holds both kinds of checkpoint: expected either model.safetensors or {INDEX}, or .metadata "
+            f"or {TRACKER}"
         )
+    if not kinds:
+        raise CheckpointError(_why_neither(directory))
     return kinds[0]
+
+
+def _why_neither(directory: Path) -> str:
+    if saved_iterations(directory) or is_legacy(directory) or any(directory.glob("*.distcp")):
+        return why_no_checkpoint(directory, directory, directory / TRACKER)
+    return f"{directory} holds no checkpoint: neither .metadata nor {TRACKER} is there, and {why_no_weights(directory)}"
+
+
+def check_direction(command: str, directory: Path, expected: Kind, instead: str) -> None:
+    """Raise where a conversion is given the kind of checkpoint that it makes.
+
+    Args:
+        command: that was called, such as "import".
+        directory: what it is to convert.
+        expected: the kind that it reads.
+        instead: the command for the other kind, without the program's name.
+
+    Raises:
+        CheckpointError: for a directory that does not exist, or that holds the other kind of checkpoint alone.
+    """
+    existing_directory(directory)
+    names = {path.name for path in directory.iterdir()}
+    is_megatron = bool(names & {".metadata", TRACKER}) or bool(saved_iterations(directory))
+    found: Kind | None = None
+    if is_megatron and not names & {INDEX, "model.safetensors"}:
+        found = "megatron"
+    elif not is_megatron and names & {INDEX, "model.safetensors", "config.json"}:
+        found = "huggingface"
+    if found is None or found == expected:
+        return
+    labels = {"megatron": "Megatron", "huggingface": "Hugging Face"}
+    raise CheckpointError(
+        f"{directory} is a {labels[found]} checkpoint, and {command} reads a {labels[expected]} one. The command that "
+        f"reads it is: megatron-fp32 {instead}"
+    )
 
 
 def model_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -48,7 +94,8 @@ def read_config(hf_dir: Path) -> dict[str, Any]:
     """
     path = hf_dir / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: {path.name} cannot be read")
+        raise CheckpointError(why_no_config(hf_dir))
+    refuse_pointers([path])
     content = read_json(path, "JSON")
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")

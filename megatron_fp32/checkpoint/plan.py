@@ -212,8 +212,10 @@ def listing(names: Sequence[str], limit: int = 8) -> str:
 
 @contextlib.contextmanager
 def naming(directory: Path) -> Iterator[None]:
-    """Say in the message of a CheckpointError which checkpoint it is about."""
+    """Say in the message of a CheckpointError or a ValueError which checkpoint it is about."""
     try:
         yield
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error

@@ -14,16 +14,17 @@ import torch
 from megatron_fp32.checkpoint.digests import Digests
 from megatron_fp32.checkpoint.fp8.config import described_scheme, write_configs
 from megatron_fp32.checkpoint.fp8.detect import SCALES, read_quantization_config
-from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, named_scheme
+from megatron_fp32.checkpoint.fp8.scheme import LAYOUTS, Fp8Scheme, named_scheme
 from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, partial_blocks, quantize_tensor
 from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, CheckpointError, HuggingFaceReader, TensorInfo
 from megatron_fp32.checkpoint.jobs import Part, Progress, Tell, described, run_job
-from megatron_fp32.checkpoint.kind import read_config
+from megatron_fp32.checkpoint.kind import check_direction, read_config
 from megatron_fp32.checkpoint.quantization_claims import RECIPE, find_claims
 from megatron_fp32.checkpoint.read_back import SafetensorsPart
 from megatron_fp32.checkpoint.safetensors_writer import cut_into_shards, shard_names, write_index
-from megatron_fp32.checkpoint.sidecar import copy_assets
+from megatron_fp32.checkpoint.sidecar import check_assets, copy_assets
 from megatron_fp32.checkpoint.staging import Staging
+from megatron_fp32.validation import check_callable, check_count, check_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,10 +75,20 @@ def quantize_checkpoint(
         CheckpointError: when the source is incomplete, or quantized already, or nothing of it is to be quantized.
             Nothing is left behind.
         OSError: as `import_checkpoint`.
-        ValueError: for an unknown scheme, and for infinite or NaN weights, with the name.
+        ValueError: for an unknown scheme, a device that is not there, another argument with a value that is not
+            allowed, and for infinite or NaN weights, with the name.
+        TypeError: for an argument of another type.
     """
+    check_path("hf_dir", hf_dir)
+    check_path("out", out)
+    check_count("max_shard_bytes", max_shard_bytes)
+    check_count("workers", workers)
+    check_callable("progress", progress)
     if isinstance(scheme, str):
         scheme = named_scheme(scheme)
+    if not isinstance(scheme, Fp8Scheme):
+        raise TypeError(f"scheme must be an Fp8Scheme or one of {LAYOUTS}, got {scheme!r}")
+    _check_device(device)
     open_job = functools.partial(open_quantization, Path(hf_dir), scheme, str(device), max_shard_bytes)
     with open_job() as job:
         run_job(job, open_job, Path(out), workers=workers, progress=progress)
@@ -91,6 +102,18 @@ def quantize_checkpoint(
             nbytes=sum(info.nbytes for info in job.infos.values()),
             source_nbytes=sum(info.nbytes for info in job.reader.tensors.values()),
         )
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {device!r}") from error
+    try:
+        torch.zeros(1, device=place).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(place)!r} cannot be used on this machine ({reason}); use 'cpu'") from error
 
 
 class QuantizeJob:
@@ -147,6 +170,8 @@ class QuantizeJob:
 @contextlib.contextmanager
 def open_quantization(hf_dir: Path, scheme: Fp8Scheme, device: str, max_shard_bytes: int) -> Iterator[QuantizeJob]:
     """Raises as `quantize_checkpoint`, before anything is written."""
+    check_direction("quantize", hf_dir, "huggingface", f"export {hf_dir} FP8_DIR --fp8 {scheme.layout}")
+    check_assets(hf_dir)
     sources = {"source": described(hf_dir)}
     config = read_config(hf_dir)
     with HuggingFaceReader(hf_dir) as reader:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.digests import Digests, compare, digest
+from megatron_fp32.checkpoint.directory import refuse_pointers
 from megatron_fp32.checkpoint.huggingface import (
     DTYPE_NAMES,
     DTYPES,
@@ -60,11 +61,26 @@ class Sidecar:
     def hf_config(self) -> dict[str, Any]:
         """The source's `config.json`, parsed."""
         path = self.directory / "assets" / "config.json"
+        refuse_pointers([path])
         try:
             config: dict[str, Any] = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         return config
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise where `source.json` gives a tensor another shape than the config beside it.
+
+        Raises:
+            CheckpointError: naming the file, the tensor and both shapes.
+        """
+        for name, source in self.tensors.items():
+            if name in shapes and source.info.shape != shapes[name]:
+                raise CheckpointError(
+                    f"{self.directory / 'source.json'} gives {name!r} the shape {source.info.shape}, and by assets/"
+                    f"config.json beside it the shape is {shapes[name]}: one of the two files was changed after the "
+                    "import. Import the Hugging Face checkpoint again, and pass the result as --source"
+                )
 
     def originals(self) -> dict[str, Tensor]:
         """The tensors whose change of layout cannot be undone, as they came."""
@@ -160,6 +176,16 @@ def write_sidecar(
     (directory / "source.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
+def check_assets(hf_dir: Path) -> None:
+    """Raise where a file that is no weights is only a Git LFS pointer; it would be carried as if it were the file.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    paths = sorted(path for path in hf_dir.rglob("*") if not path.name.endswith(_WEIGHTS))
+    refuse_pointers(p for p in paths if not any(part.startswith(".") for part in p.relative_to(hf_dir).parts[:-1]))
+
+
 def copy_assets(hf_dir: Path, directory: Path) -> None:
     """Copy every file of a Hugging Face checkpoint that is no weights.
 
@@ -208,10 +234,16 @@ def find_sidecar(megatron_dir: str | Path, source: str | Path | None = None) -> 
         if (directory / "source.json").is_file():
             return _read_sidecar(directory)
     if source is not None:
-        raise CheckpointError(f"{source} holds no {DIRECTORY}: it must be what an import made, or its {DIRECTORY}")
+        kind = ""
+        if any((Path(source) / name).is_file() for name in ("config.json", "model.safetensors")):
+            kind = f" ({source} is a Hugging Face checkpoint: run megatron-fp32 import, and pass what that makes)"
+        raise CheckpointError(
+            f"{source} holds no {DIRECTORY}: the source must be a directory that an import made, or the {DIRECTORY} in "
+            f"one{kind}"
+        )
     raise CheckpointError(
         f"there is no {DIRECTORY} beside {megatron_dir}. A checkpoint that a trainer saved does not know its Hugging "
-        "Face config, tokenizer, names and dtypes: name the directory that the import made with --source"
+        "Face config, tokenizer, names and dtypes: pass the directory that the import made as --source"
     )
 
 
@@ -221,6 +253,7 @@ def _places(megatron_dir: Path) -> list[Path]:
 
 
 def _read_sidecar(directory: Path) -> Sidecar:
+    refuse_pointers([directory / "source.json"])
     try:
         content = json.loads((directory / "source.json").read_text())
         if content["version"] != 2:

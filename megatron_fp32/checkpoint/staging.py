@@ -69,6 +69,11 @@ class Staging:
         return self._parts / f"{part:06d}.json"
 
 
+def staging_directory(out: Path) -> Path:
+    """Where `out` grows until it is complete."""
+    return out.parent / f".{out.name}.partial"
+
+
 @contextlib.contextmanager
 def open_staging(out: Path, job: dict[str, Any]) -> Iterator[Staging]:
     """The staging directory of `out`, with what an earlier run of the same job left there.
@@ -84,7 +89,7 @@ def open_staging(out: Path, job: dict[str, Any]) -> Iterator[Staging]:
     Raises:
         CheckpointError: when `out` exists, or another process or another job has the staging directory.
     """
-    root = out.parent / f".{out.name}.partial"
+    root = staging_directory(out)
     _refuse_existing(out, root)
     new_parents = [parent for parent in out.absolute().parents if not parent.exists()]
     root.mkdir(parents=True, exist_ok=True)

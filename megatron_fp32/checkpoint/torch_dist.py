@@ -20,6 +20,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import metadata
 
+from megatron_fp32.checkpoint.directory import (
+    complete_ones,
+    existing_directory,
+    refuse_pointers,
+    why_no_checkpoint,
+)
 from megatron_fp32.checkpoint.files import read_json
 from megatron_fp32.checkpoint.safetensors_file import flat_index
 from megatron_fp32.checkpoint.tensors import CheckpointError, TensorInfo, summary
@@ -35,19 +41,23 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
         CheckpointError: when there is none, or it has another format.
     """
-    root = Path(path)
+    root = existing_directory(path)
     tracker = root / TRACKER
     if not (root / ".metadata").is_file() and tracker.is_file():
         step = _read_tracker(tracker)
         root = root / (step if step == "release" else f"iter_{int(step):07d}")
     if not (root / ".metadata").is_file():
-        raise CheckpointError(f"{path} is no torch_dist checkpoint: no .metadata in {root}, and no {TRACKER} beside")
+        raise CheckpointError(why_no_checkpoint(Path(path), root, tracker))
+    refuse_pointers([root / ".metadata", root / "metadata.json", root / "common.pt", *sorted(root.glob("*.distcp"))])
     declared = root / "metadata.json"
     if declared.is_file():
         content = read_json(declared, "declaration of a format")
         backend = content.get("sharded_backend") if isinstance(content, dict) else None
         if backend != "torch_dist":
-            raise CheckpointError(f"{declared}: expected sharded_backend 'torch_dist', got {backend!r}")
+            raise CheckpointError(
+                f"{declared}: expected sharded_backend 'torch_dist', got {backend!r}. Convert it: load it in Megatron "
+                "with --ckpt-convert-format torch_dist --ckpt-convert-save DIR"
+            )
     return root
 
 
@@ -58,7 +68,10 @@ def _read_tracker(path: Path) -> str:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {summary(error)}") from error
     if step != "release" and not re.fullmatch("[0-9]{1,18}", step):
-        raise CheckpointError(f"{path} must hold 'release' or an iteration, got {step[:40]!r}")
+        refuse_pointers([path])
+        raise CheckpointError(
+            f"{path} must hold 'release' or the number of an iteration, got {step[:40]!r}; {complete_ones(path.parent)}"
+        )
     return step
 
 

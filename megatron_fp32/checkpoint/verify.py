@@ -29,6 +29,7 @@ from megatron_fp32.models.families import find_family
 from megatron_fp32.models.layout import has_stacked_layers, is_stack_of_layers, name_in_layer
 from megatron_fp32.models.mapping import Mapping, TensorSpec
 from megatron_fp32.models.naming import MTP, VISION
+from megatron_fp32.validation import check_callable, check_flag, check_path
 
 _WHOLE_BYTES = 1 << 28
 """Tensors of more than two axes that are larger are compared one element at a time."""
@@ -70,9 +71,14 @@ def verify_checkpoints(
         ValueError: when `config.json` describes a model that is not supported, which matters where the two are of
             different kinds; or when `source` is given and neither is Megatron's.
     """
+    for name, path in (("a", a), ("b", b)):
+        check_path(name, path)
+    check_path("source", source, optional=True)
+    check_flag("text_only", text_only)
+    check_callable("progress", progress)
     kinds = kind_of(a), kind_of(b)
     if source is not None and "megatron" not in kinds:
-        raise ValueError(f"a source is for Megatron checkpoints, and neither {a} nor {b} is one")
+        raise ValueError(f"a source is for Megatron checkpoints, and neither {a} nor {b} is one: leave --source out")
     with contextlib.ExitStack() as stack:
         first, second = (
             _Side(Path(path), kind, source, text_only, stack) for path, kind in zip((a, b), kinds, strict=True)

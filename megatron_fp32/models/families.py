@@ -68,5 +68,17 @@ def find_family(hf_config: Any) -> Family:
     for family in FAMILIES:
         if found in family.model_types:
             return family
-    known = ", ".join(repr(kind) for family in FAMILIES for kind in family.model_types)
-    raise ValueError(f"expected a model_type of {known}, got {found!r}")
+    known = "; ".join(f"{family.name} ({', '.join(family.model_types)})" for family in FAMILIES)
+    of = f" (architectures: {_architectures(hf_config)})" if _architectures(hf_config) else ""
+    what = "no model_type" if found is None else f"the model_type {found!r}"
+    raise ValueError(
+        f"config.json names {what}{of}, which is not supported. Supported are {known}. To add a "
+        "family, write a file in megatron_fp32/models/ and list it in megatron_fp32/models/families.py; "
+        "docs/checkpoints.md says how"
+    )
+
+
+def _architectures(hf_config: dict[str, Any]) -> str:
+    """What `architectures` names, for a message."""
+    listed = hf_config.get("architectures")
+    return ", ".join(str(name)[:100] for name in listed[:4]) if isinstance(listed, list) else ""

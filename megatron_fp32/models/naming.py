@@ -8,10 +8,19 @@ was released with its fused experts transposed, and transformers saves them so o
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping
 
 PREFIXES = ("model.language_model.", "model.")
 """What the text model's tensors may start with, the longer first: inside of a vision-language model, and alone."""
+
+_WRAPPERS = {
+    "base_model": "PEFT saved it so: merge the adapter first (merge_and_unload), and save the model that this returns",
+    "module": "A wrapper such as DistributedDataParallel was saved with the model: save the model inside of it",
+    "_orig_mod": "torch.compile saved it so: save the model that was compiled (its _orig_mod)",
+    "_fsdp_wrapped_module": "FSDP saved it so: save the model inside of it",
+}
+"""What to do with a checkpoint whose names begin so."""
 
 VISION = "model.visual."
 """What the tensors of the vision part start with."""
@@ -47,7 +56,7 @@ class Naming:
         """
         mtp = [name for name in names if name.startswith(MTP)]
         fused = [name for name in names if name.endswith(".experts.gate_up_proj")]
-        layers = [int(name.split(".")[2]) for name in mtp if name.startswith(f"{MTP}layers.")]
+        layers = [_mtp_layer(name) for name in mtp if name.startswith(f"{MTP}layers.")]
         return cls(
             prefix=find_prefix(names),
             fused_experts=any(not name.startswith(MTP) for name in fused),
@@ -55,6 +64,13 @@ class Naming:
             transposed_experts=any(_is_transposed(name.removesuffix("gate_up_proj"), shapes or {}) for name in fused),
             mtp_layers=max(layers, default=0) + 1 if mtp else 0,
         )
+
+
+def _mtp_layer(name: str) -> int:
+    number = name.split(".")[2]
+    if not re.fullmatch("[0-9]{1,4}", number):
+        raise ValueError(f"the tensor {name!r} names no layer: expected {MTP}layers.N., where N is a number")
+    return int(number)
 
 
 def _is_transposed(experts: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -73,4 +89,14 @@ def find_prefix(names: Collection[str]) -> str:
         if f"{prefix}embed_tokens.weight" in names:
             return prefix
     wanted = " nor ".join(f"{prefix}embed_tokens.weight" for prefix in PREFIXES)
-    raise ValueError(f"there is no text model in this checkpoint: neither {wanted} is in it")
+    message = f"there is no text model in this checkpoint: neither {wanted} is in it"
+    other = next((name for name in sorted(names) if name.endswith("embed_tokens.weight")), None)
+    if other is not None:
+        start = other.removesuffix("embed_tokens.weight")
+        return_to = next((prefix for prefix in PREFIXES if start.endswith(prefix)), PREFIXES[-1])
+        raise ValueError(
+            f"{message}, but {other}: its names start with {start!r}, where {return_to!r} is expected. "
+            f"{_WRAPPERS.get(start.split('.')[0], 'Rename its tensors')}"
+        )
+    shown = ", ".join(sorted(names)[:3])
+    raise ValueError(f"{message}; its tensors are {shown}{', ...' if len(names) > 3 else ''}" if names else message)

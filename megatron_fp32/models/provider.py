@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
-from megatron_fp32.config import Fp32Config
+from megatron_fp32.checkpoint.directory import why_no_config, why_no_directory
+from megatron_fp32.checkpoint.kind import read_config
+from megatron_fp32.config import Fp32Config, config_or_default
 from megatron_fp32.models.decoder import LINEAR_ATTENTION_FIELDS, DecoderConfig
 from megatron_fp32.models.families import find_family
 from megatron_fp32.models.specs import decoder_block_spec, mtp_block_spec
 from megatron_fp32.tensor_parallel.fused_loss import set_fused_loss
 from megatron_fp32.tensor_parallel.output_layer import to_fp32_output_layer
+from megatron_fp32.validation import check_count, check_flag, check_path
 
 
 def read_hf_config(hf_dir: str | Path) -> DecoderConfig:
@@ -28,8 +33,15 @@ def read_hf_config(hf_dir: str | Path) -> DecoderConfig:
         FileNotFoundError: when there is none.
         ValueError: for a family or a variant that is not supported.
     """
-    hf_config = json.loads((Path(hf_dir) / "config.json").read_text())
-    return find_family(hf_config).parse(hf_config)
+    if not Path(hf_dir).is_dir():
+        raise FileNotFoundError(why_no_directory(hf_dir))
+    if not (Path(hf_dir) / "config.json").is_file():
+        raise FileNotFoundError(why_no_config(Path(hf_dir)))
+    hf_config = read_config(Path(hf_dir))
+    try:
+        return find_family(hf_config).parse(hf_config)
+    except ValueError as error:
+        raise ValueError(f"{hf_dir}: {error}") from error
 
 
 def transformer_config(model: DecoderConfig, **overrides: Any) -> TransformerConfig:
@@ -40,6 +52,7 @@ def transformer_config(model: DecoderConfig, **overrides: Any) -> TransformerCon
         overrides: fields of `TransformerConfig`, such as `tensor_model_parallel_size`, `sequence_parallel`, `bf16`,
             `params_dtype`, `transformer_impl` and `mtp_num_layers`. They win over what the model says.
     """
+    _check_overrides(overrides)
     fields: dict[str, Any] = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -85,6 +98,17 @@ def transformer_config(model: DecoderConfig, **overrides: Any) -> TransformerCon
     return config
 
 
+def _check_overrides(overrides: dict[str, Any]) -> None:
+    """Raise TypeError for what no field of `TransformerConfig` can be."""
+    fields = {field.name: field for field in dataclasses.fields(TransformerConfig) if field.init}
+    unknown = sorted(overrides.keys() - fields.keys())
+    if unknown:
+        raise TypeError(f"TransformerConfig of this megatron-core has no field {', '.join(unknown)}")
+    for name, value in overrides.items():
+        if fields[name].type in (bool, "bool"):
+            check_flag(name, value)
+
+
 def cpu_overrides() -> dict[str, Any]:
     """Overrides of `transformer_config` for `testing.cpu`: the local backend, torch operators only, no fusion."""
     return {
@@ -102,6 +126,12 @@ def cpu_overrides() -> dict[str, Any]:
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int, *, divisible_by: int = 128) -> int:
     """Rows of the embedding: the next multiple of `divisible_by * tensor_parallel`, as Megatron pads."""
+    for name, size in (
+        ("vocab_size", vocab_size),
+        ("tensor_parallel", tensor_parallel),
+        ("divisible_by", divisible_by),
+    ):
+        check_count(name, size)
     multiple = divisible_by * tensor_parallel
     return -(-vocab_size // multiple) * multiple
 
@@ -130,7 +160,12 @@ def build_model(
         vocab_divisible_by: see `padded_vocab_size`.
         pg_collection: process groups; None takes megatron-core's global ones.
     """
-    fp32 = fp32 or Fp32Config()
+    fp32 = config_or_default(fp32, name="fp32")
+    for name, flag in (("pre_process", pre_process), ("post_process", post_process)):
+        check_flag(name, flag)
+    check_flag("parallel_output", parallel_output)
+    check_count("max_sequence_length", max_sequence_length)
+    check_count("vocab_divisible_by", vocab_divisible_by)
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=decoder_block_spec(config, fp32, vp_stage=vp_stage),
@@ -182,6 +217,9 @@ def model_provider(hf_dir: str | Path, *, fp32: Fp32Config | None = None, **over
         fp32: what to keep in fp32.
         overrides: fields of `TransformerConfig`; see `transformer_config`.
     """
+    check_path("hf_dir", hf_dir)
+    fp32 = config_or_default(fp32, name="fp32")
+    _check_overrides(overrides)
     model = read_hf_config(hf_dir)
     dtype = torch.bfloat16 if overrides.get("bf16") else torch.float16 if overrides.get("fp16") else torch.float32
     overrides = {"params_dtype": dtype, **overrides}

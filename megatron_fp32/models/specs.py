@@ -7,10 +7,14 @@ Transformer Engine spec, so that one checkpoint loads under both.
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 import copy
 import dataclasses
 from typing import Any
 
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
     get_linear_attention_pattern,
     get_moe_layer_pattern,
@@ -30,7 +34,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_fp32.apply import pre_wrap_hook
-from megatron_fp32.config import Fp32Config
+from megatron_fp32.config import Fp32Config, config_or_default
+from megatron_fp32.extras import MissingPackageError, missing
 from megatron_fp32.ssm.gated_delta_net import VARIANTS, Fp32GatedDeltaNet
 from megatron_fp32.transformer.norm import PreLinearRMSNorm, RMSNorm
 
@@ -51,6 +56,7 @@ def decoder_block_spec(
 
     Raises:
         ValueError: for another attention variant or backend.
+        MissingPackageError: when Transformer Engine is not installed, and the configuration asks for it.
     """
     _check(config)
     if config.transformer_impl == "local":
@@ -102,6 +108,9 @@ def _check(config: TransformerConfig) -> None:
         raise ValueError(f"expected experimental_attention_variant None or 'gated_delta_net', got {variant!r}")
     if config.transformer_impl not in ("transformer_engine", "local"):
         raise ValueError(f"expected transformer_impl 'transformer_engine' or 'local', got {config.transformer_impl!r}")
+    # Without it megatron-core calls this name, which is None or not there.
+    if config.transformer_impl == "transformer_engine" and getattr(gpt_layer_specs, "TESpecProvider", None) is None:
+        raise MissingPackageError(missing("transformer_engine"), name="transformer_engine")
 
 
 def _one_attention_layer(config: TransformerConfig) -> TransformerConfig:
@@ -119,7 +128,7 @@ def with_fp32_gated_delta_net(
     spec: TransformerBlockSubmodules, fp32: Fp32Config | None = None
 ) -> TransformerBlockSubmodules:
     """A copy of a block spec in which every `GatedDeltaNet` is an `Fp32GatedDeltaNet`."""
-    names = (fp32 or Fp32Config()).gated_delta_net
+    names = config_or_default(fp32, name="fp32").gated_delta_net
     spec = copy.deepcopy(spec)
     for layer in spec.layer_specs or ():
         attention = layer.submodules.self_attention

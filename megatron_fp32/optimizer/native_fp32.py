@@ -7,6 +7,9 @@ them back.
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 import contextlib
 import dataclasses
 import functools

@@ -6,6 +6,9 @@ well.
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -6,6 +6,9 @@ and (without sequence parallel) trains `out_norm` with a gradient that saw only 
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 import copy
 import dataclasses
 from typing import Any
@@ -58,6 +61,8 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
 
     def __init__(self, *args: Any, fp32_parameters: tuple[str, ...] = DEFAULT_KEPT_PARAMETERS, **kwargs: Any) -> None:
         # The parent's constructor ends in reset_parameters, which reads this.
+        if isinstance(fp32_parameters, str):
+            raise TypeError(f"fp32_parameters must be a tuple of names, got {fp32_parameters!r}")
         object.__setattr__(self, "_fp32_parameters", tuple(fp32_parameters))
         super().__init__(*args, **kwargs)
         self.fp32_calls = 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 from typing import Any
 
 from megatron.core.tensor_parallel import cross_entropy

@@ -13,6 +13,9 @@ of its weight.
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 import types
 from collections.abc import Callable
 from typing import Any

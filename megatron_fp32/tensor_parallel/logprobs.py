@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -11,6 +11,7 @@ from megatron_fp32.ops.logprobs import Logprobs, linear_logprobs
 from megatron_fp32.ops.logprobs.options import Backward
 from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer, check_plain_product
 from megatron_fp32.transformer.counter import count_fp32_call
+from megatron_fp32.validation import check_choice, check_count, check_flag
 
 
 def logprobs_processor(
@@ -35,10 +36,16 @@ def logprobs_processor(
         chunk_size: see `linear_logprobs`.
 
     Raises:
-        TypeError: from the forward pass, for another output layer.
-        ValueError: from the forward pass, without labels, or for an output layer with a bias or a subclass that changes
-            logits; and what `linear_logprobs` raises.
+        TypeError: for an argument of another type; from the forward pass, for another output layer.
+        ValueError: for an argument with a value that is not allowed; from the forward pass, without labels, or for an
+            output layer with a bias or a subclass that changes logits; and what `linear_logprobs` raises.
     """
+
+    check_flag("mean_logit", mean_logit)
+    check_count("top_k", top_k, least=0)
+    check_choice("backward", backward, get_args(Backward))
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
 
     def process(
         *,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 import copy
 import functools
 from typing import Any
@@ -12,7 +15,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
 
-from megatron_fp32.config import Fp32Config
+from megatron_fp32.config import Fp32Config, config_or_default
 from megatron_fp32.ops.logits import fp32_logits
 from megatron_fp32.ops.logits.autograd import DeferredWeightGrad
 from megatron_fp32.ops.logits.main_grad import follows_main_grad
@@ -45,7 +48,7 @@ class Fp32OutputLayer(ColumnParallelLinear):
 
     def __init__(self, *args: Any, fp32_config: Fp32Config | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = fp32_config or Fp32Config()
+        config = config_or_default(fp32_config, name="fp32_config")
         _check_convertible(self, config)
         _take_over(self, config)
 
@@ -198,7 +201,7 @@ def to_fp32_output_layer(layer: ColumnParallelLinear, config: Fp32Config | None 
         TypeError: for a layer that is no `ColumnParallelLinear`, or computes its product in its own way.
         ValueError: for a layer whose configuration the fp32 product does not support.
     """
-    config = config or Fp32Config()
+    config = config_or_default(config)
     check_output_layer(layer, config)
     if isinstance(layer, Fp32OutputLayer):
         layer.fp32_config = config

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 
+from megatron_fp32.validation import check_choice, check_count
+
 
 @contextlib.contextmanager
 def cpu_megatron() -> Iterator[None]:
@@ -29,6 +31,9 @@ def cpu_megatron() -> Iterator[None]:
     """
     if torch.cuda.is_available():
         raise RuntimeError("cpu_megatron() is for machines without CUDA; a GPU is available here")
+    from megatron_fp32 import needs_megatron  # noqa: F401
+
+    # isort: split
     from megatron.core.tensor_parallel import random as megatron_random
 
     with contextlib.ExitStack() as stack:
@@ -76,6 +81,14 @@ def model_parallel(
         expert, expert_tensor: parallel sizes of the experts; None splits each of them as the rest of the model.
         seed: for megatron-core's generators, as `--seed` is.
     """
+    for name, size in (("tensor", tensor), ("pipeline", pipeline), ("expert", expert)):
+        check_count(name, size)
+    for name, optional in (("virtual", virtual), ("expert_tensor", expert_tensor)):
+        if optional is not None:
+            check_count(name, optional)
+    from megatron_fp32 import needs_megatron  # noqa: F401
+
+    # isort: split
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -103,6 +116,7 @@ def model_parallel(
 @contextlib.contextmanager
 def single_process(backend: str = "gloo") -> Iterator[None]:
     """A process group of this process alone, for tests in the main process."""
+    check_choice("backend", backend, ("gloo", "nccl"))
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_fp32.extras import remedy_named
+from megatron_fp32.validation import check_count, check_flag, check_number, check_path
+
 TINY_QWEN3_5: dict[str, Any] = {
     "vocab_size": 1000,
     "hidden_size": 128,
@@ -42,7 +45,12 @@ def write_qwen3_5(
         logits_std: see above.
         fields: of `Qwen3_5TextConfig`, over `TINY_QWEN3_5`.
     """
-    from transformers.models import qwen3_5
+    check_path("directory", directory)
+    check_count("seed", seed, least=0)
+    check_flag("released_names", released_names)
+    check_number("logits_std", logits_std, positive=True)
+    with remedy_named():
+        from transformers.models import qwen3_5
 
     torch.manual_seed(seed)
     text = qwen3_5.Qwen3_5TextConfig(**{**TINY_QWEN3_5, **fields})
@@ -68,7 +76,8 @@ def write_qwen3_5(
 
 def load_qwen3_5(directory: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """transformers' model of a checkpoint, for comparison. In bfloat16 transformers rounds `A_log`."""
-    from transformers.models import qwen3_5
+    with remedy_named():
+        from transformers.models import qwen3_5
 
     model: nn.Module = qwen3_5.Qwen3_5ForCausalLM.from_pretrained(directory, dtype=dtype)
     return model.eval()

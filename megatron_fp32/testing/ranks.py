@@ -27,6 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_fp32.validation import check_callable, check_choice, check_count, check_number
+
 
 class RankError(RuntimeError):
     """A function raised, or hung, on at least one rank. The message carries each rank's traceback."""
@@ -53,8 +55,10 @@ class RankPool:
         timeout: float = 240.0,
         setup: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
-        if world_size < 1:
-            raise ValueError(f"world_size must be at least 1, got {world_size}")
+        check_count("world_size", world_size)
+        check_choice("backend", backend, ("gloo", "nccl"))
+        check_number("timeout", timeout, positive=True)
+        check_callable("setup", setup)
         self.world_size = world_size
         self._backend = backend
         self._timeout = timeout

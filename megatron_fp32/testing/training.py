@@ -6,6 +6,9 @@ order in which Megatron-LM does.
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +23,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
+from megatron_fp32.validation import check_choice, check_count, check_flag, check_number
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
@@ -32,6 +37,13 @@ class TrainerConfig:
     weight_decay: float = 0.01
     clip_grad: float = 1.0
     grad_reduce_in_fp32: bool = True
+
+    def __post_init__(self) -> None:
+        check_flag("distributed_optimizer", self.distributed_optimizer)
+        check_choice("sharding", self.sharding, ("dp_reshardable", "fully_reshardable"))
+        check_flag("grad_reduce_in_fp32", self.grad_reduce_in_fp32)
+        for name in ("lr", "weight_decay", "clip_grad"):
+            check_number(name, getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +58,8 @@ class Batch:
     @classmethod
     def random(cls, vocab_size: int, *, batch: int = 2, length: int = 32, seed: int = 0) -> Batch:
         """Uniform tokens, with the next token as label."""
+        for name, size in (("vocab_size", vocab_size), ("batch", batch), ("length", length)):
+            check_count(name, size)
         generator = torch.Generator().manual_seed(seed)
         text = torch.randint(0, vocab_size, (batch, length + 1), generator=generator)
         return cls(tokens=text[:, :-1].contiguous(), labels=text[:, 1:].contiguous())

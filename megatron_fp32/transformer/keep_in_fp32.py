@@ -51,6 +51,8 @@ def keep_in_fp32(module: nn.Module, *names: str) -> tuple[KeptParameter, ...]:
     """
     if not names:
         raise ValueError("keep_in_fp32 needs at least one parameter name")
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"keep_in_fp32 takes names, such as 'A_log', one argument each; got {names!r}")
     owners = [_resolve(module, name) for name in names]
     return tuple(_keep_one(module, owner, leaf, name) for name, (owner, leaf) in zip(names, owners, strict=True))
 

@@ -6,6 +6,9 @@ one is zero-centred.
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
 from collections.abc import Callable
 from typing import Any
 

@@ -193,16 +193,16 @@ class TestTracker:
     @pytest.mark.parametrize("text", ["", "latest", "-1", "1.5", "../../etc", "release/../x"])
     def test_garbage_in_it_is_refused(self, checkpoint: Path, text: str) -> None:
         (checkpoint.parent / TRACKER).write_text(text)
-        with pytest.raises(CheckpointError, match="must hold 'release' or an iteration"):
+        with pytest.raises(CheckpointError, match="must hold 'release' or the number of an iteration"):
             find_checkpoint(checkpoint.parent)
 
     def test_a_checkpoint_that_it_names_must_exist(self, tmp_path: Path) -> None:
         (tmp_path / TRACKER).write_text("5")
-        with pytest.raises(CheckpointError, match=r"no \.metadata in .*iter_0000005"):
+        with pytest.raises(CheckpointError, match=r"names iteration 5, but there is no iter_0000005"):
             find_checkpoint(tmp_path)
 
     def test_a_directory_without_it_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="is no torch_dist checkpoint"):
+        with pytest.raises(CheckpointError, match="is not a Megatron torch_dist checkpoint"):
             find_checkpoint(tmp_path)
 
     def test_another_backend_is_refused(self, checkpoint: Path) -> None:

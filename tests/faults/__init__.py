@@ -2,10 +2,11 @@
 
 from faults.checkpoints import CHECKPOINTS
 from faults.layers import LAYERS
+from faults.messages import ENTRANCES
 from faults.models import MODELS
 from faults.mutant import Mutant
 from faults.numerics import NUMERICS
 
 __all__ = ["MUTANTS", "Mutant"]
 
-MUTANTS = [*NUMERICS, *LAYERS, *CHECKPOINTS, *MODELS]
+MUTANTS = [*NUMERICS, *LAYERS, *CHECKPOINTS, *ENTRANCES, *MODELS]

@@ -347,7 +347,7 @@ class TestRefusals:
         [
             ({"fused_loss": "yes"}, "fused_loss must be one of"),
             ({"fused_loss": "saved", "logits": False}, "fused_loss needs logits=True"),
-            ({"vocab_size": 0}, "vocab_size must be positive"),
+            ({"vocab_size": 0}, "vocab_size must be at least 1"),
         ],
     )
     def test_configurations(self, fields: dict[str, Any], message: str) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from megatron_fp32.checkpoint.directory import existing_directory, refuse_pointers
 from megatron_fp32.checkpoint.fp8.config import MODELOPT_FILE, scheme_from_config
 from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, Layout
 from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader, TensorInfo
+from megatron_fp32.checkpoint.plan import naming
 from megatron_fp32.ops.fp8.scales import ScaleFormat
 
 SCALES = (".weight_scale_inv", ".weight_scale")
@@ -26,14 +28,16 @@ def detect_scheme(directory: str | Path) -> Fp8Scheme:
     Raises:
         CheckpointError: when the checkpoint is not readable, or its scheme is none of the known ones.
     """
-    directory = Path(directory)
+    directory = existing_directory(directory)
+    refuse_pointers([directory / "config.json", directory / MODELOPT_FILE])
     config = read_quantization_config(directory)
     if any(directory.glob("*.safetensors")):
-        with HuggingFaceReader(directory) as reader:
+        with HuggingFaceReader(directory) as reader, naming(directory):
             return scheme_of_tensors(reader.tensors, config)
     if config is None:
         raise CheckpointError(f"{directory} holds neither weights nor a config that says how they are quantized")
-    return scheme_from_config(config)
+    with naming(directory):
+        return scheme_from_config(config)
 
 
 def scheme_of_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None = None) -> Fp8Scheme:

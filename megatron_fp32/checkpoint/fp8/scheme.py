@@ -10,7 +10,8 @@ from typing import Literal, get_args
 import torch
 
 from megatron_fp32.checkpoint.huggingface import TensorInfo
-from megatron_fp32.ops.fp8.scales import ScaleFormat, scale_dtype
+from megatron_fp32.ops.fp8.scales import SCALE_FORMATS, ScaleFormat, scale_dtype
+from megatron_fp32.validation import check_choice
 
 Layout = Literal["blockwise", "channelwise", "modelopt"]
 
@@ -43,6 +44,7 @@ class Fp8Scheme:
 
     Raises:
         ValueError: for fields that no checkpoint has.
+        TypeError: for a list of modules that is no tuple, or a block that is no pair of ints.
     """  # noqa: E501
 
     layout: Layout
@@ -57,6 +59,13 @@ class Fp8Scheme:
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise ValueError(f"unknown float8 scheme {self.layout!r}; known are {', '.join(LAYOUTS)}")
+        check_choice("scale_format", self.scale_format, SCALE_FORMATS)
+        if not isinstance(self.block, tuple) or not all(type(size) is int for size in self.block):
+            raise TypeError(f"block must be a tuple of two ints, got {self.block!r}")
+        if not isinstance(self.skip, tuple) or not all(isinstance(entry, str) for entry in self.skip):
+            raise TypeError(f"skip must be a tuple of names of modules, got {self.skip!r}")
+        if self.modules is not None and not isinstance(self.modules, frozenset):
+            raise TypeError(f"modules must be a frozenset of names or None, got {self.modules!r}")
         if self.scale_format == "ue8m0" and self.layout != "blockwise":
             raise ValueError(f"powers of two are scales of blockwise checkpoints only, not of {self.layout} ones")
         if len(self.block) != 2 or min(self.block) < 1:

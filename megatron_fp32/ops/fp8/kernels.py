@@ -9,6 +9,9 @@ NaN above infinity, and two 16-bit ones fit a register. Offsets within a block a
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_triton  # noqa: F401
+
+# isort: split
 import torch
 import triton
 import triton.language as tl

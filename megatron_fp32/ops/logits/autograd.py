@@ -24,6 +24,7 @@ from megatron_fp32.ops.logits.gemm import check_operands
 from megatron_fp32.ops.logits.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
 from megatron_fp32.ops.logits.products import accumulate_gradients, bias_grad, logits_product, pieces_of
 from megatron_fp32.ops.logits.ranks import HiddenGrad, gather_first_dim
+from megatron_fp32.validation import check_flag
 
 PIECES: dict[GradPrecision, int] = {"bf16": 1, "bf16x2": 2, "bf16x3": 3}
 
@@ -101,6 +102,12 @@ def fp32_logits(
         ValueError: for shapes that do not match, an unknown `grad_precision`, fp32 operands under TF32, `deferred`
             with a split gradient or without `main_grad`, or `invariant` where it cannot be kept.
     """
+    for name, flag in (
+        ("sequence_parallel", sequence_parallel),
+        ("reduce_hidden_grad", reduce_hidden_grad),
+        ("invariant", invariant),
+    ):
+        check_flag(name, flag)
     _check(hidden, weight, bias, grad_precision, deferred)
     parallel = tp_group is not None and dist.get_world_size(tp_group) > 1
     traced = torch.compiler.is_compiling() or isinstance(weight, FakeTensor)

@@ -7,6 +7,9 @@ accumulator loses nothing on its way through memory.
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_triton  # noqa: F401
+
+# isort: split
 import triton
 import triton.language as tl
 from torch import Tensor

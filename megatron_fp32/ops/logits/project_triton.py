@@ -10,6 +10,9 @@ The maximum and the sums that a softmax needs are taken while a tile is still in
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_triton  # noqa: F401
+
+# isort: split
 import torch
 import triton
 import triton.language as tl

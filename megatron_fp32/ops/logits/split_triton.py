@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_triton  # noqa: F401
+
+# isort: split
 import torch
 import triton
 import triton.language as tl

@@ -7,6 +7,9 @@ is multiplied. Each element is added to once per call, so the result does not de
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_triton  # noqa: F401
+
+# isort: split
 import torch
 import triton
 import triton.language as tl

@@ -40,6 +40,7 @@ from megatron_fp32.ops.logprobs.options import (
 from megatron_fp32.ops.logprobs.statistics import KeptLogits, TokenStatistics
 from megatron_fp32.ops.logprobs.tokens import join, token_statistics
 from megatron_fp32.ops.logprobs.topk import top_k_of
+from megatron_fp32.validation import check_flag
 
 
 class Logprobs(NamedTuple):
@@ -124,6 +125,7 @@ def linear_logprobs(
         ValueError: for shapes that do not match, values outside of what an argument allows, or `invariant` where it
             cannot be kept.
     """
+    check_flag("mean_logit", mean_logit)
     options = head_options(
         hidden,
         weight,

@@ -6,6 +6,9 @@ CPU, and what these are tested against.
 
 from __future__ import annotations
 
+from megatron_fp32 import needs_triton  # noqa: F401
+
+# isort: split
 from typing import TYPE_CHECKING
 
 import torch

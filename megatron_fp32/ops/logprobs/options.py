@@ -15,6 +15,7 @@ from megatron_fp32.ops.logits.fixed_order import check_fixed_order
 from megatron_fp32.ops.logits.gemm import check_operands
 from megatron_fp32.ops.logits.ranks import gather_first_dim
 from megatron_fp32.ops.logprobs.statistics import BLOCK, Mean, Shard
+from megatron_fp32.validation import check_choice, check_flag
 
 Backward = Literal["recompute", "saved"]
 """Where the backward pass finds the logits: it multiplies again, or they were kept."""
@@ -55,8 +56,13 @@ def head_options(
 ) -> HeadOptions:
     """Check the arguments that the operators of this folder share. Raises what they say."""
     check_grad_precision(grad_precision)
-    if backward not in get_args(Backward):
-        raise ValueError(f"backward must be one of {get_args(Backward)}, got {backward!r}")
+    check_choice("backward", backward, get_args(Backward))
+    for name, flag in (
+        ("sequence_parallel", sequence_parallel),
+        ("reduce_hidden_grad", reduce_hidden_grad),
+        ("invariant", invariant),
+    ):
+        check_flag(name, flag)
     if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             "expected hidden [..., hidden] of 2 or more dimensions and weight [vocab, hidden], "

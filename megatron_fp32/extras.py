@@ -1,0 +1,48 @@
+"""Packages that only parts of this one need, and what to do where one is missing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+_REMEDIES = {
+    "megatron": "pip install 'megatron_fp32[megatron]', or put a Megatron-LM checkout on PYTHONPATH",
+    "einops": "pip install 'megatron_fp32[megatron]', or beside a Megatron-LM checkout: pip install einops",
+    "psutil": "pip install 'megatron_fp32[megatron]', or beside a Megatron-LM checkout: pip install psutil",
+    "transformers": "pip install 'megatron_fp32[transformers]'",
+    "fla": "pip install 'megatron_fp32[gpu]'",
+    "triton": "pip install triton; torch's wheels for CUDA on Linux bring it along",
+    "transformer_engine": "pip install 'transformer-engine[pytorch]', or build the model with transformer_impl='local'",
+}
+"""What installs each package, by the name that is imported."""
+
+
+class MissingPackageError(ModuleNotFoundError):
+    """A package that is not installed, with the command that installs it."""
+
+
+@contextlib.contextmanager
+def remedy_named() -> Iterator[None]:
+    """Say how to install a package of an extra that an import inside the block does not find.
+
+    Every other ImportError passes as it is: a module that is missing inside an installed package is another fault.
+
+    Raises:
+        MissingPackageError: for a missing package of `megatron_fp32`'s extras.
+    """
+    try:
+        yield
+    except MissingPackageError:
+        raise
+    except ModuleNotFoundError as error:
+        # "megatron" is a namespace that other distributions share: megatron.core alone can be missing, too.
+        package = "megatron" if error.name == "megatron.core" else error.name
+        if package not in _REMEDIES:
+            raise
+        raise MissingPackageError(missing(package), name=error.name) from error
+
+
+def missing(package: str) -> str:
+    """The message for a package that is not installed, by the name that is imported."""
+    shown = "megatron-core (the module megatron.core)" if package == "megatron" else package
+    return f"{shown} is not installed. Install it: {_REMEDIES[package]}"

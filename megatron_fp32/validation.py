@@ -1,0 +1,50 @@
+"""Checks of arguments, for functions that people call: what was expected, what came, before any work is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of the words."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is True or False: of other values, such as "false", the truth would be taken."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_count(name: str, value: object, *, least: int = 1) -> None:
+    """Raise TypeError unless `value` is an int, ValueError when it is smaller than `least`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_number(name: str, value: object, *, least: float = 0.0, positive: bool = False) -> None:
+    """Raise TypeError unless `value` is a number, ValueError when it is NaN, below `least`, or 0 and not `positive`."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not value >= least or (positive and not value > 0):
+        raise ValueError(f"{name} must be {'positive' if positive else f'at least {least:g}'}, got {value}")
+
+
+def check_path(name: str, value: object, *, optional: bool = False) -> None:
+    """Raise TypeError unless `value` is a str or a Path (None where it is optional), ValueError for an empty one."""
+    if optional and value is None:
+        return
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be a path (str or Path){' or None' if optional else ''}, got {value!r}")
+    if not os.fspath(value):
+        raise ValueError(f"{name} must be a path, got an empty text")
+
+
+def check_callable(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is None or can be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function or None, got {value!r}")

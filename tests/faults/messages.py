@@ -1,0 +1,123 @@
+"""Faults of messages, and of the checks of arguments."""
+
+from __future__ import annotations
+
+from faults.mutant import Mutant
+
+MESSAGES = "tests/test_messages.py"
+VALIDATION = "tests/test_validation.py"
+
+ENTRANCES = [
+    Mutant(
+        name="take a Git LFS pointer for a file",
+        file="checkpoint/directory.py",
+        old="        return file.read(len(_POINTER)) == _POINTER",
+        new="        return False",
+        test=f"{MESSAGES}::TestGitLfs",
+    ),
+    Mutant(
+        name="carry a Git LFS pointer as an asset",
+        file="checkpoint/import_job.py",
+        old="    check_assets(hf_dir)\n",
+        new="",
+        test=f"{MESSAGES}::TestGitLfs",
+    ),
+    Mutant(
+        name="say nothing of the checkpoints beside a tracker",
+        file="checkpoint/directory.py",
+        old='        return f"{tracker} names {named}, but {problem}; {complete_ones(path)}"',
+        new='        return f"{tracker} names {named}, but {problem}"',
+        test=f"{MESSAGES}::TestTracker",
+    ),
+    Mutant(
+        name="suggest a checkpoint whose save was interrupted",
+        file="checkpoint/directory.py",
+        old='if (path / name / ".metadata").is_file()]',
+        new="]",
+        test=f"{MESSAGES}::TestTracker",
+    ),
+    Mutant(
+        name="do not tell an export from an import",
+        file="checkpoint/kind.py",
+        old="    if found is None or found == expected:\n",
+        new="    if True:\n",
+        test=f"{MESSAGES}::TestWhatIsInTheDirectory",
+    ),
+    Mutant(
+        name="say nothing of the Hub",
+        file="checkpoint/directory.py",
+        old="    if found is None or os.path.lexists(path):\n",
+        new="    if True:\n",
+        test=f"{MESSAGES}::TestHubId",
+    ),
+    Mutant(
+        name="trust the shapes of the sidecar",
+        file="checkpoint/export_job.py",
+        old="        sidecar.check_shapes(self.plan.hf_shapes)\n",
+        new="",
+        test=f"{MESSAGES}::TestNames",
+    ),
+    Mutant(
+        name="leave an error of the disk without a path",
+        file="checkpoint/jobs.py",
+        old="        if error.errno is None or error.filename is not None:\n",
+        new="        if True:\n",
+        test=f"{MESSAGES}::TestOperatingSystem",
+    ),
+    Mutant(
+        name="let Ctrl-C reach a worker that starts",
+        file="checkpoint/jobs.py",
+        old="    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})\n",
+        new="    before = signal.pthread_sigmask(signal.SIG_BLOCK, set())\n",
+        test=f"{MESSAGES}::TestInterruption",
+    ),
+    Mutant(
+        name="end as an error after Ctrl-C",
+        file="terminal.py",
+        old='    except KeyboardInterrupt:\n        click.echo(f"megatron-fp32: {_interrupted(output)}", err=True)\n',
+        new='    except EOFError:\n        click.echo(f"megatron-fp32: {_interrupted(output)}", err=True)\n',
+        test=f"{MESSAGES}::TestInterruption",
+    ),
+    Mutant(
+        name="take any word for what to do with vision",
+        file="checkpoint/convert.py",
+        old='    check_choice("vision", vision, get_args(Vision))\n',
+        new="",
+        test=VALIDATION,
+    ),
+    Mutant(
+        name="take a size for a flag and a flag for a size",
+        file="validation.py",
+        old="if not isinstance(value, int) or isinstance(value, bool):",
+        new="if not isinstance(value, int):",
+        test=VALIDATION,
+    ),
+    Mutant(
+        name="find out that a device is not there when half is written",
+        file="checkpoint/quantize.py",
+        old="    _check_device(device)\n",
+        new="",
+        test=VALIDATION,
+    ),
+    Mutant(
+        name="take the truth of any flag",
+        file="config.py",
+        old='        check_flag("logits", self.logits)\n',
+        new="",
+        test=VALIDATION,
+    ),
+    Mutant(
+        name="leave a missing megatron-core to Python",
+        file="extras.py",
+        old="        if package not in _REMEDIES:\n            raise\n",
+        new="        if package:\n            raise\n",
+        test=f"{MESSAGES}::TestMissingPackages",
+    ),
+    Mutant(
+        name="take every missing module for megatron-core",
+        file="extras.py",
+        old='package = "megatron" if error.name == "megatron.core" else error.name',
+        new='package = "megatron" if (error.name or "").startswith("megatron") else error.name',
+        test=f"{MESSAGES}::TestMissingPackages",
+    ),
+]
