@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -32,6 +33,14 @@ def check_number(name: str, value: object, *, least: float = 0.0, positive: bool
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not value >= least or (positive and not value > 0):
         raise ValueError(f"{name} must be {'positive' if positive else f'at least {least:g}'}, got {value}")
+
+
+def check_finite(name: str, value: object, *, positive: bool = False) -> None:
+    """Raise TypeError unless `value` is a number, ValueError unless it is finite, and positive where it must be."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name} must be {'positive and ' if positive else ''}finite, got {value}")
 
 
 def check_path(name: str, value: object, *, optional: bool = False) -> None:

@@ -17,6 +17,7 @@ import torch
 
 import megatron_fp32.ops
 from megatron_fp32.ops.fp8.scales import ScaleFormat
+from megatron_fp32.ops.logits.devices import SHARED_MEMORY, why_not_tiles
 from megatron_fp32.ops.logprobs.statistics import FIELDS, KeptLogits, Mean, Shard
 
 triton = pytest.importorskip("triton")
@@ -90,9 +91,8 @@ def launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     return found
 
 
-def ttir(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> str:
-    """What the compiler's front end makes of a launch on a Hopper GPU, with its functions inlined."""
-    from triton._C.libtriton import ir, passes
+def source_of(capability: int, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """A launch as Triton would compile it for a GPU: source, target and options."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler.compiler import make_backend
@@ -101,16 +101,24 @@ def ttir(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> str:
     options = {k: v for k, v in options.items() if k not in ("grid", "warmup")}
     if "INTERPRETED" in options:
         options["INTERPRETED"] = False
-    target = GPUTarget("cuda", 90, 32)
+    target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
-    bound, specialization, rest = create_function_from_signature(kernel.signature, kernel.params, backend)(
-        *args, **options
-    )
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, rest = bind(*args, **options)
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
+    return ASTSource(kernel, signature, constants, attributes), target, parsed
+
+
+def ttir(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """What the compiler's front end makes of a launch on a Hopper GPU, with its functions inlined."""
+    from triton._C.libtriton import ir, passes
+    from triton.compiler.compiler import make_backend
+
+    source, target, parsed = source_of(90, kernel, args, options)
+    backend = make_backend(target)
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
-    source = ASTSource(kernel, signature, constants, attributes)
     module = source.make_ir(
         target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context
     )
@@ -118,6 +126,12 @@ def ttir(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> str:
     passes.common.add_inliner(manager)
     manager.run(module, "inline")
     return str(module)
+
+
+def shared_memory(capability: int, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> int:
+    """Bytes of shared memory that a block of the compiled kernel takes."""
+    source, target, parsed = source_of(capability, kernel, args, options)
+    return int(triton.compile(source, target=target, options=parsed.__dict__).metadata.shared)
 
 
 def narrow_products(text: str) -> Iterator[str]:
@@ -172,3 +186,52 @@ def test_strides_and_sizes_multiply_in_64_bits(launches: Any) -> None:
         narrow = set(narrow_products(ttir(kernel, args, options))) - WITHIN_A_TILE.get(kernel.__name__, set())
         faults |= {(kernel.__name__, name) for name in narrow}
     assert not faults
+
+
+TILES = ("_project_kernel", "_hidden_grad_kernel", "_weight_grad_kernel")
+
+
+@pytest.mark.parametrize("capability", [90, 120])
+def test_shared_memory_of_the_kernels_with_tiles(launches: Any, capability: int) -> None:
+    """What `devices.py` says of them is what the compiler makes of them."""
+    needed = max(shared_memory(capability, *launch) for launch in launches if launch[0].__name__ in TILES)
+    assert needed == SHARED_MEMORY[capability // 10]
+
+
+def test_other_kernels_fit_on_every_gpu(launches: Any) -> None:
+    """The least that any GPU offers without being asked is 48 KiB."""
+    others: dict[str, Any] = {kernel.__name__: (kernel, *rest) for kernel, *rest in launches}
+    for name, launch in others.items():
+        if name not in TILES:
+            assert shared_memory(75, *launch) <= 48 * 1024, name
+
+
+class FakeGpu:
+    """Properties of a device that is not there."""
+
+    def __init__(self, capability: tuple[int, int], shared: int) -> None:
+        self.capability, self.shared_memory_per_block_optin = capability, shared
+
+
+@pytest.mark.parametrize(
+    ("gpu", "reason"),
+    [
+        (FakeGpu((7, 5), 65536), "9.0 or newer"),
+        (FakeGpu((8, 0), 166912), "9.0 or newer"),
+        (FakeGpu((8, 6), 101376), "9.0 or newer"),
+        (FakeGpu((8, 9), 101376), "9.0 or newer"),
+        (FakeGpu((9, 0), 232448), None),
+        (FakeGpu((10, 0), 232448), "needs 278576 bytes of shared memory for a block, and the GPU offers 232448"),
+        (FakeGpu((12, 0), 101376), "needs 165904 bytes of shared memory for a block, and the GPU offers 101376"),
+        (FakeGpu((13, 0), 10**6), "not known to run on compute capability 13.0"),
+    ],
+    ids=lambda value: f"sm_{value.capability[0]}{value.capability[1]}" if isinstance(value, FakeGpu) else None,
+)
+def test_gpus_that_the_kernels_with_tiles_fit(
+    gpu: FakeGpu, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu.capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    found = why_not_tiles(torch.device("cuda", 0))
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in str(found)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -290,6 +293,33 @@ class TestSurroundings:
         finally:
             torch.set_float32_matmul_precision(before)
 
+    @pytest.mark.parametrize("setting", ["all backends", "mkldnn"])
+    def test_a_precision_that_was_inherited_still_follows(self, setting: str) -> None:
+        """A process of its own, where nobody has used torch's older settings."""
+        where = "torch.backends" if setting == "all backends" else "torch.backends.mkldnn"
+        script = f"""
+            import torch
+            from megatron_fp32 import fp32_logits
+            hidden, weight = torch.randn(8, 64, requires_grad=True), torch.randn(30, 64, requires_grad=True)
+            plain = fp32_logits(hidden, weight)
+            {where}.fp32_precision = "bf16"
+            assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+            assert torch.equal(fp32_logits(hidden, weight), plain)
+            try:
+                fp32_logits(hidden, weight).backward(torch.ones(3))
+            except RuntimeError:
+                pass
+            fp32_logits(hidden, weight).sum().backward()
+            assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+            assert torch.backends.mkldnn.enabled
+            {where}.fp32_precision = "ieee"
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+        """
+        run = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stderr
+
     @pytest.mark.parametrize("precision", ["high", "medium"])
     def test_fp32_operands_on_cuda_are_refused_under_tf32(self, precision: str) -> None:
         before = torch.get_float32_matmul_precision()
@@ -354,5 +384,5 @@ class TestRefusals:
         with single_process():
             mesh = DeviceMesh("cpu", [0])
             weight = distribute_tensor(torch.zeros(3, 4), mesh, [Replicate()])
-            with pytest.raises(TypeError, match="expects plain tensors and an explicit tp_group, got a DTensor"):
+            with pytest.raises(TypeError, match="must be a plain tensor beside an explicit tp_group, got a DTensor"):
                 fp32_logits(torch.zeros(2, 4), weight)

@@ -9,10 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from megatron_fp32.ops.logits.reference import relative_error
-from megatron_fp32.ops.logprobs import linear_logprobs, workspace
+from megatron_fp32.ops.logprobs import linear_cross_entropy, linear_logprobs, weighted_cross_entropy, workspace
 from megatron_fp32.ops.logprobs.statistics import KeptLogits
+from megatron_fp32.ops.logprobs.topk import bytes_of_a_token
+from megatron_fp32.testing.cpu import single_process
+from tests.ops.live_bytes import LiveBytes
 from tests.ops.logprobs_cases import HIDDEN, ROWS, TOKENS, VOCAB, Case, case, rounded_error, with_main_grad
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -73,6 +78,24 @@ class TestAgainstFloat64:
         _, dx, dw = c.truth(upstream, **PLAIN)
         assert bound / 30 < relative_error(wide.grad, dx) < bound
         assert bound / 30 < relative_error(c.weight.main_grad, dw) < bound
+
+    @pytest.mark.parametrize("precision", ["bf16", "bf16x2", "bf16x3"])
+    @pytest.mark.parametrize("size", [3e5, 1e-9])
+    def test_float32_hidden_states_beyond_float16(self, size: float, precision: Any) -> None:
+        """An fp32 residual stream beside a float16 weight: dW must neither overflow nor vanish."""
+        c, upstream = case(torch.float16), upstreams(1)
+        hidden = (c.hidden.detach().float() * size / c.hidden.detach().abs().max()).requires_grad_()
+        assert (hidden.detach().abs().max() > 65504) == (size > 1)
+        # Moderate logits all the same.
+        scale = float(3 / (hidden.detach() @ c.weight.detach().float().t()).std())
+        linear_logprobs(hidden, c.weight, c.labels, scale=scale, grad_precision=precision, **PLAIN).logprobs.backward(
+            upstream[0] / scale
+        )  # dY of a usual size
+        wide = Case(hidden=hidden, weight=c.weight, labels=c.labels)
+        _, dx, dw = wide.truth([upstream[0] / scale], scale=scale, **PLAIN)
+        if dw.abs().max() < 65504:
+            assert relative_error(c.weight.grad, dw) < 1.1 * rounded_error(dw, torch.float16) + 1e-3
+        assert relative_error(hidden.grad, dx) < 1e-3
 
     def test_a_temperature_for_every_token(self) -> None:
         c, upstream, temperature = case(torch.float32), upstreams(2), torch.rand(TOKENS) + 0.3
@@ -136,6 +159,32 @@ class TestTopK:
     def test_of_equals_the_smaller_index(self) -> None:
         out = linear_logprobs(torch.zeros(2, 8), torch.randn(500, 8), torch.zeros(2, dtype=torch.long), top_k=3)
         assert out.top_tokens.tolist() == [[0, 1, 2]] * 2
+
+    @pytest.mark.parametrize(("vocab", "k"), [(4000, 3), (4000, 4000), (40000, 10)])
+    def test_memory_for_a_token(self, vocab: int, k: int) -> None:
+        """What the chunks are cut by is what the candidates take."""
+        w = torch.randn(vocab, 8)
+
+        def peak(tokens: int) -> int:
+            x, y = torch.randn(tokens, 8), torch.zeros(tokens, dtype=torch.long)
+            with LiveBytes() as live:
+                linear_logprobs(x, w, y, top_k=k)
+            return live.peak
+
+        # Results, too, have 12 bytes for each of the k tokens, twice.
+        of_a_token = (peak(128) - peak(64)) / 64 - 24 * k
+        assert of_a_token < bytes_of_a_token(vocab, k) < 4 * of_a_token
+
+    def test_chunks_for_many_candidates(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        c, vocab = case(), 40000
+        monkeypatch.setattr(workspace, "BYTES", 2**22)
+        w = torch.randn(vocab, HIDDEN).bfloat16()
+        with LiveBytes() as few:
+            linear_logprobs(c.hidden, w, c.labels, top_k=1)
+        with LiveBytes() as many:
+            linear_logprobs(c.hidden, w, c.labels, top_k=2000)
+        results = TOKENS * 2000 * 24
+        assert many.peak < few.peak + results + 2**22
 
     def test_more_than_there_are(self) -> None:
         c = case()
@@ -356,12 +405,18 @@ class TestRefusals:
         ("changes", "message"),
         [
             ({"vocab_size": 701}, "vocab_size must be 1 to 700"),
-            ({"vocab_size": 0}, "vocab_size must be 1 to 700"),
+            ({"vocab_size": 0}, "vocab_size must be at least 1"),
             ({"temperature": 0.0}, "temperature must be positive"),
+            ({"temperature": -1.0}, "temperature must be positive"),
+            ({"temperature": math.inf}, "temperature must be positive and finite"),
+            ({"temperature": math.nan}, "temperature must be positive and finite"),
+            ({"scale": math.nan}, "scale must be finite"),
+            ({"softcap": math.inf}, "softcap must be positive and finite"),
+            ({"top_k": -1}, "top_k must be at least 0"),
             ({"temperature": torch.ones(3)}, "labels' shape"),
             ({"softcap": 0.0}, "softcap must be positive"),
             ({"ignore_index": 5}, "ignore_index must not be a token"),
-            ({"chunk_size": 0}, "chunk_size must be positive"),
+            ({"chunk_size": 0}, "chunk_size must be at least 1"),
             ({"backward": "never"}, "backward must be one of"),
             ({"grad_precision": "fp8"}, "grad_precision must be one of"),
             ({"labels": torch.zeros(3, dtype=torch.long)}, r"expected labels \(150,\)"),
@@ -380,6 +435,26 @@ class TestRefusals:
             linear_logprobs(c.hidden, c.weight, c.labels.float())
         with pytest.raises(TypeError, match="hidden and weight must both be"):
             linear_logprobs(c.hidden.half(), c.weight, c.labels)
+        wrong: dict[str, Any] = {"temperature": "1", "scale": None, "softcap": True, "top_k": 2.0, "chunk_size": 8.0}
+        for name, value in wrong.items():
+            with pytest.raises(TypeError, match=f"{name} must be"):
+                linear_logprobs(c.hidden, c.weight, c.labels, **{name: value})
+
+    @pytest.mark.parametrize("name", ["hidden", "weight", "labels", "temperature", "loss_weights"])
+    def test_dtensors(self, name: str) -> None:
+        c = case(torch.float32)
+        arguments = {"hidden": c.hidden, "weight": c.weight, "labels": c.labels, "temperature": torch.ones(TOKENS)}
+        arguments["loss_weights"] = torch.ones(TOKENS)
+        with single_process():
+            mesh = DeviceMesh("cpu", [0])
+            arguments[name] = distribute_tensor(arguments[name].detach(), mesh, [Replicate()])
+            with pytest.raises(TypeError, match=f"{name} must be a plain tensor beside an explicit tp_group"):
+                weighted_cross_entropy(**arguments)
+            if name != "loss_weights":
+                del arguments["loss_weights"]
+                for operator in (linear_logprobs, linear_cross_entropy):
+                    with pytest.raises(TypeError, match=f"{name} must be a plain tensor"):
+                        operator(**arguments)
 
     def test_invariance_that_cannot_be_kept(self) -> None:
         c = case(torch.float32)
@@ -391,3 +466,11 @@ def test_ranks_cut_alike_whatever_memory_they_have() -> None:
     """Asked of a CUDA device that is not there: the answer must not look at one."""
     assert workspace.workspace_bytes(torch.device("cuda", 7), parallel=True) == workspace.BYTES
     assert workspace.workspace_bytes(torch.device("cpu"), parallel=False) == workspace.BYTES
+
+
+def test_deterministic_algorithms_cut_alike_in_every_run() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert workspace.workspace_bytes(torch.device("cuda", 7), parallel=False) == workspace.BYTES
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -93,6 +93,30 @@ def whole(answers: list[dict[str, Any]], sequence_parallel: bool) -> tuple[list[
     return answers[0]["outputs"], dx, torch.cat([a["dW"] for a in answers])[:VOCAB]
 
 
+def refused_sizes(ranks: int, operator: Any, rows: list[int], vocab_size: int | None) -> str:
+    """What this rank raises for shards of so many rows."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(8, 16), torch.randn(sum(rows), 16)
+    mine = weight.split(rows)[dist.get_rank()].clone().requires_grad_()
+    arguments: dict[str, Any] = {"vocab_size": vocab_size, "tp_group": dist.group.WORLD}
+    extra = (torch.ones(8),) if operator is weighted_cross_entropy else ()
+    try:
+        operator(hidden, mine, torch.randint(min(rows) + 1, (8,)), *extra, **arguments)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("operator", [linear_logprobs, linear_cross_entropy, weighted_cross_entropy])
+@pytest.mark.parametrize(
+    ("rows", "vocab_size"), [([151, 150], None), ([151, 150], 301), ([100, 0], None), ([76, 76, 76, 73], None)], ids=str
+)
+def test_shards_of_different_sizes(ranks: Pool, operator: Any, rows: list[int], vocab_size: int | None) -> None:
+    """Every rank says so, and none waits for another."""
+    for error in ranks(len(rows)).run(refused_sizes, len(rows), operator, rows, vocab_size):
+        assert f"equally many rows on every rank of tp_group, got {rows} rows" in error
+
+
 @LAYOUTS
 @pytest.mark.parametrize(
     ("operator", "options"),

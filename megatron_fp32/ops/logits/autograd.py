@@ -14,13 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 
 from megatron_fp32.config import GradPrecision, check_grad_precision
 from megatron_fp32.ops.first_order import first_order_only
 from megatron_fp32.ops.logits import custom_op
 from megatron_fp32.ops.logits.fixed_order import check_fixed_order
-from megatron_fp32.ops.logits.gemm import check_operands
+from megatron_fp32.ops.logits.gemm import check_operands, check_plain
 from megatron_fp32.ops.logits.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
 from megatron_fp32.ops.logits.products import accumulate_gradients, bias_grad, logits_product, pieces_of
 from megatron_fp32.ops.logits.ranks import HiddenGrad, gather_first_dim
@@ -136,8 +135,7 @@ def _check(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, grad_precision: str, deferred: DeferredWeightGrad | None
 ) -> None:
     check_grad_precision(grad_precision)
-    if isinstance(weight, DTensor) or isinstance(hidden, DTensor):
-        raise TypeError("fp32_logits expects plain tensors and an explicit tp_group, got a DTensor")
+    check_plain(hidden=hidden, weight=weight, bias=bias)
     if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             "expected hidden [..., hidden] of 2 or more dimensions and weight [vocab, hidden], "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_fp32.ops.logits.devices import why_not_tiles
 from megatron_fp32.ops.logits.gemm import mm_fp32
 
 ROWS, COLUMNS = 64, 128
@@ -21,9 +22,10 @@ def why_not_fixed_order(hidden: Tensor, weight: Tensor) -> str | None:
         return f"hidden and weight must both be bfloat16 or both be float16, got {hidden.dtype} and {weight.dtype}"
     if not weight.is_cuda:
         return None
-    if torch.cuda.get_device_capability(weight.device) < (9, 0):
-        return "it needs a GPU of compute capability 9.0 or newer"
-    if weight.shape[1] % 8 != 0 or not weight.is_contiguous() or weight.data_ptr() % 16 != 0:
+    reason = why_not_tiles(weight.device)
+    if reason is not None:
+        return reason
+    if weight.shape[1] % 8 != 0 or not _has_rows_in_line(weight) or weight.data_ptr() % 16 != 0:
         return "it needs a contiguous weight, aligned to 16 bytes, with a multiple of 8 columns"
     return None
 
@@ -37,8 +39,14 @@ def check_fixed_order(hidden: Tensor, weight: Tensor) -> None:
 
 def aligned(hidden: Tensor) -> Tensor:
     """`hidden` [tokens, hidden], contiguous and aligned as the kernel needs it."""
-    hidden = hidden.contiguous()
-    return hidden if hidden.data_ptr() % 16 == 0 else hidden.clone()
+    if _has_rows_in_line(hidden) and hidden.data_ptr() % 16 == 0:
+        return hidden
+    return hidden.clone(memory_format=torch.contiguous_format)
+
+
+def _has_rows_in_line(x: Tensor) -> bool:
+    """Contiguous, where also the stride of a single row is its length: `is_contiguous` does not look at that one."""
+    return x.stride() == (x.shape[1], 1)
 
 
 def fixed_order_product(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -20,9 +21,11 @@ def check_operands(hidden: Tensor, weight: Tensor, *, names: tuple[str, str]) ->
     """Refuse operands that a matrix product here would have to round.
 
     Raises:
-        TypeError: unless the second is bfloat16, float16 or float32 and the first has its dtype or is float32.
+        TypeError: for DTensors, and unless the second is bfloat16, float16 or float32 and the first has its dtype or is
+            float32.
         ValueError: for two float32 operands on CUDA while TF32 is allowed.
     """
+    check_plain(**dict(zip(names, (hidden, weight), strict=True)))
     if weight.dtype not in (*_SIXTEEN_BIT, torch.float32) or hidden.dtype not in (weight.dtype, torch.float32):
         raise TypeError(
             f"{names[0]} and {names[1]} must both be bfloat16, float16 or float32, or {names[0]} float32, "
@@ -35,23 +38,35 @@ def check_operands(hidden: Tensor, weight: Tensor, *, names: tuple[str, str]) ->
         )
 
 
+def check_plain(**tensors: object) -> None:
+    """Raise TypeError, with the name, where a tensor is a DTensor: the operators know process groups, not meshes."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            raise TypeError(
+                f"{name} must be a plain tensor beside an explicit tp_group, got a DTensor: pass its to_local(), where "
+                "all ranks have equally many rows of the weight"
+            )
+
+
 @contextlib.contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     """No autocast inside the block, and on the CPU no reduced precision either; all is as before after it.
 
     `torch.set_float32_matmul_precision("medium")` lets the CPU's fp32 product round its operands to bf16.
     """
-    cpu = torch.backends.mkldnn.matmul
-    before = cpu.fp32_precision
+    cpu = torch.backends.mkldnn
     with torch.autocast(device.type, enabled=False):
-        if device.type != "cpu" or before in ("none", "ieee"):
+        if device.type != "cpu" or cpu.matmul.fp32_precision in ("none", "ieee"):
             yield
             return
-        cpu.fp32_precision = "ieee"
+        # The precision itself is left alone: what is read there may come from a setting above it, and written back it
+        # would no longer follow that setting.
+        before = cpu.enabled
+        cpu.enabled = False  # type: ignore[assignment]
         try:
             yield
         finally:
-            cpu.fp32_precision = before
+            cpu.enabled = before
 
 
 def mm_fp32(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:

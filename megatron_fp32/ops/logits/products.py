@@ -175,7 +175,8 @@ def accumulate_gradients(
             assert hidden is not None
             if hidden_pieces is None:
                 x = hidden()
-                hidden_pieces = split(x, pieces, weight.dtype, scale=split_scale(x, pieces, weight.dtype))
+                scale = split_scale(x, pieces, weight.dtype, may_overflow=False)
+                hidden_pieces = split(x, pieces, weight.dtype, scale=scale)
             weight_grad.add_rows(rows, dy.parts, hidden_pieces.parts, _product(dy.inverse_scale, hidden_pieces))
         # Its memory is for the next one.
         del dy

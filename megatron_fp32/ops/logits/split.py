@@ -29,18 +29,19 @@ class Pieces(NamedTuple):
 def split(x: Tensor, count: int, dtype: torch.dtype, *, scale: Tensor | None = None) -> Pieces:
     """Split `x` into `count` pieces of `dtype`.
 
-    A single piece is `x.to(dtype)`, unscaled, and so is an `x` that has `dtype` already, whatever `count` is. An
-    infinite or NaN value stays in the first piece and leaves zeros in the others.
+    Without a scale a single piece is `x.to(dtype)`. An `x` that has `dtype` already is its own piece, whatever `count`
+    is. An infinite or NaN value stays in the first piece and leaves zeros in the others.
 
     Args:
         x: [rows, columns] float32, or a tensor of `dtype`.
         count: 1, 2 or 3.
         dtype: bfloat16, float16, or the dtype of `x`.
-        scale: from `split_scale`, required for more than one float16 piece.
+        scale: from `split_scale`, for float16 pieces; required for more than one.
     """
     if x.dtype == dtype:
         return Pieces((x,), None)
-    assert (scale is not None) == (dtype == torch.float16 and count > 1)
+    assert scale is None or dtype == torch.float16
+    assert scale is not None or dtype != torch.float16 or count == 1
     if x.is_cuda:
         from megatron_fp32.ops.logits.split_triton import split_triton
 
@@ -51,17 +52,26 @@ def split(x: Tensor, count: int, dtype: torch.dtype, *, scale: Tensor | None = N
     return Pieces(parts, None if scale is None else scale.reciprocal())
 
 
-def split_scale(x: Tensor, count: int, dtype: torch.dtype) -> Tensor | None:
+def split_scale(x: Tensor, count: int, dtype: torch.dtype, *, may_overflow: bool = True) -> Tensor | None:
     """The power of two [] float32 that `x` is multiplied by before it is split; None where it need not be.
 
-    1 when all of `x` is zero, or some of it infinite or NaN.
+    Rows with an infinite or NaN value have no say in it: they must not cost the others their digits. 1 when no other
+    row has a value that is not zero.
+
+    Args:
+        x: [rows, columns], or [rows] with the largest magnitude of each.
+        count: as for `split`.
+        dtype: as for `split`.
+        may_overflow: a single piece needs no scale, because an overflow is for Megatron's loss scaler to see. Hidden
+            states have nobody who looks.
     """
-    if dtype != torch.float16 or x.dtype == dtype or count == 1:
+    if dtype != torch.float16 or x.dtype == dtype or (count == 1 and may_overflow):
         return None
     if x.numel() == 0:
         return x.new_ones(())
-    amax = torch.linalg.vector_norm(x, ord=torch.inf)
-    usable = amax.isfinite() & (amax > 0)
+    largest = x.abs() if x.dim() == 1 else torch.linalg.vector_norm(x, ord=torch.inf, dim=1)
+    amax = torch.where(largest.isfinite(), largest, 0.0).max()
+    usable = amax > 0
     _, exponent = torch.frexp(torch.where(usable, amax, torch.ones_like(amax)))
     # A scale beyond 2^126 would make its reciprocal a denormal.
     shift = (SPLIT_EXPONENT - exponent).clamp(-126, 126)

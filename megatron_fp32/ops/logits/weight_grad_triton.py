@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from megatron_fp32.ops.logits.devices import why_not_tiles
+
 _BLOCK_M, _BLOCK_N, _BLOCK_K, _GROUP_M = 128, 256, 64, 8
 _WARPS, _STAGES = 8, 3
 
@@ -71,14 +73,15 @@ def can_add_weight_grad(target: Tensor, grads: tuple[Tensor, ...], hiddens: tupl
         return False
     operands = (*grads, *hiddens)
     return (
-        torch.cuda.get_device_capability(target.device) >= (9, 0)
+        why_not_tiles(target.device) is None
         and all(x.dtype in (torch.bfloat16, torch.float16) and x.shape[0] > 0 for x in operands)
         and all(_aligned(x) for x in (target, *operands))
     )
 
 
 def _aligned(x: Tensor) -> bool:
-    return x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    rows_apart = x.stride(0) >= x.shape[1] and x.stride(0) * x.element_size() % 16 == 0
+    return x.stride(1) == 1 and rows_apart and x.data_ptr() % 16 == 0
 
 
 def add_weight_grad(target: Tensor, grads: tuple[Tensor, ...], hidden: Tensor) -> None:

@@ -39,7 +39,7 @@ from megatron_fp32.ops.logprobs.options import (
 )
 from megatron_fp32.ops.logprobs.statistics import KeptLogits, TokenStatistics
 from megatron_fp32.ops.logprobs.tokens import join, token_statistics
-from megatron_fp32.ops.logprobs.topk import top_k_of
+from megatron_fp32.ops.logprobs.topk import bytes_of_a_token, top_k_of
 from megatron_fp32.validation import check_flag
 
 
@@ -122,8 +122,9 @@ def linear_logprobs(
 
     Raises:
         TypeError: for operand dtypes that `fp32_logits` refuses, or labels that are no integers.
-        ValueError: for shapes that do not match, values outside of what an argument allows, or `invariant` where it
-            cannot be kept.
+        ValueError: for shapes that do not match, values outside of what an argument allows, `invariant` where it
+            cannot be kept, or ranks with different numbers of rows of the weight. On CUDA these make all results NaN,
+            and the backward pass raises, because the host does not wait for the device.
     """
     check_flag("mean_logit", mean_logit)
     options = head_options(
@@ -173,6 +174,7 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.weight_owner = options, weight
+        heat = options.even_shards.poison(heat)
         flat = labels.reshape(-1)
         x = whole_hidden(hidden, weight, flat, options)
         needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
@@ -193,6 +195,7 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, heat, logits, *saved = ctx.saved_tensors
         options: HeadOptions = ctx.options
+        options.even_shards.check()
         # TF32 may have been switched on since the forward pass.
         check_operands(hidden, weight, names=("hidden", "weight"))
         flat = [None if g is None else g.reshape(-1).float() for g in upstream[:4]]
@@ -235,9 +238,8 @@ def _statistics_and_top(
             x, weight, labels, heat, options.shard, mean=mean, keep=keep, chunk_size=chunk_size
         )
         return statistics, ()
-    largest = chunk_size or max(
-        1, workspace.workspace_bytes(x.device, parallel=options.shard.group is not None) // (4 * weight.shape[0])
-    )
+    room = workspace.workspace_bytes(x.device, parallel=options.shard.group is not None)
+    largest = chunk_size or max(1, room // bytes_of_a_token(weight.shape[0], options.top_k))
     parts, tops = [], []
     for rows in workspace.even_chunks(len(x), largest) or [slice(0, 0)]:
         kept = (

@@ -95,8 +95,7 @@ def gradient_scale(vectors: Tensor, shard: Shard, *, count: int, dtype: torch.dt
     if len(vectors) == 8:
         # p |log p| is at most 1 / e, and the entropy at most log(vocab).
         bounds = bounds + vectors[6].abs() * (1 + math.log(shard.vocab_size))
-    bounds = bounds * vectors[2] * abs(shard.scale)
-    return split_scale(torch.where(bounds.isfinite(), bounds, 0.0), count, dtype)
+    return split_scale(bounds * vectors[2] * abs(shard.scale), count, dtype)
 
 
 def gradient_bounds(vectors: Tensor, shard: Shard) -> Tensor:

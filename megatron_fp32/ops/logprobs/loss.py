@@ -23,6 +23,7 @@ from megatron_fp32.ops.first_order import first_order_only
 from megatron_fp32.ops.logprobs.autograd import apply_head
 from megatron_fp32.ops.logprobs.options import Backward, HeadOptions, head_options, inverse_temperature
 from megatron_fp32.ops.logprobs.statistics import Mean
+from megatron_fp32.validation import check_finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,11 @@ class TokenLoss:
     z_loss: float
 
     def __post_init__(self) -> None:
+        check_finite("label_smoothing", self.label_smoothing)
+        check_finite("z_loss", self.z_loss)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {self.label_smoothing}")
-        if not self.z_loss >= 0:
+        if self.z_loss < 0:
             raise ValueError(f"z_loss must not be negative, got {self.z_loss}")
 
     @property

@@ -12,10 +12,11 @@ from torch import Tensor
 from megatron_fp32.config import GradPrecision, check_grad_precision
 from megatron_fp32.ops.logits.autograd import PIECES
 from megatron_fp32.ops.logits.fixed_order import check_fixed_order
-from megatron_fp32.ops.logits.gemm import check_operands
+from megatron_fp32.ops.logits.gemm import check_operands, check_plain
 from megatron_fp32.ops.logits.ranks import gather_first_dim
+from megatron_fp32.ops.logprobs.even import EvenShards, compare_shards
 from megatron_fp32.ops.logprobs.statistics import BLOCK, Mean, Shard
-from megatron_fp32.validation import check_choice, check_flag
+from megatron_fp32.validation import check_choice, check_count, check_finite, check_flag
 
 Backward = Literal["recompute", "saved"]
 """Where the backward pass finds the logits: it multiplies again, or they were kept."""
@@ -26,6 +27,7 @@ class HeadOptions:
     """Arguments of the operators of this folder, checked and put in order by `head_options`."""
 
     shard: Shard
+    even_shards: EvenShards
     sequence_parallel: bool
     reduce_hidden_grad: bool
     pieces: int
@@ -69,7 +71,13 @@ def head_options(
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     check_operands(hidden, weight, names=("hidden", "weight"))
+    check_plain(labels=labels)
+    if vocab_size is not None:
+        check_count("vocab_size", vocab_size)
+    check_count("ignore_index", ignore_index, least=-(2**63))
     group = tp_group if tp_group is not None and dist.get_world_size(tp_group) > 1 else None
+    # Before anything that one rank may refuse and another not.
+    even_shards = compare_shards(weight.shape[0], group, weight.device)
     ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     first = hidden.shape[0] * (ranks if sequence_parallel else 1)
     if tuple(labels.shape) != (first, *hidden.shape[1:-1]):
@@ -81,10 +89,11 @@ def head_options(
         raise ValueError(f"vocab_size must be 1 to {columns * ranks}, the rows of the weight, got {vocab_size}")
     if 0 <= ignore_index < (vocab_size or columns * ranks):
         raise ValueError(f"ignore_index must not be a token of the vocabulary, got {ignore_index}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be positive or None, got {chunk_size}")
+    if softcap is not None:
+        check_finite("softcap", softcap, positive=True)
+    check_finite("scale", scale)
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
     if invariant:
         _check_invariant(hidden, weight, ranks)
         if weight.dtype == torch.float16 and grad_precision != "bf16" and hidden.requires_grad:
@@ -94,7 +103,8 @@ def head_options(
             )
     first_column = rank * columns
     total = columns * ranks if vocab_size is None else vocab_size
-    if not 0 <= top_k <= total:
+    check_count("top_k", top_k, least=0)
+    if top_k > total:
         raise ValueError(f"top_k must be 0 to {total}, the size of the vocabulary, got {top_k}")
     shard = Shard(
         group=group,
@@ -108,6 +118,7 @@ def head_options(
     )
     return HeadOptions(
         shard=shard,
+        even_shards=even_shards,
         sequence_parallel=sequence_parallel and group is not None,
         reduce_hidden_grad=reduce_hidden_grad and group is not None and not sequence_parallel,
         pieces=PIECES[grad_precision],
@@ -140,11 +151,11 @@ def inverse_temperature(temperature: float | Tensor, labels: Tensor, ignore_inde
                 f"expected a temperature without gradient and of the labels' shape {tuple(labels.shape)}, got "
                 f"{tuple(temperature.shape)}, requires_grad={temperature.requires_grad}"
             )
+        check_plain(temperature=temperature)
         each = temperature.to(labels.device, torch.float32)
         each = torch.where(each > 0, each.reciprocal(), torch.nan)
         return torch.where(labels == ignore_index, 1.0, each).reshape(-1)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    check_finite("temperature", temperature, positive=True)
     return torch.full((labels.numel(),), 1 / temperature, dtype=torch.float32, device=labels.device)
 
 

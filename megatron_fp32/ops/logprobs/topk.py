@@ -13,6 +13,16 @@ from megatron_fp32.ops.logits.ranks import gather_first_dim
 from megatron_fp32.ops.logprobs.statistics import BLOCK, KeptLogits, Shard, TokenStatistics
 
 
+def bytes_of_a_token(columns: int, k: int) -> int:
+    """What `top_k_of` has in memory at most for one token: its logits, and the candidates with their sorted copies."""
+    blocks = -(-columns // BLOCK)
+    return 4 * columns + 24 * blocks + _BYTES_OF_A_CANDIDATE * BLOCK * min(k, blocks)
+
+
+_BYTES_OF_A_CANDIDATE = 48
+"""An index of 8 bytes, a logit, the sort's copies of both, its workspace, and what is freed in between."""
+
+
 def top_k_of(
     kept: KeptLogits, labels: Tensor, inverse_temperature: Tensor, statistics: TokenStatistics, shard: Shard, k: int
 ) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_fp32.config import GradPrecision
 from megatron_fp32.ops.first_order import first_order_only
 from megatron_fp32.ops.logits.fixed_order import why_not_fixed_order
+from megatron_fp32.ops.logits.gemm import check_plain
 from megatron_fp32.ops.logits.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
 from megatron_fp32.ops.logits.products import ChunkedHiddenSum, WeightGrad, accumulate_gradients
 from megatron_fp32.ops.logits.ranks import HiddenGrad
@@ -35,6 +36,7 @@ from megatron_fp32.ops.logprobs.options import (
 )
 from megatron_fp32.ops.logprobs.statistics import KeptLogits
 from megatron_fp32.ops.logprobs.tokens import token_statistics
+from megatron_fp32.validation import check_finite
 
 
 class WeightedLoss(NamedTuple):
@@ -106,6 +108,7 @@ def weighted_cross_entropy(
         chunk_size=chunk_size,
         mean=loss.mean,
     )
+    check_plain(loss_weights=loss_weights, grad_scale=grad_scale)
     if loss_weights.shape != labels.shape or loss_weights.requires_grad:
         raise ValueError(
             f"expected loss_weights without gradient and of the labels' shape {tuple(labels.shape)}, got "
@@ -115,6 +118,7 @@ def weighted_cross_entropy(
     labels = torch.where(loss_weights.to(labels.device) == 0, ignore_index, labels)
     heat = inverse_temperature(temperature, labels, ignore_index)
     if not isinstance(grad_scale, Tensor):
+        check_finite("grad_scale", grad_scale)
         # A tensor made from a number on the host would make the host wait.
         grad_scale = torch.full((), grad_scale, dtype=torch.float32, device=hidden.device)
     return WeightedLoss(*_eager(hidden, weight, labels, loss_weights, heat, grad_scale.float(), options, loss))
@@ -149,6 +153,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         loss: TokenLoss,
         wanted: bool,
     ) -> tuple[Tensor, Tensor]:
+        ctx.even_shards = options.even_shards
+        heat = options.even_shards.poison(heat)
         flat = labels.reshape(-1)
         ignored = flat == options.shard.ignore_index
         weights = torch.where(ignored, 0.0, loss_weights.reshape(-1).float())
@@ -193,6 +199,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_scale = ctx.saved_tensors
+        ctx.even_shards.check()
         if ctx.in_main_grad and ctx.handed_out:
             raise RuntimeError(
                 "weighted_cross_entropy has added dW to main_grad in its forward pass: a second backward pass would "

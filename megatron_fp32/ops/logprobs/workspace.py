@@ -24,9 +24,10 @@ GRADIENT_COLUMNS = 8192
 def workspace_bytes(device: torch.device, *, parallel: bool) -> int:
     """`BYTES`, or half of what is free on the device where that is less.
 
-    With `parallel` ranks it is always `BYTES`: each chunk takes part in collectives, and all must cut alike.
+    With `parallel` ranks it is always `BYTES`: each chunk takes part in collectives, and all must cut alike. Under
+    deterministic algorithms it is, too: what is free changes from run to run, and the chunks are an order of summation.
     """
-    if device.type != "cuda" or parallel:
+    if device.type != "cuda" or parallel or torch.are_deterministic_algorithms_enabled():
         return BYTES
     free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
