@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -12,8 +13,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ import pytest
 from megatron_fp32.checkpoint import import_job
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_fp32.checkpoint.huggingface import CheckpointError
+from megatron_fp32.checkpoint.jobs import Part, run_job
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 from megatron_fp32.checkpoint.safetensors_writer import SafetensorsFile
 from megatron_fp32.checkpoint.staging import Staging, open_staging
@@ -267,6 +270,15 @@ class TestWorkers:
             export_checkpoint(tmp_path / "megatron", tmp_path / "out", max_shard_bytes=SMALL, workers=2)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 
+    def test_they_never_see_an_interruption(self, tmp_path: Path) -> None:
+        """Ctrl-C reaches every process of a terminal; a worker may still import torch then, and would print that."""
+        parts = [Part(file=f"{name}.distcp", nbytes=1, steps=()) for name in "ab"]
+        job: Any = SimpleNamespace(parts=parts, options={}, sources={})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        with pytest.raises(CheckpointError, match="SIGINT is blocked: True"):
+            run_job(job, _tell_of_signals, tmp_path / "out", workers=2)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
     def test_fewer_than_one(self, source: Source, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
             import_checkpoint(source(), tmp_path / "out", workers=0)
@@ -294,6 +306,12 @@ class TestWorkers:
         time.sleep(0.5)
         assert contents(tmp_path / "out") == contents(tmp_path / "whole")
         assert not (tmp_path / ".out.partial").exists()
+
+
+@contextlib.contextmanager
+def _tell_of_signals() -> Iterator[Any]:
+    raise CheckpointError(f"SIGINT is blocked: {signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())}")
+    yield
 
 
 class TestStaging:

@@ -69,7 +69,7 @@ ENTRANCES = [
         file="checkpoint/jobs.py",
         old="    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})\n",
         new="    before = signal.pthread_sigmask(signal.SIG_BLOCK, set())\n",
-        test=f"{MESSAGES}::TestInterruption",
+        test="tests/checkpoint/test_interrupted.py::TestWorkers::test_they_never_see_an_interruption",
     ),
     Mutant(
         name="end as an error after Ctrl-C",
