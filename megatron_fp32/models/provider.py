@@ -14,8 +14,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from megatron_fp32.config import Fp32Config
-from megatron_fp32.models.decoder import LINEAR_ATTENTION_FIELDS, DecoderConfig
+from megatron_fp32.models.decoder import DecoderConfig
 from megatron_fp32.models.families import find_family
+from megatron_fp32.models.sizes import LINEAR_ATTENTION_FIELDS
 from megatron_fp32.models.specs import decoder_block_spec, mtp_block_spec
 from megatron_fp32.tensor_parallel.fused_loss import set_fused_loss
 from megatron_fp32.tensor_parallel.output_layer import to_fp32_output_layer
