@@ -48,9 +48,9 @@ def main() -> None:
     An output gets its name when all of it was written, read back and compared. Until then it grows in .NAME.partial
     beside it; after an interruption, a full disk or a kill, the same command goes on from there.
 
-    Exit status: 0 when everything was converted and verified, 1 when it was refused or failed, or when `export
-    --allow-rounded` exported rounded tensors, 2 for a mistake on the command line. `verify`
-    and `inspect` have their own: 0, 1 for a difference, 2 for what cannot be read.
+    Exit status: 0 when everything was converted and verified, 1 when it was refused or failed, or when `export`
+    left tensors rounded (--allow-rounded) or cut trained rows off the vocabulary (--vocab-size), 2 for a mistake on the
+    command line. `verify` and `inspect` have their own: 0, 1 for a difference, 2 for what cannot be read.
     """
 
 
@@ -119,6 +119,12 @@ def import_(
     show_default=True,
     help="What was trained in fp32 from a 16-bit source leaves as F32, or rounded to the source's dtype.",
 )
+@click.option(
+    "--vocab-size",
+    type=click.IntRange(1),
+    help="Rows of the embedding and of the head to export, which become vocab_size in config.json. Default: those of "
+    "the source; rows above them that a trainer has changed are listed then, and the exit status is 1.",
+)
 @click.option("--fp8", "fp8_name", type=click.Choice(LAYOUTS), help="Quantize on the way, in this format.")
 @click.option("--fp8-like", type=_EXISTING, help="Quantize on the way, like this float8 checkpoint or its config.")
 @_shard_bytes
@@ -130,6 +136,7 @@ def export(
     source: Path | None,
     allow_rounded: bool,
     dtype: ExportDtype,
+    vocab_size: int | None,
     fp8_name: str | None,
     fp8_like: Path | None,
     max_shard_bytes: int,
@@ -148,6 +155,7 @@ def export(
             allow_rounded=allow_rounded,
             dtype=dtype,
             fp8=_scheme(fp8_name, fp8_like, names="--fp8 and --fp8-like"),
+            vocab_size=vocab_size,
             max_shard_bytes=max_shard_bytes,
             workers=workers,
             progress=tell,
@@ -167,7 +175,13 @@ def export(
         ):
             if names:
                 out.print(f"{what}: {', '.join(names)}")
-    if report.rounded:
+        for name, cut in report.cut_rows.items():
+            out.print(
+                f"not exported: {cut.rows} rows of {name} above the vocabulary that are not zero. --vocab-size "
+                f"{cut.end} exports them and changes vocab_size in config.json; --vocab-size with the source's size "
+                "accepts that they are cut, such as padding that a softmax has trained"
+            )
+    if report.rounded or (report.cut_rows and vocab_size is None):
         sys.exit(1)
 
 

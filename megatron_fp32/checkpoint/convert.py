@@ -20,6 +20,7 @@ from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme
 from megatron_fp32.checkpoint.import_job import RELEASE, open_import
 from megatron_fp32.checkpoint.jobs import Progress, run_job
 from megatron_fp32.checkpoint.plan import Mtp, Vision
+from megatron_fp32.checkpoint.vocabulary import CutRows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ class ExportReport:
     """Trained in fp32 from a 16-bit source, and rounded to its dtype, as `dtype="source"` asks."""
     rounded: tuple[str, ...]
     """Fewer bits in the Megatron checkpoint than in the source. Empty unless `allow_rounded`."""
+    cut_rows: dict[str, CutRows]
+    """Rows of Megatron's embedding and head above the vocabulary that are not zero, and were not exported."""
 
 
 def import_checkpoint(
@@ -112,6 +115,7 @@ def export_checkpoint(
     allow_rounded: bool = False,
     dtype: ExportDtype = "trained",
     fp8: Fp8Scheme | None = None,
+    vocab_size: int | None = None,
     max_shard_bytes: int = 5 * 10**9,
     workers: int = 1,
     progress: Progress | None = None,
@@ -128,6 +132,8 @@ def export_checkpoint(
         allow_rounded: export tensors although the checkpoint holds fewer bits of them than the source did.
         dtype: `"source"` rounds what was trained in fp32 to the source's dtype.
         fp8: quantize the weights that this scheme names, on the way.
+        vocab_size: rows of the embedding and of the head to export, which become `vocab_size` in `config.json`; at
+            least the source's. None: the source's. Rows above it that are not zero are listed in `cut_rows`.
         max_shard_bytes: a file is closed before it grows past this.
         workers: see `import_checkpoint`.
         progress: told of every tensor.
@@ -148,6 +154,7 @@ def export_checkpoint(
         dtype=dtype,
         fp8=fp8,
         max_shard_bytes=max_shard_bytes,
+        vocab_size=vocab_size,
     )
     with open_export(options) as job:
         open_job = functools.partial(open_export, options, job.dtypes)
@@ -161,4 +168,5 @@ def export_checkpoint(
             widened=widened if dtype == "trained" else (),
             narrowed=widened if dtype == "source" else (),
             rounded=job.dtypes.rounded,
+            cut_rows=job.cut_rows(records),
         )

@@ -36,7 +36,7 @@ class TensorDifference:
     """None where only the other has it."""
     b: TensorInfo | None
     values: ValueDifference | None = None
-    """Given where shapes are equal."""
+    """Given where shapes are equal; where one has more rows of the vocabulary, of the rows that both have."""
     note: str = ""
 
 
@@ -55,7 +55,7 @@ class VerifiedSide:
     left_out: tuple[str, ...]
     """Tensors of the parts that `text_only` leaves out."""
     padding: dict[str, int]
-    """Rows that pad the vocabulary, by tensor. They were not compared."""
+    """Rows of zeros that pad the vocabulary, by tensor. They were not compared."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,7 +154,10 @@ class Findings:
         differences = list(self._others.values())
         for name, (comparison, first, second) in self._comparisons.items():
             values = comparison.result()
-            if values.count or first.dtype != second.dtype:
+            if name in self._others:
+                index = differences.index(self._others[name])
+                differences[index] = dataclasses.replace(self._others[name], values=values)
+            elif values.count or first.dtype != second.dtype:
                 differences.append(
                     TensorDifference(
                         name=name,
@@ -166,11 +169,12 @@ class Findings:
                     )
                 )
         order = get_args(Status)
+        compared = len(self._comparisons.keys() - self._others.keys())
         return VerifyReport(
             a=a,
             b=b,
-            compared=len(self._comparisons),
-            equal=len(self._comparisons) + len(self._others) - len(differences),
+            compared=compared,
+            equal=compared + len(self._others) - len(differences),
             nbytes=self._nbytes,
             differences=tuple(sorted(differences, key=lambda difference: order.index(difference.status))),
             names_only=self.names_only,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_fp32.checkpoint.huggingface import CheckpointError, TensorInfo
+from megatron_fp32.checkpoint.vocabulary import PADDED_VOCABULARY
 from megatron_fp32.models import mapping as models
 from megatron_fp32.models.decoder import DecoderConfig
 from megatron_fp32.models.families import Family, find_family
@@ -27,9 +28,6 @@ Vision = Literal["refuse", "carry", "drop"]
 
 Mtp = Literal["convert", "carry", "drop"]
 """Tensors of multi-token prediction: they become a Megatron MTP layer, or as above."""
-
-PADDED_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""Megatron tensors whose rows a trainer pads."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +140,7 @@ def plan_export(hf_config: dict[str, Any], hf: Mapping[str, TensorInfo], megatro
     """What an export of a Megatron checkpoint does.
 
     Args:
-        hf_config: parsed `config.json` of the checkpoint that was imported.
+        hf_config: parsed `config.json` of the checkpoint that was imported; its `vocab_size` may be larger now.
         hf: the tensors that were converted then.
         megatron: every tensor of the model in the Megatron checkpoint.
 

@@ -359,5 +359,8 @@ def test_the_padding_of_the_vocabulary_is_cut_off(imported: Source, source: Sour
 
     padded = _with(**{"embedding.word_embeddings.weight": pad, "output_layer.weight": pad})
     trained = resave(imported(), tmp_path / "trained", padded)
-    export_checkpoint(trained, tmp_path / "hf", source=imported())
+    report = export_checkpoint(trained, tmp_path / "hf", source=imported())
+    assert {name: rows.rows for name, rows in report.cut_rows.items()} == dict.fromkeys(
+        ("embedding.word_embeddings.weight", "output_layer.weight"), 7
+    )
     assert stored_tensors(tmp_path / "hf") == stored_tensors(source())

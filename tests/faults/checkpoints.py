@@ -11,6 +11,7 @@ FAMILIES = "tests/checkpoint/test_families.py"
 SAFETENSORS = "tests/checkpoint/test_safetensors_file.py"
 TORCH_FILE = "tests/checkpoint/test_torch_file.py"
 TORCH_DIST = "tests/checkpoint/test_torch_dist.py"
+VOCABULARY = "tests/checkpoint/test_vocabulary.py"
 FUZZ = "tests/checkpoint/test_fuzz.py"
 EXPERTS = "tests/checkpoint/test_verify_experts.py"
 MID = "tests/checkpoint/test_mid_training.py::test_the_model_is_found_among_the_states_of_two_optimizers"
@@ -316,5 +317,26 @@ CHECKPOINTS = [
         old='prefixes = ("optimizer.", "chained_",',
         new='prefixes = ("optimizer.",',
         test=MID,
+    ),
+    Mutant(
+        name="take every row above the vocabulary for padding",
+        file="checkpoint/vocabulary.py",
+        old="    if not len(found):",
+        new="    if True:",
+        test=f"{VOCABULARY}::TestExport::test_other_rows_are_counted {VOCABULARY}::TestVerify",
+    ),
+    Mutant(
+        name="keep trained rows without telling config.json",
+        file="checkpoint/export_job.py",
+        old="        if self._options.vocab_size is not None:\n            text",
+        new="        if False:\n            text",
+        test=f"{VOCABULARY}::TestExport::test_a_larger_vocabulary_has_them",
+    ),
+    Mutant(
+        name="call an export that cut trained rows a success",
+        file="cli.py",
+        old="if report.rounded or (report.cut_rows and vocab_size is None):",
+        new="if report.rounded:",
+        test=f"{VOCABULARY}::TestExport::test_the_command_names_them_and_is_no_success",
     ),
 ]
