@@ -97,6 +97,11 @@ def import_(
     )
     if report.carried:
         out.print(f"carried beside the checkpoint as they are: {len(report.carried)}")
+    if report.other_frequencies:
+        out.print(
+            "stored rotary frequencies that are not those of config.json, which decides: "
+            + ", ".join(report.other_frequencies)
+        )
     if report.left_out:
         out.print(f"left out, as asked ({len(report.left_out)}):")
         for name in report.left_out:

@@ -36,6 +36,9 @@ class ImportReport:
     carried: tuple[str, ...]
     """Kept beside the checkpoint as they are, for the export."""
     left_out: tuple[str, ...]
+    other_frequencies: tuple[str, ...]
+    """Of those that are carried, stored rotary frequencies with other values than `config.json` gives. transformers
+    does not read them, and neither does Megatron."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,7 @@ def import_checkpoint(
             fp32_tensors=tuple(n for n, t in source.items() if t.info.dtype == torch.float32),
             carried=job.plan.carried,
             left_out=job.plan.left_out,
+            other_frequencies=job.other_frequencies(),
         )
 
 

@@ -216,7 +216,7 @@ def _family(config: dict[str, Any]) -> str | None:
         return None
 
 
-def _any_starts(names: Mapping[str, Any], prefix: str) -> bool:
+def _any_starts(names: Mapping[str, Any], prefix: str | tuple[str, ...]) -> bool:
     return any(name.startswith(prefix) for name in names)
 
 

@@ -21,7 +21,7 @@ from megatron_fp32.models import mapping as models
 from megatron_fp32.models.decoder import DecoderConfig
 from megatron_fp32.models.families import Family, find_family
 from megatron_fp32.models.layout import extra_states, has_stacked_layers, stack_layers
-from megatron_fp32.models.naming import MTP, VISION, Naming
+from megatron_fp32.models.naming import MTP, VISION, Naming, is_rotary_frequencies
 
 Vision = Literal["refuse", "carry", "drop"]
 """Tensors of the vision part: none may be there, or they are kept beside the checkpoint, or left out."""
@@ -77,6 +77,8 @@ class ImportPlan(Plan):
     carried: tuple[str, ...]
     """Hugging Face tensors that are kept beside the checkpoint as they are."""
     left_out: tuple[str, ...]
+    frequencies: tuple[str, ...]
+    """Of those that are carried, stored rotary frequencies: they follow from `config.json`."""
 
 
 def plan_model(
@@ -116,11 +118,14 @@ def plan_import(
         CheckpointError: naming every tensor that does not fit the configuration.
         ValueError: for a model that is not supported.
     """
-    parts: tuple[tuple[str, str], ...] = ((VISION, vision), (MTP, mtp))
+    parts: tuple[tuple[str | tuple[str, ...], str], ...] = ((VISION, vision), (MTP, mtp))
     refused, carried, dropped = (
         tuple(name for name in hf if any(name.startswith(start) for start, chosen in parts if chosen == what))
         for what in ("refuse", "carry", "drop")
     )
+    named = {*carried, *dropped, *refused}
+    frequencies = tuple(name for name in hf if is_rotary_frequencies(name) and name not in named)
+    carried = (*carried, *frequencies)
     if refused:
         raise CheckpointError(
             f"{len(refused)} tensors of its vision part cannot be converted: {listing(refused)}. --vision carry keeps "
@@ -131,9 +136,8 @@ def plan_import(
     problems = [*_mismatches(plan.hf_shapes, {n: i.shape for n, i in converted.items()}), *_dtype_problems(plan, hf)]
     if problems:
         raise CheckpointError("the tensors do not match config.json: " + "; ".join(problems))
-    return ImportPlan(
-        **{f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}, carried=carried, left_out=dropped
-    )
+    known = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    return ImportPlan(**known, carried=carried, left_out=dropped, frequencies=frequencies)
 
 
 def plan_export(hf_config: dict[str, Any], hf: Mapping[str, TensorInfo], megatron: Mapping[str, TensorInfo]) -> Plan:

@@ -18,7 +18,7 @@ from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, named_scheme
 from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, quantize_tensor
 from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader, TensorInfo
 from megatron_fp32.checkpoint.jobs import Part, Progress, Tell, described, run_job
-from megatron_fp32.checkpoint.kind import read_config
+from megatron_fp32.checkpoint.kind import read_config, refuse_adapter
 from megatron_fp32.checkpoint.read_back import SafetensorsPart
 from megatron_fp32.checkpoint.safetensors_writer import cut_into_shards, shard_names, write_index
 from megatron_fp32.checkpoint.sidecar import copy_assets
@@ -139,6 +139,7 @@ class QuantizeJob:
 def open_quantization(hf_dir: Path, scheme: Fp8Scheme, device: str, max_shard_bytes: int) -> Iterator[QuantizeJob]:
     """Raises as `quantize_checkpoint`, before anything is written."""
     sources = {"source": described(hf_dir)}
+    refuse_adapter(hf_dir)
     config = read_config(hf_dir)
     found = read_quantization_config(hf_dir)
     if found is not None:

@@ -29,7 +29,7 @@ from megatron_fp32.checkpoint.vocabulary import PADDED_VOCABULARY, rows_above
 from megatron_fp32.models.families import find_family
 from megatron_fp32.models.layout import has_stacked_layers, is_stack_of_layers, name_in_layer
 from megatron_fp32.models.mapping import Mapping, TensorSpec
-from megatron_fp32.models.naming import MTP, VISION
+from megatron_fp32.models.naming import MTP, VISION, is_rotary_frequencies
 
 _WHOLE_BYTES = 1 << 28
 """Tensors of more than two axes that are larger are compared one element at a time."""
@@ -109,7 +109,7 @@ class _Side:
             self.reader = stack.enter_context(HuggingFaceReader(path))
             tensors = self.reader.tensors
         carried = {n: t.info for n, t in self.sidecar.carried.items()} if self.sidecar else {}
-        out = {name for name in (*tensors, *carried) if text_only and name.startswith((VISION, MTP))}
+        out = {name for name in (*tensors, *carried) if text_only and name.startswith((*VISION, MTP))}
         self._left_out = tuple(sorted(out))
         self.tensors = {name: info for name, info in tensors.items() if name not in out}
         self.carried = {name: info for name, info in carried.items() if name not in out}
@@ -243,7 +243,7 @@ class _OfTwoKinds:
         converted = {
             name: info
             for name, info in self._hf.tensors.items()
-            if not name.startswith(VISION) and (has_mtp or not name.startswith(MTP))
+            if not name.startswith(VISION) and (has_mtp or not name.startswith(MTP)) and not is_rotary_frequencies(name)
         }
         stacked = has_stacked_layers(self._megatron.tensors)
         self._plan = plan_model(read_config(self._hf.path), converted, stacked=stacked)
@@ -259,7 +259,8 @@ class _OfTwoKinds:
         sidecar = self._megatron.sidecar
         left_out = set(sidecar.left_out) if sidecar else set()
         for name in sorted(hf.keys() - converted.keys() - carried.keys()):
-            self._only_hf(name, "the import left it out" if name in left_out else "")
+            note = "follows from config.json" if is_rotary_frequencies(name) else ""
+            self._only_hf(name, "the import left it out" if name in left_out else note)
         for name in sorted(carried.keys() - hf.keys()):
             self._only_megatron(name, carried[name], "carried in the sidecar")
         if sidecar:

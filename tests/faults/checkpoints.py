@@ -12,6 +12,7 @@ SAFETENSORS = "tests/checkpoint/test_safetensors_file.py"
 TORCH_FILE = "tests/checkpoint/test_torch_file.py"
 TORCH_DIST = "tests/checkpoint/test_torch_dist.py"
 VOCABULARY = "tests/checkpoint/test_vocabulary.py"
+RELEASED = "tests/checkpoint/test_released_sources.py"
 FUZZ = "tests/checkpoint/test_fuzz.py"
 EXPERTS = "tests/checkpoint/test_verify_experts.py"
 MID = "tests/checkpoint/test_mid_training.py::test_the_model_is_found_among_the_states_of_two_optimizers"
@@ -338,5 +339,33 @@ CHECKPOINTS = [
         old="if report.rounded or (report.cut_rows and vocab_size is None):",
         new="if report.rounded:",
         test=f"{VOCABULARY}::TestExport::test_the_command_names_them_and_is_no_success",
+    ),
+    Mutant(
+        name="take a head of its own for the tied embedding",
+        file="models/mapping.py",
+        old="if not torch.equal(tensor.contiguous().view(torch.uint8), first):",
+        new="if False:",
+        test=f"{RELEASED}::TestATiedHeadThatIsStored",
+    ),
+    Mutant(
+        name="drop a tied head that was stored",
+        file="models/blocks.py",
+        old="if config.tie_word_embeddings and naming.head:",
+        new="if False:",
+        test=f"{RELEASED}::TestATiedHeadThatIsStored",
+    ),
+    Mutant(
+        name="say nothing of stored frequencies that the config does not give",
+        file="checkpoint/import_job.py",
+        old="    if not stored.is_floating_point() or stored.shape != expected.shape:\n        return False",
+        new="    return True",
+        test=f"{RELEASED}::TestStoredFrequencies",
+    ),
+    Mutant(
+        name="leave an adapter beside the full weights out without a word",
+        file="checkpoint/kind.py",
+        old='path.name == "adapter_config.json" or path.name.startswith("adapter_model")',
+        new="False",
+        test=f"{RELEASED}::test_an_adapter_beside_full_weights_is_refused",
     ),
 ]
