@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.difference import Comparison, ValueDifference
-from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, TensorInfo
+from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, DTYPES, TensorInfo
 from megatron_fp32.checkpoint.kind import Kind
 from megatron_fp32.models.mapping import TensorSpec
 
@@ -21,7 +21,7 @@ Status = Literal["only_a", "only_b", "shape", "values", "dtype"]
 Progress = Callable[[str, int, int], None]
 """Called after each tensor with what was done to it, its size, and the size of all tensors that it is done to."""
 
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_FLOAT8 = {dtype for name, dtype in DTYPES.items() if name.startswith("F8_E") and name != "F8_E8M0"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

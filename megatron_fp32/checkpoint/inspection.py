@@ -225,7 +225,7 @@ def _sizes(directory: Path, pattern: str) -> dict[str, int]:
 
 
 def _float8(tensors: dict[str, TensorInfo], path: Path) -> str | None:
-    if all(info.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2) for info in tensors.values()):
+    if not any(DTYPE_NAMES[info.dtype].startswith("F8_") for info in tensors.values()):
         return None
     try:
         scheme = scheme_of_tensors(tensors, read_quantization_config(path))

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_fp32.checkpoint.huggingface import CheckpointError, TensorInfo
+from megatron_fp32.checkpoint.tensors import FLOAT4
 from megatron_fp32.checkpoint.vocabulary import PADDED_VOCABULARY
 from megatron_fp32.models import mapping as models
 from megatron_fp32.models.decoder import DecoderConfig
@@ -153,6 +154,8 @@ def plan_export(hf_config: dict[str, Any], hf: Mapping[str, TensorInfo], megatro
     """
     plan = plan_model(hf_config, hf, stacked=has_stacked_layers(megatron))
     problems = _mismatches(plan.megatron_shapes, {name: info.shape for name, info in megatron.items()})
+    odd = [f"{n} is {i.dtype}" for n, i in megatron.items() if not i.dtype.is_floating_point or i.dtype == FLOAT4]
+    problems += [f"expected floating-point weights, {listing(odd)}"] if odd else []
     missing = plan.megatron_shapes.keys() - megatron.keys()
     if missing and all(name.startswith(MTP) for name in missing):
         problems.append(

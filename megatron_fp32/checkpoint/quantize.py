@@ -151,7 +151,7 @@ def open_quantization(hf_dir: Path, scheme: Fp8Scheme, device: str, max_shard_by
 
 
 def _plan(reader: HuggingFaceReader, scheme: Fp8Scheme) -> dict[str, TensorInfo]:
-    eight_bits = [n for n, i in reader.tensors.items() if i.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)]
+    eight_bits = [n for n, i in reader.tensors.items() if i.dtype.is_floating_point and i.dtype.itemsize == 1]
     if eight_bits:
         raise CheckpointError(
             f"{reader.directory} is quantized already: {eight_bits[0]} is {reader.tensors[eight_bits[0]].dtype}"

@@ -23,6 +23,7 @@ from megatron_fp32.checkpoint.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fp32.checkpoint.kind import Kind, kind_of, model_tensors, read_config, sidecar_of
 from megatron_fp32.checkpoint.plan import Plan, listing, plan_model
 from megatron_fp32.checkpoint.sidecar import Sidecar, fits
+from megatron_fp32.checkpoint.tensors import FLOAT4
 from megatron_fp32.checkpoint.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.verify_layouts import Entries, Entry, note_on_names, under_common_names
 from megatron_fp32.checkpoint.vocabulary import PADDED_VOCABULARY, rows_above
@@ -200,7 +201,7 @@ def _entries(side: _Side, vocabulary: dict[str, int]) -> Iterator[Entry]:
     """The tensors of a checkpoint; `vocabulary` says how many rows of some are compared."""
     read = side.reader.read
     for name, info in side.tensors.items():
-        if side.kind == "megatron" and is_stack_of_layers(name) and info.shape:
+        if side.kind == "megatron" and is_stack_of_layers(name) and len(info.torch_shape) > (info.dtype == FLOAT4):
             layer_info = dataclasses.replace(info, shape=info.shape[1:])
             for layer in range(info.shape[0]):
                 yield Entry(

@@ -13,6 +13,7 @@ TORCH_FILE = "tests/checkpoint/test_torch_file.py"
 TORCH_DIST = "tests/checkpoint/test_torch_dist.py"
 VOCABULARY = "tests/checkpoint/test_vocabulary.py"
 RELEASED = "tests/checkpoint/test_released_sources.py"
+DTYPES = "tests/checkpoint/test_dtypes.py"
 FUZZ = "tests/checkpoint/test_fuzz.py"
 EXPERTS = "tests/checkpoint/test_verify_experts.py"
 MID = "tests/checkpoint/test_mid_training.py::test_the_model_is_found_among_the_states_of_two_optimizers"
@@ -308,8 +309,8 @@ CHECKPOINTS = [
     Mutant(
         name="read a chunk aside and copy it",
         file="checkpoint/torch_file.py",
-        old="part = target if target.is_contiguous() else torch.empty(target.shape, dtype=stored.dtype)",
-        new="part = torch.empty(target.shape, dtype=stored.dtype)",
+        old="part = target if target.is_contiguous() else unfilled(target.shape, stored.dtype)",
+        new="part = unfilled(target.shape, stored.dtype)",
         test="tests/checkpoint/test_reader_memory.py",
     ),
     Mutant(
@@ -367,5 +368,33 @@ CHECKPOINTS = [
         old='path.name == "adapter_config.json" or path.name.startswith("adapter_model")',
         new="False",
         test=f"{RELEASED}::test_an_adapter_beside_full_weights_is_refused",
+    ),
+    Mutant(
+        name="take the upper half of a byte for the first value of float4",
+        file="checkpoint/difference.py",
+        old="torch.stack([codes & 15, codes >> 4], dim=-1)",
+        new="torch.stack([codes >> 4, codes & 15], dim=-1)",
+        test=f"{DTYPES}::TestValues::test_float4",
+    ),
+    Mutant(
+        name="take unsigned integers for signed ones",
+        file="checkpoint/difference.py",
+        old="differs |= values.view(torch.int64) < 0",
+        new="pass",
+        test=f"{DTYPES}::TestValues::test_unsigned_integers",
+    ),
+    Mutant(
+        name="compare the real parts of complex values alone",
+        file="checkpoint/difference.py",
+        old="return differs.any(dim=-1) if a.is_complex() else differs",
+        new="return differs[..., 0] if a.is_complex() else differs",
+        test=f"{DTYPES}::TestValues::test_complex_values",
+    ),
+    Mutant(
+        name="refuse white space before a header",
+        file="checkpoint/safetensors_file.py",
+        old="        if not isinstance(entries, dict):",
+        new='        if not content.startswith(b"{"):',
+        test=f"{SAFETENSORS}::TestAccepts",
     ),
 ]
