@@ -48,6 +48,11 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
         """
         return read_tensor(self._headers[name], name, index)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+        return tuple(sorted({header.path for header in self._headers.values()}))
+
     def __exit__(self, *exc: object) -> None:
         pass
 

@@ -148,14 +148,14 @@ def inspect_checkpoint(path: str | Path, *, source: str | Path | None = None) ->
 def _inspect_huggingface(path: Path) -> Inspection:
     config = read_config(path) if (path / "config.json").is_file() else {}
     with HuggingFaceReader(path) as reader:
-        tensors = dict(reader.tensors)
+        tensors, files = dict(reader.tensors), reader.files
     return Inspection(
         path=path,
         kind="huggingface",
         model_type=_model_type(config),
         family=_family(config),
         tensors=tensors,
-        files=_sizes(path, "*.safetensors"),
+        files={file.name: file.stat().st_size for file in files},
         multi_token_prediction=_any_starts(tensors, MTP),
         vision=_any_starts(tensors, VISION),
         float8=_float8(tensors, path),
@@ -177,7 +177,7 @@ def _inspect_megatron(path: Path, source: str | Path | None) -> Inspection:
         model_type=_model_type(config),
         family=_family(config),
         tensors=tensors,
-        files=_sizes(reader.directory, "*.distcp"),
+        files={file.name: file.stat().st_size for file in sorted(reader.directory.glob("*.distcp"))},
         multi_token_prediction=_any_starts(tensors, MTP) or _any_starts(carried, MTP),
         vision=_any_starts(carried, VISION),
         float8=None,
@@ -218,10 +218,6 @@ def _family(config: dict[str, Any]) -> str | None:
 
 def _any_starts(names: Mapping[str, Any], prefix: str | tuple[str, ...]) -> bool:
     return any(name.startswith(prefix) for name in names)
-
-
-def _sizes(directory: Path, pattern: str) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(directory.glob(pattern))}
 
 
 def _float8(tensors: dict[str, TensorInfo], path: Path) -> str | None:

@@ -267,6 +267,7 @@ def require(text: dict[str, Any], family: str, *, rope_types: Sequence[str] = ("
         ValueError: naming every field that has another value.
     """
     rope_type = rope_parameters(text)["rope_type"]
+    expected = {"per_layer_config": None, **expected}
     wrong = [f"{k}={text[k]!r} (expected {want!r})" for k, want in expected.items() if text.get(k, want) != want]
     if rope_type not in rope_types:
         wrong.append(f"rope_type={rope_type!r} (expected {' or '.join(map(repr, rope_types))})")

@@ -170,6 +170,8 @@ class TestOneFileAndAnIndex:
         places = {name: "head.safetensors" if name == HEAD else "model.safetensors" for name in expected}
         with HuggingFaceReader(self._index(hf, places)) as reader:
             assert reader.tensors.keys() == expected.keys()
+        (hf / "another.safetensors").write_bytes(b"not of this checkpoint")
+        assert inspect_checkpoint(hf).files.keys() == {"model.safetensors", "head.safetensors"}
 
     def test_an_index_that_does_not_name_it(self, write: Write) -> None:
         hf = write("Qwen3")
