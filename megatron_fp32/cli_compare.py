@@ -211,6 +211,8 @@ def _print_inspection(found: Inspection) -> None:
     ]
     if found.float8:
         lines.append(("float8", found.float8))
+    if found.adapter:
+        lines.append(("adapter", f"{', '.join(found.adapter)}; transformers adds it to the weights"))
     if found.megatron:
         lines += _megatron_lines(found)
     lines.append(("files", f"{len(found.files)}, {sum(found.files.values()):,} bytes"))

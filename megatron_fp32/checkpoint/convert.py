@@ -20,7 +20,7 @@ from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme
 from megatron_fp32.checkpoint.import_job import RELEASE, open_import
 from megatron_fp32.checkpoint.jobs import Progress, run_job
 from megatron_fp32.checkpoint.plan import Mtp, Vision
-from megatron_fp32.checkpoint.vocabulary import CutRows
+from megatron_fp32.checkpoint.vocabulary import CutRows, check_vocab_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,10 +146,11 @@ def export_checkpoint(
         CheckpointError: for missing, unexpected or misshapen tensors, for rounded ones, and when there is no sidecar.
             Nothing is left behind.
         OSError: as `import_checkpoint`.
-        ValueError: for an unknown `dtype`, and for infinite or NaN weights that are to be quantized.
+        ValueError: for an unknown `dtype`, a `vocab_size` that is no size, and for infinite or NaN weights that are to be quantized.
     """
     if dtype not in get_args(ExportDtype):
         raise ValueError(f"dtype must be one of {get_args(ExportDtype)}, got {dtype!r}")
+    check_vocab_size(vocab_size)
     out = Path(out)
     options = ExportOptions(
         megatron_dir=Path(megatron_dir),

@@ -13,7 +13,7 @@ import torch
 
 from megatron_fp32.checkpoint.fp8.detect import read_quantization_config, scheme_of_tensors
 from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, CheckpointError, HuggingFaceReader, TensorInfo
-from megatron_fp32.checkpoint.kind import Kind, kind_of, model_tensors, read_config, sidecar_of
+from megatron_fp32.checkpoint.kind import Kind, adapter_files, kind_of, model_tensors, read_config, sidecar_of
 from megatron_fp32.checkpoint.sidecar import Sidecar
 from megatron_fp32.checkpoint.torch_dist import TorchDistReader
 from megatron_fp32.models.families import find_family
@@ -79,6 +79,8 @@ class Inspection:
     """Vision tensors are there, or carried."""
     float8: str | None
     """Layout and format of the scales, or why they are unknown; None where nothing is float8."""
+    adapter: tuple[str, ...]
+    """Files of an adapter beside the weights, which transformers would add to them."""
     megatron: MegatronDetails | None
     sidecar: SidecarDetails | None
 
@@ -159,6 +161,7 @@ def _inspect_huggingface(path: Path) -> Inspection:
         multi_token_prediction=_any_starts(tensors, MTP),
         vision=_any_starts(tensors, VISION),
         float8=_float8(tensors, path),
+        adapter=tuple(adapter_files(path)),
         megatron=None,
         sidecar=None,
     )
@@ -181,6 +184,7 @@ def _inspect_megatron(path: Path, source: str | Path | None) -> Inspection:
         multi_token_prediction=_any_starts(tensors, MTP) or _any_starts(carried, MTP),
         vision=_any_starts(carried, VISION),
         float8=None,
+        adapter=(),
         megatron=MegatronDetails(
             iteration=int(iteration[1]) if iteration else None,
             release=reader.directory.name == "release",

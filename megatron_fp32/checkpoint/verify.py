@@ -26,7 +26,7 @@ from megatron_fp32.checkpoint.sidecar import Sidecar, fits
 from megatron_fp32.checkpoint.tensors import FLOAT4
 from megatron_fp32.checkpoint.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.verify_layouts import Entries, Entry, note_on_names, under_common_names
-from megatron_fp32.checkpoint.vocabulary import PADDED_VOCABULARY, rows_above
+from megatron_fp32.checkpoint.vocabulary import PADDED_VOCABULARY, check_vocab_size, rows_above
 from megatron_fp32.models.families import find_family
 from megatron_fp32.models.layout import has_stacked_layers, is_stack_of_layers, name_in_layer
 from megatron_fp32.models.mapping import Mapping, TensorSpec
@@ -75,6 +75,7 @@ def verify_checkpoints(
         ValueError: when `config.json` describes a model that is not supported, which matters where the two are of
             different kinds; or when `source` is given and neither is Megatron's.
     """
+    check_vocab_size(vocab_size)
     kinds = kind_of(a), kind_of(b)
     if source is not None and "megatron" not in kinds:
         raise ValueError(f"a source is for Megatron checkpoints, and neither {a} nor {b} is one")

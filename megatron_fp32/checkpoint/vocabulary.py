@@ -20,6 +20,12 @@ PADDED_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Megatron tensors whose rows a trainer pads."""
 
 
+def check_vocab_size(value: object) -> None:
+    """Raise ValueError unless it is None or a whole number of 1 or more."""
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(f"vocab_size must be None or a whole number of 1 or more, got {value!r}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CutRows:
     """Rows above the vocabulary that hold values other than zero."""

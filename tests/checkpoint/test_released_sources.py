@@ -201,3 +201,6 @@ def test_an_adapter_beside_full_weights_is_refused(file: str, write: Write, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     result = CliRunner().invoke(main, ["import", str(hf), str(tmp_path / "megatron")])
     assert (result.exit_code, result.stdout) == (1, "")
+    assert inspect_checkpoint(hf).adapter == (file,)
+    result = CliRunner().invoke(main, ["inspect", str(hf)])
+    assert f"{file}; transformers adds it" in result.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,14 @@ class TestExport:
         with pytest.raises(CheckpointError, match=message):
             export_checkpoint(make("Qwen3", {}), tmp_path / "hf", source=source, vocab_size=vocab_size)
         assert not (tmp_path / "hf").exists()
+
+    @pytest.mark.parametrize("vocab_size", [0, -1, 57.0, True, "57"])
+    def test_what_is_no_size_is_refused(self, vocab_size: Any, families: Families, tmp_path: Path) -> None:
+        hf, megatron = families(case("Qwen3"))
+        with pytest.raises(ValueError, match="vocab_size must be None or a whole number"):
+            export_checkpoint(megatron, tmp_path / "hf", vocab_size=vocab_size)
+        with pytest.raises(ValueError, match="vocab_size must be None or a whole number"):
+            verify_checkpoints(hf, megatron, vocab_size=vocab_size)
 
     def test_the_command_names_them_and_is_no_success(self, make: Make, families: Families, tmp_path: Path) -> None:
         _, source = families(case("Qwen3"))

@@ -365,8 +365,8 @@ CHECKPOINTS = [
     Mutant(
         name="leave an adapter beside the full weights out without a word",
         file="checkpoint/kind.py",
-        old='path.name == "adapter_config.json" or path.name.startswith("adapter_model")',
-        new="False",
+        old="    found = adapter_files(hf_dir)\n",
+        new="    found: list[str] = []\n",
         test=f"{RELEASED}::test_an_adapter_beside_full_weights_is_refused",
     ),
     Mutant(
