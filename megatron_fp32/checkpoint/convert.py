@@ -146,7 +146,8 @@ def export_checkpoint(
         CheckpointError: for missing, unexpected or misshapen tensors, for rounded ones, and when there is no sidecar.
             Nothing is left behind.
         OSError: as `import_checkpoint`.
-        ValueError: for an unknown `dtype`, a `vocab_size` that is no size, and for infinite or NaN weights that are to be quantized.
+        ValueError: for an unknown `dtype`, a `vocab_size` that is no size, and infinite or NaN weights that are to be
+            quantized.
     """
     if dtype not in get_args(ExportDtype):
         raise ValueError(f"dtype must be one of {get_args(ExportDtype)}, got {dtype!r}")
