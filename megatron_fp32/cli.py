@@ -49,7 +49,7 @@ def main() -> None:
     beside it; after an interruption, a full disk or a kill, the same command goes on from there.
 
     Exit status: 0 when everything was converted and verified, 1 when it was refused or failed, or when `export`
-    left tensors rounded (--allow-rounded) or cut trained rows off the vocabulary (--vocab-size), 2 for a mistake on the
+    left tensors rounded (--allow-rounded) or cut added tokens off the vocabulary (--vocab-size), 2 for a mistake on the
     command line. `verify` and `inspect` have their own: 0, 1 for a difference, 2 for what cannot be read.
     """
 
@@ -128,7 +128,8 @@ def import_(
     "--vocab-size",
     type=click.IntRange(1),
     help="Rows of the embedding and of the head to export, which become vocab_size in config.json. Default: those of "
-    "the source; rows above them that a trainer has changed are listed then, and the exit status is 1.",
+    "the source. Rows above them that are not zero are listed then; where they may be added tokens, the exit status "
+    "is 1.",
 )
 @click.option("--fp8", "fp8_name", type=click.Choice(LAYOUTS), help="Quantize on the way, in this format.")
 @click.option("--fp8-like", type=_EXISTING, help="Quantize on the way, like this float8 checkpoint or its config.")
@@ -181,12 +182,14 @@ def export(
             if names:
                 out.print(f"{what}: {', '.join(names)}")
         for name, cut in report.cut_rows.items():
-            out.print(
-                f"not exported: {cut.rows} rows of {name} above the vocabulary that are not zero. --vocab-size "
-                f"{cut.end} exports them and changes vocab_size in config.json; --vocab-size with the source's size "
-                "accepts that they are cut, such as padding that a softmax has trained"
+            out.print(f"not exported: {cut.rows} rows of {name} above the vocabulary that are not zero")
+        if report.cut_rows:
+            end = max(cut.end for cut in report.cut_rows.values())
+            what = (
+                "They may be tokens that were added" if report.cut_tokens else "They are padding that a softmax trained"
             )
-    if report.rounded or (report.cut_rows and vocab_size is None):
+            out.print(f"{what}. --vocab-size {end} exports them, and changes vocab_size in config.json")
+    if report.rounded or (report.cut_tokens and vocab_size is None):
         sys.exit(1)
 
 

@@ -20,7 +20,7 @@ from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme
 from megatron_fp32.checkpoint.import_job import RELEASE, open_import
 from megatron_fp32.checkpoint.jobs import Progress, run_job
 from megatron_fp32.checkpoint.plan import Mtp, Vision
-from megatron_fp32.checkpoint.vocabulary import CutRows, check_vocab_size
+from megatron_fp32.checkpoint.vocabulary import CutRows, check_vocab_size, is_padding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,8 @@ class ExportReport:
     """Fewer bits in the Megatron checkpoint than in the source. Empty unless `allow_rounded`."""
     cut_rows: dict[str, CutRows]
     """Rows of Megatron's embedding and head above the vocabulary that are not zero, and were not exported."""
+    cut_tokens: bool
+    """They are no padding that the softmax has trained, but tokens (see `checkpoint.vocabulary`)."""
 
 
 def import_checkpoint(
@@ -166,6 +168,7 @@ def export_checkpoint(
         open_job = functools.partial(open_export, options, job.dtypes)
         records = run_job(job, open_job, out, workers=workers, progress=progress)
         widened = job.dtypes.widened
+        cut_rows = job.cut_rows(records)
         return ExportReport(
             directory=out,
             tensors=len(job.infos),
@@ -174,5 +177,6 @@ def export_checkpoint(
             widened=widened if dtype == "trained" else (),
             narrowed=widened if dtype == "source" else (),
             rounded=job.dtypes.rounded,
-            cut_rows=job.cut_rows(records),
+            cut_rows=cut_rows,
+            cut_tokens=not is_padding(cut_rows, tied=job.plan.config.tie_word_embeddings),
         )

@@ -319,6 +319,7 @@ class _OfTwoKinds:
             return
         info = TensorInfo(dtype=tensor.dtype, shape=tuple(tensor.shape))
         note = f"{rows.rows} rows of {spec.name} above the vocabulary of {spec.shape[0]} are not zero"
+        note += "; they are alike, as a softmax over padding leaves them" if rows.alike else ""
         for hf in mapping.hf:
             if hf.name in self._hf.tensors:
                 self._shape(hf.name, info, note)

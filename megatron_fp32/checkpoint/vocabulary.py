@@ -1,17 +1,22 @@
-"""Rows of a Megatron checkpoint's embedding and head above the vocabulary: padding, or trained.
+"""Rows of a Megatron checkpoint's embedding and head above the vocabulary: padding, or trained tokens.
 
 A trainer makes these tensors larger than the vocabulary, so that every rank gets as many rows. megatron-core fills the
 rows that a checkpoint does not have with zeros when it loads one (dist_checkpointing/strategies/torch.py,
-`allow_shape_mismatch`), so after an import they are zeros. Tokens that were added in training have other values there.
-So may an output layer whose softmax runs over the padded vocabulary.
+`allow_shape_mismatch`), so after an import they are zeros. No input refers to a padding row of the embedding, so it
+stays zero. The softmax over the padded vocabulary trains the padding rows of the head (of a tied embedding too), but
+all of them alike, because they begin alike: they stay equal to each other, bit for bit. Everything else is taken for
+tokens that were added. Rows of tokens that were added and are all equal cannot be told from padding; an export lists
+both.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.huggingface import CheckpointError
@@ -34,6 +39,8 @@ class CutRows:
     """How many they are."""
     end: int
     """The number of rows up to the last of them: a vocabulary of this size has all of them."""
+    alike: bool
+    """All rows above the vocabulary, two or more, are finite and equal bit for bit."""
 
 
 def rows_above(tensor: Tensor, vocab_size: int) -> CutRows | None:
@@ -43,10 +50,25 @@ def rows_above(tensor: Tensor, vocab_size: int) -> CutRows | None:
         tensor: embedding or head, [rows, hidden].
         vocab_size: rows that belong to the vocabulary.
     """
-    (found,) = (tensor[vocab_size:].double() != 0).any(dim=1).nonzero(as_tuple=True)
+    above = tensor[vocab_size:]
+    (found,) = (above.double() != 0).any(dim=1).nonzero(as_tuple=True)
     if not len(found):
         return None
-    return CutRows(rows=len(found), end=vocab_size + int(found[-1]) + 1)
+    codes = above.contiguous().view(torch.uint8)
+    alike = len(above) > 1 and torch.equal(codes, codes[:1].expand_as(codes)) and bool(above.isfinite().all())
+    return CutRows(rows=len(found), end=vocab_size + int(found[-1]) + 1, alike=alike)
+
+
+def is_padding(cut: Mapping[str, CutRows], *, tied: bool) -> bool:
+    """Whether a softmax over the padded vocabulary explains rows above it; true where there are none.
+
+    Args:
+        cut: `rows_above` of the tensors of one checkpoint that have any.
+        tied: the embedding is the head.
+    """
+    embedding, head = PADDED_VOCABULARY
+    with_softmax = embedding if tied else head
+    return all(name == with_softmax and rows.alike for name, rows in cut.items())
 
 
 def with_vocab_size(hf_config: dict[str, Any], vocab_size: int, source_size: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from tests.families import case, config_json
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 SIZE = 57
 """Of the vocabulary of every case."""
+ABOVE = range(57, 64)
 
 Make = Callable[..., Path]
 
@@ -64,6 +65,7 @@ class TestExport:
         hf, source = families(case("Qwen3"))
         report = export_checkpoint(make("Qwen3", {EMBEDDING: {60: -0.0}}), tmp_path / "hf", source=source)
         assert report.cut_rows == {}
+        assert not report.cut_tokens
         assert stored_tensors(tmp_path / "hf") == stored_tensors(hf)
 
     @pytest.mark.parametrize("value", [1.0, -1e-30, torch.nan, torch.inf])
@@ -71,8 +73,47 @@ class TestExport:
         hf, source = families(case("Qwen3"))
         megatron = make("Qwen3", {EMBEDDING: {57: value, 60: value}, HEAD: {63: value}})
         report = export_checkpoint(megatron, tmp_path / "hf", source=source)
-        assert report.cut_rows == {EMBEDDING: CutRows(rows=2, end=61), HEAD: CutRows(rows=1, end=64)}
+        assert report.cut_rows == {
+            EMBEDDING: CutRows(rows=2, end=61, alike=False), HEAD: CutRows(rows=1, end=64, alike=False)
+        }  # fmt: skip
+        assert report.cut_tokens
         assert stored_tensors(tmp_path / "hf") == stored_tensors(hf)
+
+    @pytest.mark.parametrize(
+        ("name", "values", "is_padding"),
+        [
+            ("Qwen3", {HEAD: dict.fromkeys(ABOVE, 0.25)}, True),
+            ("Qwen3", {HEAD: {**dict.fromkeys(ABOVE, 0.25), 60: 0.5}}, False),
+            ("Qwen3", {HEAD: {row: 0.25 for row in ABOVE if row != 63}}, False),
+            ("Qwen3", {HEAD: dict.fromkeys(ABOVE, torch.nan)}, False),
+            ("Qwen3", {EMBEDDING: dict.fromkeys(ABOVE, 0.25)}, False),
+            ("Qwen3", {EMBEDDING: dict.fromkeys(ABOVE, 0.25), HEAD: dict.fromkeys(ABOVE, 0.25)}, False),
+            ("Qwen3, tied", {EMBEDDING: dict.fromkeys(ABOVE, 0.25)}, True),
+            ("Qwen3, tied", {EMBEDDING: {**dict.fromkeys(ABOVE, 0.25), 60: 0.5}}, False),
+        ],
+    )
+    def test_padding_that_a_softmax_trained(
+        self, name: str, values: Any, is_padding: bool, make: Make, families: Families, tmp_path: Path
+    ) -> None:
+        """It is alike in every row, of the head or of a tied embedding, and still listed."""
+        hf, source = families(case(name))
+        megatron = make(name, values)
+        result = _run("export", megatron, tmp_path / "hf", "--source", source)
+        assert result.exit_code == (0 if is_padding else 1)
+        assert ("padding that a softmax trained" if is_padding else "may be tokens") in result.stdout
+        assert all(f"rows of {padded} above the vocabulary" in result.stdout for padded in values)
+        assert ("they are alike" in verify_checkpoints(hf, megatron, source=source).differences[0].note) == all(
+            len(set(rows.values())) == 1 and len(rows) == 7 and 0.25 in rows.values() for rows in values.values()
+        )
+
+    def test_one_row_is_not_taken_for_padding(self, families: Families, tmp_path: Path) -> None:
+        _, source = families(case("Qwen3"))
+
+        def add(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {**tensors, HEAD: torch.cat([tensors[HEAD], torch.ones(1, 36).bfloat16()])}
+
+        megatron = resave(source, tmp_path / "one", add)
+        assert export_checkpoint(megatron, tmp_path / "hf", source=source).cut_tokens
 
     @pytest.mark.parametrize("name", ["Qwen3", "Qwen3, tied", "Qwen3.5", "Qwen3.5-VL"])
     def test_a_larger_vocabulary_has_them(self, name: str, make: Make, families: Families, tmp_path: Path) -> None:
@@ -106,7 +147,7 @@ class TestExport:
         megatron = make("Qwen3", {EMBEDDING: {58: 2.0}, HEAD: {58: 2.0, 63: 1.0}})
         source = families(case("Qwen3"))[1]
         report = export_checkpoint(megatron, tmp_path / "hf", source=source, vocab_size=60)
-        assert report.cut_rows == {HEAD: CutRows(rows=1, end=64)}
+        assert report.cut_rows == {HEAD: CutRows(rows=1, end=64, alike=False)}
 
     def test_float8_on_the_way(self, make: Make, families: Families, tmp_path: Path) -> None:
         _, source = families(case("Qwen3"))
@@ -144,10 +185,11 @@ class TestExport:
         assert result.exit_code == 1
         text = " ".join(result.stdout.split())
         assert f"not exported: 2 rows of {HEAD} above the vocabulary" in text
+        assert "They may be tokens that were added" in text
         assert "--vocab-size 62 exports them" in text
         result = _run("export", megatron, tmp_path / "b", "--source", source, "--json")
         assert result.exit_code == 1
-        assert json.loads(result.stdout)["cut_rows"] == {HEAD: {"rows": 2, "end": 62}}
+        assert json.loads(result.stdout)["cut_rows"] == {HEAD: {"rows": 2, "end": 62, "alike": False}}
         assert _run("export", megatron, tmp_path / "c", "--source", source, "--vocab-size", 57).exit_code == 0
         assert _run("export", megatron, tmp_path / "d", "--source", source, "--vocab-size", 62).exit_code == 0
         assert _run("export", make("Qwen3", {}), tmp_path / "e", "--source", source).exit_code == 0

@@ -337,7 +337,7 @@ CHECKPOINTS = [
     Mutant(
         name="call an export that cut trained rows a success",
         file="cli.py",
-        old="if report.rounded or (report.cut_rows and vocab_size is None):",
+        old="if report.rounded or (report.cut_tokens and vocab_size is None):",
         new="if report.rounded:",
         test=f"{VOCABULARY}::TestExport::test_the_command_names_them_and_is_no_success",
     ),
@@ -396,5 +396,12 @@ CHECKPOINTS = [
         old="        if not isinstance(entries, dict):",
         new='        if not content.startswith(b"{"):',
         test=f"{SAFETENSORS}::TestAccepts",
+    ),
+    Mutant(
+        name="take tokens that were added to the head alone for padding",
+        file="checkpoint/vocabulary.py",
+        old="torch.equal(codes, codes[:1].expand_as(codes))",
+        new="True",
+        test=f"{VOCABULARY}::TestExport::test_padding_that_a_softmax_trained",
     ),
 ]
