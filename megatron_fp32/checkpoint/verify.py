@@ -73,12 +73,14 @@ def verify_checkpoints(
     Raises:
         CheckpointError: when one cannot be read.
         ValueError: when `config.json` describes a model that is not supported, which matters where the two are of
-            different kinds; or when `source` is given and neither is Megatron's.
+            different kinds; or when `source` or `vocab_size` is given and neither is Megatron's.
     """
     check_vocab_size(vocab_size)
     kinds = kind_of(a), kind_of(b)
     if source is not None and "megatron" not in kinds:
         raise ValueError(f"a source is for Megatron checkpoints, and neither {a} nor {b} is one")
+    if vocab_size is not None and "megatron" not in kinds:
+        raise ValueError(f"a vocab_size is for Megatron checkpoints, and neither {a} nor {b} is one")
     with contextlib.ExitStack() as stack:
         first, second = (
             _Side(Path(path), kind, source, text_only, stack) for path, kind in zip((a, b), kinds, strict=True)

@@ -245,6 +245,11 @@ class TestVerify:
             assert verify_checkpoints(*pair, vocab_size=58).agrees()
             assert not verify_checkpoints(*pair, vocab_size=59, source=source).agrees()
 
+    def test_a_size_for_two_of_hugging_face_is_refused(self, families: Families) -> None:
+        hf, _ = families(case("Qwen3"))
+        with pytest.raises(ValueError, match="a vocab_size is for Megatron checkpoints"):
+            verify_checkpoints(hf, hf, vocab_size=57)
+
     def test_the_command(self, make: Make, families: Families) -> None:
         hf, source = families(case("Qwen3"))
         result = _run("verify", hf, make("Qwen3", {HEAD: {58: 1.0}}), "--source", source)
