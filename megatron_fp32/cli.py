@@ -50,8 +50,9 @@ def main() -> None:
     beside it. After Ctrl-C, a full disk or a kill, run the same command again: it goes on from there.
 
     Exit status: 0 when everything was converted and verified; 1 when the conversion was refused or failed, or when
-    `export --allow-rounded` exported rounded tensors; 2 for a mistake on the command line; 130 after Ctrl-C. `verify`
-    and `inspect` exit with 0, with 1 when something differs, and with 2 when a checkpoint cannot be read.
+    `export` left tensors rounded (--allow-rounded) or cut added tokens off the vocabulary (see --vocab-size); 2 for a
+    mistake on the command line; 130 after Ctrl-C. `verify` and `inspect` exit with 0, with 1 when something differs,
+    and with 2 when a checkpoint cannot be read.
     """
 
 
@@ -98,6 +99,11 @@ def import_(
     )
     if report.carried:
         out.print(f"carried beside the checkpoint as they are: {len(report.carried)}")
+    if report.other_frequencies:
+        out.print(
+            "stored rotary frequencies that are not those of config.json, which decides: "
+            + ", ".join(report.other_frequencies)
+        )
     if report.left_out:
         out.print(f"left out, as asked ({len(report.left_out)}):")
         for name in report.left_out:
@@ -121,6 +127,13 @@ def import_(
     show_default=True,
     help="What was trained in fp32 from a 16-bit source leaves as F32, or rounded to the source's dtype.",
 )
+@click.option(
+    "--vocab-size",
+    type=click.IntRange(1),
+    help="Rows of the embedding and of the head to export, which become vocab_size in config.json. Default: those of "
+    "the source. Rows above them that are not zero are listed then; where they may be added tokens, the exit status "
+    "is 1.",
+)
 @click.option("--fp8", "fp8_name", type=click.Choice(LAYOUTS), help="Quantize on the way, in this format.")
 @click.option("--fp8-like", type=_EXISTING, help="Quantize on the way, like this float8 checkpoint or its config.")
 @_shard_bytes
@@ -132,6 +145,7 @@ def export(
     source: Path | None,
     allow_rounded: bool,
     dtype: ExportDtype,
+    vocab_size: int | None,
     fp8_name: str | None,
     fp8_like: Path | None,
     max_shard_bytes: int,
@@ -150,6 +164,7 @@ def export(
             allow_rounded=allow_rounded,
             dtype=dtype,
             fp8=_scheme(fp8_name, fp8_like, names="--fp8 and --fp8-like"),
+            vocab_size=vocab_size,
             max_shard_bytes=max_shard_bytes,
             workers=workers,
             progress=tell,
@@ -171,7 +186,15 @@ def export(
                 out.print(f"{what}: {', '.join(names)}")
         _print_claims(report.quantization_claims)
         _print_partial_blocks(report.partial_blocks)
-    if report.rounded:
+        for name, cut in report.cut_rows.items():
+            out.print(f"not exported: {cut.rows} rows of {name} above the vocabulary that are not zero")
+        if report.cut_rows:
+            end = max(cut.end for cut in report.cut_rows.values())
+            what = (
+                "They may be tokens that were added" if report.cut_tokens else "They are padding that a softmax trained"
+            )
+            out.print(f"{what}. --vocab-size {end} exports them, and changes vocab_size in config.json")
+    if report.rounded or (report.cut_tokens and vocab_size is None):
         sys.exit(1)
 
 

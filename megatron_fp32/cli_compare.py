@@ -43,11 +43,24 @@ _KINDS = {"huggingface": "Hugging Face", "megatron": "Megatron"}
 @click.option("--values-only", is_flag=True, help="Accept another dtype where every value is the same: exit with 0.")
 @click.option("--text-only", is_flag=True, help="Leave vision and multi-token prediction out on both sides.")
 @click.option(
+    "--vocab-size",
+    type=click.IntRange(1),
+    help="Take rows of Megatron's embedding and head from here on for padding, whatever they hold. Default: rows above "
+    "config.json's vocab_size, where they are zero.",
+)
+@click.option(
     "--limit", type=click.IntRange(min=0), default=40, show_default=True, help="Differences to list; 0 for all."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as one JSON document.")
 def verify(
-    a: Path, b: Path, source: Path | None, values_only: bool, text_only: bool, limit: int, as_json: bool
+    a: Path,
+    b: Path,
+    source: Path | None,
+    values_only: bool,
+    text_only: bool,
+    vocab_size: int | None,
+    limit: int,
+    as_json: bool,
 ) -> None:
     """Compare the weights of A and B, and list what differs and by how much.
 
@@ -63,7 +76,7 @@ def verify(
     cannot be read (the reason is on stderr, nothing on stdout).
     """
     with errors_exit(2), progress(only_on_terminals=True) as tell:
-        report = verify_checkpoints(a, b, source=source, text_only=text_only, progress=tell)
+        report = verify_checkpoints(a, b, source=source, text_only=text_only, vocab_size=vocab_size, progress=tell)
     agrees = report.agrees(values_only=values_only)
     if as_json:
         _print_json({"agrees": agrees, "values_only": values_only, **report.as_json()})
@@ -198,6 +211,8 @@ def _print_inspection(found: Inspection) -> None:
     ]
     if found.float8:
         lines.append(("float8", found.float8))
+    if found.adapter:
+        lines.append(("adapter", f"{', '.join(found.adapter)}; transformers adds it to the weights"))
     if found.megatron:
         lines += _megatron_lines(found)
     lines.append(("files", f"{len(found.files)}, {sum(found.files.values()):,} bytes"))

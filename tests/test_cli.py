@@ -245,7 +245,7 @@ def test_a_mistake_on_the_command_line_has_status_2(args: list[str]) -> None:
         (["import"], ["HF_DIR", "MEGATRON_DIR", "--vision", "--mtp", "--text-only", "must not exist"]),
         (["import"], ["--workers", "--json"]),
         (["export"], ["HF_DIR", "MEGATRON_DIR", "--source", "--allow-rounded", "must not exist"]),
-        (["export"], ["--dtype", "--fp8", "--fp8-like", "--max-shard-bytes", "--workers", "--json"]),
+        (["export"], ["--vocab-size", "--dtype", "--fp8", "--fp8-like", "--max-shard-bytes", "--workers", "--json"]),
         (["quantize"], ["HF_DIR", "FP8_DIR", "--scheme", "--like", "--device", "--max-shard-bytes", "--workers"]),
     ],
 )

@@ -43,6 +43,7 @@ from tests.support import tiny_qwen3_5
 
 NO_FLAGS = ("false", "no", 0, 1, None)
 NO_SIZES = ("2", 2.0, True, None, 0, -1)
+NO_VOCABULARIES = (0, -1, True, 1.0, "151936")
 NO_PATHS = (None, 3, b"model", "")
 
 
@@ -121,6 +122,7 @@ CASES: list[tuple[Callable[..., Any], str, tuple[Any, ...]]] = [
     (_export, "megatron_dir", NO_PATHS),
     (_export, "out", NO_PATHS),
     (_export, "source", (3, "")),
+    (_export, "vocab_size", NO_VOCABULARIES),
     (_quantize, "scheme", ("fp8", "", None, 8)),
     (_quantize, "device", ("gpu", "", None, "meta", "cuda:99")),
     (_quantize, "workers", NO_SIZES),
@@ -132,6 +134,7 @@ CASES: list[tuple[Callable[..., Any], str, tuple[Any, ...]]] = [
     (_verify, "b", NO_PATHS),
     (_verify, "source", (3, "")),
     (_verify, "text_only", NO_FLAGS),
+    (_verify, "vocab_size", NO_VOCABULARIES),
     (_verify, "progress", (1,)),
     (_inspect, "path", NO_PATHS),
     (_inspect, "source", (3, "")),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.pickles import enum_member
-from megatron_fp32.checkpoint.tensors import CheckpointError
+from megatron_fp32.checkpoint.tensors import CheckpointError, unfilled
 from megatron_fp32.checkpoint.torch_file import StoredTensor, TensorUnpickler, TorchFile, open_torch_file
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class _ObjectUnpickler(TensorUnpickler):
 
     def make_tensor(self, stored: StoredTensor) -> Tensor:
         """Read it; all of them together do not take more memory than the file has bytes."""
-        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        tensor = unfilled(stored.shape, stored.dtype)
         self._left -= tensor.nbytes
         if self._left < 0:
             raise ValueError("its tensors are larger than the file")

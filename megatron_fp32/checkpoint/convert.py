@@ -21,6 +21,7 @@ from megatron_fp32.checkpoint.fp8.tensors import partial_blocks
 from megatron_fp32.checkpoint.import_job import RELEASE, open_import
 from megatron_fp32.checkpoint.jobs import Progress, run_job
 from megatron_fp32.checkpoint.plan import Mtp, Vision
+from megatron_fp32.checkpoint.vocabulary import CutRows, check_vocab_size, is_padding
 from megatron_fp32.validation import check_callable, check_choice, check_count, check_flag, check_path
 
 
@@ -40,6 +41,9 @@ class ImportReport:
     quantization_claims: tuple[str, ...]
     """Entries of `config.json`, and files beside it, that say how the weights are quantized, which they are not. The
     sidecar keeps them; an export leaves them out."""
+    other_frequencies: tuple[str, ...]
+    """Of those that are carried, stored rotary frequencies with other values than `config.json` gives. transformers
+    does not read them, and neither does Megatron."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,10 @@ class ExportReport:
     partial_blocks: tuple[str, ...]
     """Block-wise float8 weights with rows or columns that are no multiple of the block's: not every reader takes their
     scales as they are meant."""
+    cut_rows: dict[str, CutRows]
+    """Rows of Megatron's embedding and head above the vocabulary that are not zero, and were not exported."""
+    cut_tokens: bool
+    """They are no padding that the softmax has trained, but tokens (see `checkpoint.vocabulary`)."""
 
 
 def import_checkpoint(
@@ -124,6 +132,7 @@ def import_checkpoint(
             carried=job.plan.carried,
             left_out=job.plan.left_out,
             quantization_claims=job.claims,
+            other_frequencies=job.other_frequencies(),
         )
 
 
@@ -135,6 +144,7 @@ def export_checkpoint(
     allow_rounded: bool = False,
     dtype: ExportDtype = "trained",
     fp8: Fp8Scheme | None = None,
+    vocab_size: int | None = None,
     max_shard_bytes: int = 5 * 10**9,
     workers: int = 1,
     progress: Progress | None = None,
@@ -151,6 +161,8 @@ def export_checkpoint(
         allow_rounded: export tensors although the checkpoint holds fewer bits of them than the source did.
         dtype: `"source"` rounds what was trained in fp32 to the source's dtype.
         fp8: quantize the weights that this scheme names, on the way.
+        vocab_size: rows of the embedding and of the head to export, which become `vocab_size` in `config.json`; at
+            least the source's. None: the source's. Rows above it that are not zero are listed in `cut_rows`.
         max_shard_bytes: a file is closed before it grows past this.
         workers: see `import_checkpoint`.
         progress: told of every tensor.
@@ -170,6 +182,7 @@ def export_checkpoint(
     check_choice("dtype", dtype, get_args(ExportDtype))
     if fp8 is not None and not isinstance(fp8, Fp8Scheme):
         raise TypeError(f"fp8 must be an Fp8Scheme, such as named_scheme('blockwise'), or None, got {fp8!r}")
+    check_vocab_size(vocab_size)
     check_count("max_shard_bytes", max_shard_bytes)
     check_count("workers", workers)
     check_callable("progress", progress)
@@ -181,11 +194,13 @@ def export_checkpoint(
         dtype=dtype,
         fp8=fp8,
         max_shard_bytes=max_shard_bytes,
+        vocab_size=vocab_size,
     )
     with open_export(options) as job:
         open_job = functools.partial(open_export, options, job.dtypes)
         records = run_job(job, open_job, out, workers=workers, progress=progress)
         widened = job.dtypes.widened
+        cut_rows = job.cut_rows(records)
         return ExportReport(
             directory=out,
             tensors=len(job.infos),
@@ -196,4 +211,6 @@ def export_checkpoint(
             rounded=job.dtypes.rounded,
             quantization_claims=job.claims,
             partial_blocks=() if fp8 is None else partial_blocks(job.infos, fp8),
+            cut_rows=cut_rows,
+            cut_tokens=not is_padding(cut_rows, tied=job.plan.config.tie_word_embeddings),
         )

@@ -18,14 +18,16 @@ from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, quantize_e
 from megatron_fp32.checkpoint.huggingface import CheckpointError, TensorInfo
 from megatron_fp32.checkpoint.jobs import Part, Tell, described
 from megatron_fp32.checkpoint.kind import check_direction
-from megatron_fp32.checkpoint.plan import PADDED_VOCABULARY, Plan, listing, naming, plan_export
-from megatron_fp32.checkpoint.quantization_claims import find_claims, remove_claims
+from megatron_fp32.checkpoint.plan import Plan, listing, naming, plan_export
+from megatron_fp32.checkpoint.quantization_claims import find_claims, remove_claims, write_config
 from megatron_fp32.checkpoint.read_back import SafetensorsPart
 from megatron_fp32.checkpoint.safetensors_writer import cut_into_shards, shard_names, write_index
 from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, check_assets, find_sidecar, fits
 from megatron_fp32.checkpoint.staging import Staging
 from megatron_fp32.checkpoint.torch_dist import TorchDistReader, known_non_model_entries
+from megatron_fp32.checkpoint.vocabulary import PADDED_VOCABULARY, CutRows, rows_above, with_vocab_size
 from megatron_fp32.models import mapping as models
+from megatron_fp32.models.families import find_family
 
 ExportDtype = Literal["trained", "source"]
 """What a parameter that was trained in fp32 from a 16-bit source leaves as: F32, or rounded to what it came as."""
@@ -52,6 +54,7 @@ class ExportOptions:
     dtype: ExportDtype
     fp8: Fp8Scheme | None
     max_shard_bytes: int
+    vocab_size: int | None = None
 
 
 class ExportJob:
@@ -69,10 +72,12 @@ class ExportJob:
         # Before anything is read: what changes from here on is noticed.
         self.sources = {"checkpoint": described(reader.directory), "sidecar": described(sidecar.directory)}
         present = {n: i for n, i in reader.tensors.items() if n not in known_non_model_entries([n])}
+        self._hf_config = self._exported_config()
         with naming(reader.directory):
-            self.plan: Plan = plan_export(sidecar.hf_config, {n: t.info for n, t in sidecar.tensors.items()}, present)
+            self.plan: Plan = plan_export(self._hf_config, {n: t.info for n, t in sidecar.tensors.items()}, present)
         self.claims = find_claims(sidecar.directory / "assets", sidecar.hf_config)
-        sidecar.check_shapes(self.plan.hf_shapes)
+        if options.vocab_size is None:
+            sidecar.check_shapes(self.plan.hf_shapes)
         self._originals = sidecar.originals()
         self.dtypes = dtypes or self._decide_dtypes()
         self.infos = self.dtypes.infos if options.fp8 is None else fp8_infos(self.dtypes.infos, options.fp8)
@@ -80,6 +85,7 @@ class ExportJob:
             "dtype": options.dtype,
             "fp8": None if options.fp8 is None else described_scheme(options.fp8),
             "max_shard_bytes": options.max_shard_bytes,
+            "vocab_size": options.vocab_size,
         }
         self.parts: Sequence[Part] = self._cut()
 
@@ -87,22 +93,25 @@ class ExportJob:
         """Write a safetensors file; see `Job`."""
         outputs, mappings, carried = part.steps
         digests = Digests()
+        cut: dict[str, CutRows] = {}
         with SafetensorsPart(path, {name: self.infos[name] for name in outputs}, digests, tell) as file:
             for mapping in mappings:
-                for spec, tensor in zip(mapping.hf, self._hf_tensors(mapping), strict=True):
+                for spec, tensor in zip(mapping.hf, self._hf_tensors(mapping, cut), strict=True):
                     self._write(file, spec.name, spec.index, tensor)
             for name in carried:
                 self._write(file, name, (), self._carried.read(name))
             file.finish()
-        return {"digests": digests.to_json()}
+        return {"digests": digests.to_json(), "cut_rows": {n: dataclasses.asdict(rows) for n, rows in cut.items()}}
 
     def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:
         """Write the index and the files that are no weights; see `Job`."""
         self.sidecar.copy_assets(staging.output)
+        if self._options.vocab_size is not None:
+            write_config(staging.output, self._hf_config)
         if self._options.fp8 is None:
-            remove_claims(staging.output, self.sidecar.hf_config)
+            remove_claims(staging.output, self._hf_config)
         else:
-            write_configs(staging.output, self.sidecar.hf_config, self.infos, self._options.fp8)
+            write_configs(staging.output, self._hf_config, self.infos, self._options.fp8)
         write_index(staging.output, {part.file: part.steps[0] for part in self.parts}, self.infos)
 
     def unchanged(self, records: Sequence[dict[str, Any]]) -> int:
@@ -112,6 +121,24 @@ class ExportJob:
             digests.merge(record["digests"])
         wanted = {**self.sidecar.tensors, **self.sidecar.carried}
         return sum(name in wanted and wanted[name].digest == value for name, value in digests.by_name().items())
+
+    @staticmethod
+    def cut_rows(records: Sequence[dict[str, Any]]) -> dict[str, CutRows]:
+        """The rows above the vocabulary that are not zero and were not exported, from the records of the parts."""
+        return {name: CutRows(**rows) for record in records for name, rows in record["cut_rows"].items()}
+
+    def _exported_config(self) -> dict[str, Any]:
+        """The source's `config.json`, with the vocabulary that is asked for."""
+        config, vocab_size = self.sidecar.hf_config, self._options.vocab_size
+        if vocab_size is None:
+            return config
+        stored = [self.reader.tensors[name].shape[0] for name in PADDED_VOCABULARY if name in self.reader.tensors]
+        if stored and vocab_size > min(stored):
+            raise CheckpointError(
+                f"{self.reader.directory}: vocab_size={vocab_size} is more than the {min(stored)} rows of the "
+                "vocabulary in the checkpoint"
+            )
+        return with_vocab_size(config, vocab_size, find_family(config).parse(config).vocab_size)
 
     def _write(self, file: SafetensorsPart, name: str, index: tuple[int, ...], tensor: Tensor) -> None:
         for output, at, value in self._quantized(name, index, tensor.to(self.dtypes.infos[name].dtype)):
@@ -124,12 +151,20 @@ class ExportJob:
             return [(name, index, tensor)]
         return quantize_element(name, self.dtypes.infos[name], index, tensor, self._options.fp8)
 
-    def _hf_tensors(self, mapping: models.Mapping) -> tuple[Tensor, ...]:
-        """The mapping's Hugging Face tensors, in the dtype that the checkpoint holds (or the originals')."""
+    def _hf_tensors(self, mapping: models.Mapping, cut: dict[str, CutRows] | None = None) -> tuple[Tensor, ...]:
+        """The mapping's Hugging Face tensors, in the dtype that the checkpoint holds (or the originals').
+
+        `cut` takes in the rows that are left out and not zero.
+        """
         tensors = []
         for spec in mapping.megatron:
             tensor = self.reader.read(spec.name, spec.index)
-            tensors.append(tensor[: spec.shape[0]] if spec.name in PADDED_VOCABULARY else tensor)
+            if spec.name in PADDED_VOCABULARY:
+                rows = rows_above(tensor, spec.shape[0]) if cut is not None else None
+                if cut is not None and rows is not None:
+                    cut[spec.name] = rows
+                tensor = tensor[: spec.shape[0]]
+            tensors.append(tensor)
         return exact_hf_tensors(mapping, tensors, self._originals)
 
     def _decide_dtypes(self) -> Dtypes:
@@ -138,7 +173,10 @@ class ExportJob:
         widened: dict[str, None] = {}
         for mapping in self.plan.mappings:
             stored = {self.reader.tensors[spec.name].dtype for spec in mapping.megatron}
-            sources = {spec.name: self.sidecar.tensors[spec.name].info for spec in mapping.hf}
+            sources = {
+                spec.name: dataclasses.replace(self.sidecar.tensors[spec.name].info, shape=spec.stored_shape)
+                for spec in mapping.hf
+            }
             infos.update({name: info for name, info in sources.items() if name not in widened})
             if mapping.invertible and stored == {info.dtype for info in sources.values()}:
                 continue

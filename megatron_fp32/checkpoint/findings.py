@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.difference import Comparison, ValueDifference
-from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, TensorInfo
+from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, DTYPES, TensorInfo
 from megatron_fp32.checkpoint.kind import Kind
 from megatron_fp32.models.mapping import TensorSpec
 from megatron_fp32.validation import check_flag
@@ -22,7 +22,7 @@ Status = Literal["only_a", "only_b", "shape", "values", "dtype"]
 Progress = Callable[[str, int, int], None]
 """Called after each tensor with what was done to it, its size, and the size of all tensors that it is done to."""
 
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_FLOAT8 = {dtype for name, dtype in DTYPES.items() if name.startswith("F8_E") and name != "F8_E8M0"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class TensorDifference:
     """None where only the other has it."""
     b: TensorInfo | None
     values: ValueDifference | None = None
-    """Given where shapes are equal."""
+    """Given where shapes are equal; where one has more rows of the vocabulary, of the rows that both have."""
     note: str = ""
 
 
@@ -56,7 +56,7 @@ class VerifiedSide:
     left_out: tuple[str, ...]
     """Tensors of the parts that `text_only` leaves out."""
     padding: dict[str, int]
-    """Rows that pad the vocabulary, by tensor. They were not compared."""
+    """Rows of zeros that pad the vocabulary, by tensor. They were not compared."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,10 @@ class Findings:
         differences = list(self._others.values())
         for name, (comparison, first, second) in self._comparisons.items():
             values = comparison.result()
-            if values.count or first.dtype != second.dtype:
+            if name in self._others:
+                index = differences.index(self._others[name])
+                differences[index] = dataclasses.replace(self._others[name], values=values)
+            elif values.count or first.dtype != second.dtype:
                 differences.append(
                     TensorDifference(
                         name=name,
@@ -168,11 +171,12 @@ class Findings:
                     )
                 )
         order = get_args(Status)
+        compared = len(self._comparisons.keys() - self._others.keys())
         return VerifyReport(
             a=a,
             b=b,
-            compared=len(self._comparisons),
-            equal=len(self._comparisons) + len(self._others) - len(differences),
+            compared=compared,
+            equal=compared + len(self._others) - len(differences),
             nbytes=self._nbytes,
             differences=tuple(sorted(differences, key=lambda difference: order.index(difference.status))),
             names_only=self.names_only,

@@ -49,16 +49,25 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
         """
         return read_tensor(self._headers[name], name, index)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+        return tuple(sorted({header.path for header in self._headers.values()}))
+
     def __exit__(self, *exc: object) -> None:
         pass
 
     def _files(self) -> list[tuple[Path, set[str] | None]]:
         index = self.directory / INDEX
         single = self.directory / "model.safetensors"
-        if index.is_file() and single.is_file():
-            raise CheckpointError(f"{self.directory} holds both model.safetensors and {INDEX}; which of them is meant?")
         if index.is_file():
-            return self._indexed_files(index)
+            files = self._indexed_files(index)
+            if single.is_file() and single not in [path for path, _ in files]:
+                raise CheckpointError(
+                    f"{self.directory} holds both model.safetensors and {INDEX}, which does not name it; which of them "
+                    "is meant?"
+                )
+            return files
         if not single.is_file():
             raise CheckpointError(why_no_weights(self.directory))
         return [(single, None)]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.digests import Digests, compare, digest
-from megatron_fp32.checkpoint.huggingface import HuggingFaceReader
+from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader
 from megatron_fp32.checkpoint.jobs import Part, Tell, described
-from megatron_fp32.checkpoint.kind import check_direction, read_config
+from megatron_fp32.checkpoint.kind import check_direction, read_config, refuse_adapter
 from megatron_fp32.checkpoint.plan import ImportPlan, Mtp, Vision, naming, plan_import
 from megatron_fp32.checkpoint.quantization_claims import find_claims
 from megatron_fp32.checkpoint.read_back import ReadBack
@@ -30,6 +30,7 @@ from megatron_fp32.checkpoint.torch_dist_writer import (
     write_metadata,
 )
 from megatron_fp32.models.mapping import Mapping
+from megatron_fp32.models.rotary import inverse_frequencies
 
 RELEASE = "release"
 """Directory of a checkpoint that no trainer has touched: Megatron then asks for no optimizer state."""
@@ -109,11 +110,22 @@ class ImportJob:
             digests.merge(record["digests"])
         return {n: SourceTensor(info=self.reader.tensors[n], digest=d) for n, d in digests.by_name().items()}
 
+    def other_frequencies(self) -> tuple[str, ...]:
+        """Stored rotary frequencies that are not those of `config.json`."""
+        config = self.plan.config
+        expected = inverse_frequencies(
+            config.head_dim, config.rope_theta, config.partial_rotary_factor, config.rope_scaling
+        )
+        return tuple(name for name in self.plan.frequencies if not is_about(self.reader.read(name), expected))
+
     def _megatron_tensors(self, mapping: Mapping, digests: Digests) -> tuple[Tensor, ...]:
         tensors = [self.reader.read(spec.name, spec.index) for spec in mapping.hf]
         for spec, tensor in zip(mapping.hf, tensors, strict=True):
             digests.add(spec.name, tensor, spec.index)
-        return mapping.to_megatron(tensors)
+        try:
+            return mapping.to_megatron(tensors)
+        except ValueError as error:
+            raise CheckpointError(f"{self.reader.directory}: {error}") from error
 
     def _nbytes(self, mapping: Mapping) -> int:
         """Of its Hugging Face tensors."""
@@ -135,12 +147,21 @@ class ImportJob:
         ]
 
 
+def is_about(stored: Tensor, expected: Tensor) -> bool:
+    """Equal but for the rounding of the stored dtype, and that of powers in fp32."""
+    if not stored.is_floating_point() or stored.shape != expected.shape:
+        return False
+    kind = torch.finfo(stored.dtype)
+    return torch.allclose(stored.double(), expected, rtol=max(kind.eps, 1e-5), atol=kind.tiny * kind.eps)
+
+
 @contextlib.contextmanager
 def open_import(hf_dir: Path, vision: Vision, mtp: Mtp, max_part_bytes: int) -> Iterator[ImportJob]:
     """Raises as `import_checkpoint`, before anything is written."""
     check_direction("import", hf_dir, "huggingface", f"export {hf_dir} HF_DIR")
     check_assets(hf_dir)
     sources = {"source": described(hf_dir)}
+    refuse_adapter(hf_dir)
     config = read_config(hf_dir)
     with HuggingFaceReader(hf_dir) as reader:
         with naming(reader.directory):

@@ -13,7 +13,7 @@ import torch
 
 from megatron_fp32.checkpoint.fp8.detect import read_quantization_config, scheme_of_tensors
 from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, CheckpointError, HuggingFaceReader, TensorInfo
-from megatron_fp32.checkpoint.kind import Kind, kind_of, model_tensors, read_config, sidecar_of
+from megatron_fp32.checkpoint.kind import Kind, adapter_files, kind_of, model_tensors, read_config, sidecar_of
 from megatron_fp32.checkpoint.sidecar import Sidecar
 from megatron_fp32.checkpoint.torch_dist import TorchDistReader
 from megatron_fp32.models.families import find_family
@@ -80,6 +80,8 @@ class Inspection:
     """Vision tensors are there, or carried."""
     float8: str | None
     """Layout and format of the scales, or why they are unknown; None where nothing is float8."""
+    adapter: tuple[str, ...]
+    """Files of an adapter beside the weights, which transformers would add to them."""
     megatron: MegatronDetails | None
     sidecar: SidecarDetails | None
 
@@ -151,17 +153,18 @@ def inspect_checkpoint(path: str | Path, *, source: str | Path | None = None) ->
 def _inspect_huggingface(path: Path) -> Inspection:
     config = read_config(path) if (path / "config.json").is_file() else {}
     with HuggingFaceReader(path) as reader:
-        tensors = dict(reader.tensors)
+        tensors, files = dict(reader.tensors), reader.files
     return Inspection(
         path=path,
         kind="huggingface",
         model_type=_model_type(config),
         family=_family(config),
         tensors=tensors,
-        files=_sizes(path, "*.safetensors"),
+        files={file.name: file.stat().st_size for file in files},
         multi_token_prediction=_any_starts(tensors, MTP),
         vision=_any_starts(tensors, VISION),
         float8=_float8(tensors, path),
+        adapter=tuple(adapter_files(path)),
         megatron=None,
         sidecar=None,
     )
@@ -180,10 +183,11 @@ def _inspect_megatron(path: Path, source: str | Path | None) -> Inspection:
         model_type=_model_type(config),
         family=_family(config),
         tensors=tensors,
-        files=_sizes(reader.directory, "*.distcp"),
+        files={file.name: file.stat().st_size for file in sorted(reader.directory.glob("*.distcp"))},
         multi_token_prediction=_any_starts(tensors, MTP) or _any_starts(carried, MTP),
         vision=_any_starts(carried, VISION),
         float8=None,
+        adapter=(),
         megatron=MegatronDetails(
             iteration=int(iteration[1]) if iteration else None,
             release=reader.directory.name == "release",
@@ -219,16 +223,12 @@ def _family(config: dict[str, Any]) -> str | None:
         return None
 
 
-def _any_starts(names: Mapping[str, Any], prefix: str) -> bool:
+def _any_starts(names: Mapping[str, Any], prefix: str | tuple[str, ...]) -> bool:
     return any(name.startswith(prefix) for name in names)
 
 
-def _sizes(directory: Path, pattern: str) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(directory.glob(pattern))}
-
-
 def _float8(tensors: dict[str, TensorInfo], path: Path) -> str | None:
-    if all(info.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2) for info in tensors.values()):
+    if not any(DTYPE_NAMES[info.dtype].startswith("F8_") for info in tensors.values()):
         return None
     try:
         scheme = scheme_of_tensors(tensors, read_quantization_config(path))

@@ -86,6 +86,26 @@ def model_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     return {name: info for name, info in tensors.items() if name not in others}
 
 
+def adapter_files(hf_dir: Path) -> list[str]:
+    """Names of an adapter's files in a directory, such as PEFT writes them."""
+    names = sorted(path.name for path in hf_dir.glob("adapter_*"))
+    return [name for name in names if name == "adapter_config.json" or name.startswith("adapter_model")]
+
+
+def refuse_adapter(hf_dir: Path) -> None:
+    """Refuse a directory with an adapter, which transformers would add to the weights beside it.
+
+    Raises:
+        CheckpointError: naming its files.
+    """
+    found = adapter_files(hf_dir)
+    if found:
+        raise CheckpointError(
+            f"{hf_dir} holds an adapter ({', '.join(found)}): merge it into the full weights first (peft: "
+            "merge_and_unload) and convert the result, or take its files out of the directory"
+        )
+
+
 def read_config(hf_dir: Path) -> dict[str, Any]:
     """The `config.json` of a Hugging Face checkpoint, parsed.
 

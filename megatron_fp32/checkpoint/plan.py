@@ -16,20 +16,19 @@ from typing import Any, Literal
 import torch
 
 from megatron_fp32.checkpoint.huggingface import CheckpointError, TensorInfo
+from megatron_fp32.checkpoint.tensors import FLOAT4
+from megatron_fp32.checkpoint.vocabulary import PADDED_VOCABULARY
 from megatron_fp32.models import mapping as models
 from megatron_fp32.models.decoder import DecoderConfig
 from megatron_fp32.models.families import Family, find_family
 from megatron_fp32.models.layout import extra_states, has_stacked_layers, stack_layers
-from megatron_fp32.models.naming import MTP, VISION, Naming
+from megatron_fp32.models.naming import MTP, VISION, Naming, is_rotary_frequencies
 
 Vision = Literal["refuse", "carry", "drop"]
 """Tensors of the vision part: none may be there, or they are kept beside the checkpoint, or left out."""
 
 Mtp = Literal["convert", "carry", "drop"]
 """Tensors of multi-token prediction: they become a Megatron MTP layer, or as above."""
-
-PADDED_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""Megatron tensors whose rows a trainer pads."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +78,8 @@ class ImportPlan(Plan):
     carried: tuple[str, ...]
     """Hugging Face tensors that are kept beside the checkpoint as they are."""
     left_out: tuple[str, ...]
+    frequencies: tuple[str, ...]
+    """Of those that are carried, stored rotary frequencies: they follow from `config.json`."""
 
 
 def plan_model(
@@ -118,11 +119,14 @@ def plan_import(
         CheckpointError: naming every tensor that does not fit the configuration.
         ValueError: for a model that is not supported.
     """
-    parts: tuple[tuple[str, str], ...] = ((VISION, vision), (MTP, mtp))
+    parts: tuple[tuple[str | tuple[str, ...], str], ...] = ((VISION, vision), (MTP, mtp))
     refused, carried, dropped = (
         tuple(name for name in hf if any(name.startswith(start) for start, chosen in parts if chosen == what))
         for what in ("refuse", "carry", "drop")
     )
+    named = {*carried, *dropped, *refused}
+    frequencies = tuple(name for name in hf if is_rotary_frequencies(name) and name not in named)
+    carried = (*carried, *frequencies)
     if refused:
         raise CheckpointError(
             f"{len(refused)} tensors of its vision part cannot be converted: {listing(refused)}. --vision carry keeps "
@@ -133,16 +137,15 @@ def plan_import(
     problems = [*_mismatches(plan.hf_shapes, {n: i.shape for n, i in converted.items()}), *_dtype_problems(plan, hf)]
     if problems:
         raise CheckpointError("the tensors do not match config.json: " + "; ".join(problems))
-    return ImportPlan(
-        **{f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}, carried=carried, left_out=dropped
-    )
+    known = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    return ImportPlan(**known, carried=carried, left_out=dropped, frequencies=frequencies)
 
 
 def plan_export(hf_config: dict[str, Any], hf: Mapping[str, TensorInfo], megatron: Mapping[str, TensorInfo]) -> Plan:
     """What an export of a Megatron checkpoint does.
 
     Args:
-        hf_config: parsed `config.json` of the checkpoint that was imported.
+        hf_config: parsed `config.json` of the checkpoint that was imported; its `vocab_size` may be larger now.
         hf: the tensors that were converted then.
         megatron: every tensor of the model in the Megatron checkpoint.
 
@@ -151,6 +154,8 @@ def plan_export(hf_config: dict[str, Any], hf: Mapping[str, TensorInfo], megatro
     """
     plan = plan_model(hf_config, hf, stacked=has_stacked_layers(megatron))
     problems = _mismatches(plan.megatron_shapes, {name: info.shape for name, info in megatron.items()})
+    odd = [f"{n} is {i.dtype}" for n, i in megatron.items() if not i.dtype.is_floating_point or i.dtype == FLOAT4]
+    problems += [f"expected floating-point weights, {listing(odd)}"] if odd else []
     missing = plan.megatron_shapes.keys() - megatron.keys()
     if missing and all(name.startswith(MTP) for name in missing):
         problems.append(

@@ -18,7 +18,7 @@ from megatron_fp32.checkpoint.fp8.scheme import LAYOUTS, Fp8Scheme, named_scheme
 from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, partial_blocks, quantize_tensor
 from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, CheckpointError, HuggingFaceReader, TensorInfo
 from megatron_fp32.checkpoint.jobs import Part, Progress, Tell, described, run_job
-from megatron_fp32.checkpoint.kind import check_direction, read_config
+from megatron_fp32.checkpoint.kind import check_direction, read_config, refuse_adapter
 from megatron_fp32.checkpoint.quantization_claims import RECIPE, find_claims
 from megatron_fp32.checkpoint.read_back import SafetensorsPart
 from megatron_fp32.checkpoint.safetensors_writer import cut_into_shards, shard_names, write_index
@@ -173,6 +173,7 @@ def open_quantization(hf_dir: Path, scheme: Fp8Scheme, device: str, max_shard_by
     check_direction("quantize", hf_dir, "huggingface", f"export {hf_dir} FP8_DIR --fp8 {scheme.layout}")
     check_assets(hf_dir)
     sources = {"source": described(hf_dir)}
+    refuse_adapter(hf_dir)
     config = read_config(hf_dir)
     with HuggingFaceReader(hf_dir) as reader:
         _refuse_quantized(reader, config)

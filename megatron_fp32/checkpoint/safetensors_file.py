@@ -2,7 +2,8 @@
 
 The format: eight bytes with the header's length, little-endian; the header, a JSON object that gives each tensor its
 dtype, shape and range of bytes; the data, which the ranges cover without holes or overlaps, up to the end of the file
-(github.com/huggingface/safetensors, README.md, "Format"). The values carry no checksum.
+(github.com/huggingface/safetensors, README.md, "Format"). The values carry no checksum. What its own library reads is
+read: white space around the object, a `__metadata__` of null, fields of a tensor that nobody knows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.files import parse_json, read_into
-from megatron_fp32.checkpoint.tensors import DTYPES, CheckpointError, TensorInfo, is_possible_shape, summary
+from megatron_fp32.checkpoint.tensors import (
+    DTYPES,
+    FLOAT4,
+    CheckpointError,
+    TensorInfo,
+    is_possible_shape,
+    summary,
+    unfilled,
+)
 
 HEADER_LIMIT = 100_000_000
 """Longest header in bytes, as in the safetensors package."""
@@ -54,10 +63,10 @@ def read_header(path: str | Path) -> Header:
             if length > HEADER_LIMIT or 8 + length > size:
                 raise ValueError(f"its header should have {length} bytes, the file has {size}")
             content = bytes(read_into(file, 8, torch.empty(length, dtype=torch.uint8)))
-        if not content.startswith(b"{"):
-            raise ValueError("its header does not start with '{'")
         entries = parse_json(content)
-        metadata = _metadata(entries.pop("__metadata__", {}))
+        if not isinstance(entries, dict):
+            raise ValueError("its header is not a JSON object")
+        metadata = _metadata(entries.pop("__metadata__", None))
         ranges, tensors = _tensors(entries)
         _check_ranges(ranges, size - 8 - length)
     except CheckpointError as error:
@@ -81,8 +90,8 @@ def read_tensor(header: Header, name: str, index: tuple[int, ...] = ()) -> Tenso
         IndexError: when there is no such part.
     """
     info = header.tensors[name]
-    part = flat_index(index, info.shape)
-    tensor = torch.empty(info.shape[len(index) :], dtype=info.dtype)
+    part = flat_index(index, info.torch_shape)
+    tensor = unfilled(info.torch_shape[len(index) :], info.dtype)
     try:
         with header.path.open("rb", buffering=0) as file:
             if _identity(file.fileno()) != header.identity:
@@ -113,6 +122,8 @@ def _identity(descriptor: int) -> tuple[int, ...]:
 
 
 def _metadata(value: Any) -> dict[str, str]:
+    if value is None:
+        return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise ValueError("its __metadata__ does not map text to text")
     return value
@@ -124,17 +135,19 @@ def _tensors(entries: dict[str, Any]) -> tuple[dict[str, tuple[int, int]], dict[
     tensors: dict[str, TensorInfo] = {}
     for name, entry in entries.items():
         name.encode()  # JSON can spell halves of surrogate pairs
-        if not isinstance(entry, dict) or entry.keys() != _FIELDS:
-            raise ValueError(f"tensor {name!r} is not described by dtype, shape and data_offsets alone")
+        if not isinstance(entry, dict) or not entry.keys() >= _FIELDS:
+            raise ValueError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
         if not isinstance(entry["dtype"], str):
             raise ValueError(f"the dtype of tensor {name!r} is no text")
         if entry["dtype"] not in DTYPES:
-            raise CheckpointError(f"tensor {name!r} has the unsupported dtype {entry['dtype'][:40]}")
+            raise CheckpointError(f"tensor {name!r} has the dtype {entry['dtype'][:40]}, which torch does not have")
         dtype, offsets = DTYPES[entry["dtype"]], entry["data_offsets"]
         if not isinstance(entry["shape"], list) or not is_possible_shape(entry["shape"], dtype):
             raise ValueError(f"tensor {name!r} cannot have the shape {str(entry['shape'])[:200]}")
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(at) is int for at in offsets):
             raise ValueError(f"the data_offsets of tensor {name!r} are not two integers")
+        if dtype == FLOAT4 and (not entry["shape"] or entry["shape"][-1] % 2):
+            raise ValueError(f"tensor {name!r} of F4 has an odd last axis, which torch cannot hold: {entry['shape']}")
         info = TensorInfo(dtype=dtype, shape=tuple(entry["shape"]))
         start, end = offsets
         if not 0 <= start <= end or end - start != info.nbytes:

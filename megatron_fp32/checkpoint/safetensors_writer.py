@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_fp32.checkpoint.digests import digest_of_blocks
 from megatron_fp32.checkpoint.files import Section, to_disk
-from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, INDEX, CheckpointError, TensorInfo, tensor_bytes
+from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, DTYPES, INDEX, CheckpointError, TensorInfo, tensor_bytes
 from megatron_fp32.checkpoint.safetensors_file import flat_index, read_header
 from megatron_fp32.checkpoint.tensors import summary
 
@@ -45,10 +45,10 @@ class SafetensorsFile:
         if name not in self._written or self._written[name] & {index, ()}:
             raise ValueError(f"tensor {name!r} was not declared, or is written already")
         info = self._infos[name]
-        if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape[len(index) :]:
+        if tensor.dtype != info.dtype or tuple(tensor.shape) != info.torch_shape[len(index) :]:
             raise ValueError(
-                f"tensor {name!r} was declared {info.dtype} {info.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
-                + (f" for {list(index)}" if index else "")
+                f"tensor {name!r} was declared {info.dtype} {info.torch_shape}, got {tensor.dtype} "
+                f"{tuple(tensor.shape)}" + (f" for {list(index)}" if index else "")
             )
         try:
             place = self._place(name, index)
@@ -65,7 +65,7 @@ class SafetensorsFile:
         Raises:
             CheckpointError: when the file ends before the tensor does.
         """
-        info, shape = self._infos[name], self._infos[name].shape[len(index) :]
+        info, shape = self._infos[name], self._infos[name].torch_shape[len(index) :]
         nbytes = math.prod(shape) * info.dtype.itemsize
         try:
             with self._path.open("rb", buffering=0) as file:
@@ -96,18 +96,23 @@ class SafetensorsFile:
     def _place(self, name: str, index: tuple[int, ...]) -> int:
         """Position in the file of `tensor[index]`."""
         info = self._infos[name]
-        part = math.prod(info.shape[len(index) :]) * info.dtype.itemsize
-        return self._starts[name] + flat_index(index, info.shape) * part
+        part = math.prod(info.torch_shape[len(index) :]) * info.dtype.itemsize
+        return self._starts[name] + flat_index(index, info.torch_shape) * part
 
     def pending(self) -> list[str]:
         """Names of the tensors that are not written, or not all of them."""
         return sorted(name for name, parts in self._written.items() if not self._is_whole(name, parts))
 
     def _is_whole(self, name: str, parts: set[tuple[int, ...]]) -> bool:
-        shape = self._infos[name].shape
+        shape = self._infos[name].torch_shape
         return bool(parts) and sum(math.prod(shape[len(index) :]) for index in parts) == math.prod(shape)
 
     def _declare(self) -> dict[str, int]:
+        unknown = [name for name, info in self._infos.items() if DTYPE_NAMES[info.dtype] not in DTYPES]
+        if unknown:
+            raise CheckpointError(
+                f"{self._path}: safetensors has no dtype for {unknown[0]!r}, which is {self._infos[unknown[0]].dtype}"
+            )
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, info in self._infos.items():

@@ -28,7 +28,7 @@ from megatron_fp32.checkpoint.directory import (
 )
 from megatron_fp32.checkpoint.files import read_json
 from megatron_fp32.checkpoint.safetensors_file import flat_index
-from megatron_fp32.checkpoint.tensors import CheckpointError, TensorInfo, summary
+from megatron_fp32.checkpoint.tensors import CheckpointError, TensorInfo, info_of, summary, unfilled
 from megatron_fp32.checkpoint.torch_dist_metadata import read_metadata
 from megatron_fp32.checkpoint.torch_file import open_torch_file
 
@@ -99,7 +99,7 @@ class TorchDistReader:
         self.objects: list[str] = []
         for name, entry in self._metadata.state_dict_metadata.items():
             if isinstance(entry, metadata.TensorStorageMetadata):
-                self.tensors[name] = TensorInfo(dtype=entry.properties.dtype, shape=tuple(entry.size))
+                self.tensors[name] = info_of(entry.properties.dtype, entry.size)
             else:
                 self.objects.append(name)
 
@@ -117,7 +117,7 @@ class TorchDistReader:
             raise CheckpointError(f"{self.directory}: {name!r} is no tensor")
         flat_index(index, tuple(entry.size))
         chunks = self._chunks(name, entry, len(index)).get(index, ())
-        result = torch.empty(tuple(entry.size)[len(index) :], dtype=entry.properties.dtype)
+        result = unfilled(entry.size[len(index) :], entry.properties.dtype)
         for chunk in chunks:
             inside = tuple(at - start for at, start in zip(index, chunk.offsets, strict=False))
             self._read_chunk(name, chunk, inside, result[_box(chunk)[len(index) :]])

@@ -23,9 +23,11 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from megatron_fp32.checkpoint.digests import digest_of_blocks
 from megatron_fp32.checkpoint.files import to_disk
-from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, DTYPES
+from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES
 from megatron_fp32.checkpoint.torch_dist import covers
 from megatron_fp32.checkpoint.torch_file import open_torch_file
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class Chunk:
     def from_json(content: dict[str, Any]) -> Chunk:
         """What `to_json` made."""
         shapes = {field: tuple(content[field]) for field in ("size", "offsets", "sizes")}
-        dtype = None if content["dtype"] is None else DTYPES[content["dtype"]]
+        dtype = None if content["dtype"] is None else _DTYPES[content["dtype"]]
         return Chunk(**{**content, **shapes, "dtype": dtype})
 
 

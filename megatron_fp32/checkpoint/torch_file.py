@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_fp32.checkpoint.files import Section
 from megatron_fp32.checkpoint.pickles import RestrictedUnpickler
-from megatron_fp32.checkpoint.tensors import CheckpointError, is_possible_shape, summary
+from megatron_fp32.checkpoint.tensors import CheckpointError, is_possible_shape, summary, unfilled
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -139,12 +139,12 @@ class TorchFile:
         if not target.numel():
             return
         if not stored.is_contiguous:
-            part = torch.empty(stored.span, dtype=stored.dtype)
+            part = unfilled((stored.span,), stored.dtype)
             self._read(stored, stored.offset, part, is_checked)
             target.copy_(part.as_strided(stored.shape, stored.strides)[index])
             return
         first = stored.offset + sum(at * stride for at, stride in zip(index, stored.strides, strict=False))
-        part = target if target.is_contiguous() else torch.empty(target.shape, dtype=stored.dtype)
+        part = target if target.is_contiguous() else unfilled(target.shape, stored.dtype)
         self._read(stored, first, part, is_checked)
         if part is not target:
             target.copy_(part)

@@ -21,14 +21,16 @@ from megatron_fp32.checkpoint.export_job import exact_hf_tensors
 from megatron_fp32.checkpoint.findings import Findings, Progress, VerifiedSide, VerifyReport
 from megatron_fp32.checkpoint.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fp32.checkpoint.kind import Kind, kind_of, model_tensors, read_config, sidecar_of
-from megatron_fp32.checkpoint.plan import PADDED_VOCABULARY, Plan, listing, plan_model
+from megatron_fp32.checkpoint.plan import Plan, listing, plan_model
 from megatron_fp32.checkpoint.sidecar import Sidecar, fits
+from megatron_fp32.checkpoint.tensors import FLOAT4
 from megatron_fp32.checkpoint.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.verify_layouts import Entries, Entry, note_on_names, under_common_names
+from megatron_fp32.checkpoint.vocabulary import PADDED_VOCABULARY, check_vocab_size, rows_above
 from megatron_fp32.models.families import find_family
 from megatron_fp32.models.layout import has_stacked_layers, is_stack_of_layers, name_in_layer
 from megatron_fp32.models.mapping import Mapping, TensorSpec
-from megatron_fp32.models.naming import MTP, VISION
+from megatron_fp32.models.naming import MTP, VISION, is_rotary_frequencies
 from megatron_fp32.validation import check_callable, check_flag, check_path
 
 _WHOLE_BYTES = 1 << 28
@@ -41,6 +43,7 @@ def verify_checkpoints(
     *,
     source: str | Path | None = None,
     text_only: bool = False,
+    vocab_size: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare two checkpoints; one tensor of each is in memory at a time, or one mapping's.
@@ -64,30 +67,36 @@ def verify_checkpoints(
         b: the other.
         source: what an import made, for Megatron checkpoints that a trainer saved elsewhere.
         text_only: leave vision and multi-token prediction out on both sides.
+        vocab_size: rows of Megatron's embedding and head from here on are taken for padding, whatever they hold. None:
+            those above the vocabulary of `config.json` are padding where they are zero, and a difference elsewhere.
         progress: told of every tensor.
 
     Raises:
         CheckpointError: when one cannot be read.
         ValueError: when `config.json` describes a model that is not supported, which matters where the two are of
-            different kinds; or when `source` is given and neither is Megatron's.
+            different kinds; or when `source` or `vocab_size` is given and neither is Megatron's.
     """
     for name, path in (("a", a), ("b", b)):
         check_path(name, path)
     check_path("source", source, optional=True)
     check_flag("text_only", text_only)
+    check_vocab_size(vocab_size)
     check_callable("progress", progress)
     kinds = kind_of(a), kind_of(b)
-    if source is not None and "megatron" not in kinds:
-        raise ValueError(f"a source is for Megatron checkpoints, and neither {a} nor {b} is one: leave --source out")
+    for what, option, value in (("source", "--source", source), ("vocab_size", "--vocab-size", vocab_size)):
+        if value is not None and "megatron" not in kinds:
+            raise ValueError(
+                f"a {what} is for Megatron checkpoints, and neither {a} nor {b} is one: leave {option} out"
+            )
     with contextlib.ExitStack() as stack:
         first, second = (
             _Side(Path(path), kind, source, text_only, stack) for path, kind in zip((a, b), kinds, strict=True)
         )
         found = Findings(progress or _no_progress)
         if first.kind == second.kind:
-            _compare_by_name(first, second, found)
+            _compare_by_name(first, second, found, vocab_size)
         else:
-            _OfTwoKinds(first, second, found).compare()
+            _OfTwoKinds(first, second, found, vocab_size).compare()
         return found.report(first.summary(), second.summary())
 
 
@@ -111,7 +120,7 @@ class _Side:
             self.reader = stack.enter_context(HuggingFaceReader(path))
             tensors = self.reader.tensors
         carried = {n: t.info for n, t in self.sidecar.carried.items()} if self.sidecar else {}
-        out = {name for name in (*tensors, *carried) if text_only and name.startswith((VISION, MTP))}
+        out = {name for name in (*tensors, *carried) if text_only and name.startswith((*VISION, MTP))}
         self._left_out = tuple(sorted(out))
         self.tensors = {name: info for name, info in tensors.items() if name not in out}
         self.carried = {name: info for name, info in carried.items() if name not in out}
@@ -128,11 +137,12 @@ class _Side:
         )
 
 
-def _compare_by_name(a: _Side, b: _Side, found: Findings) -> None:
+def _compare_by_name(a: _Side, b: _Side, found: Findings, vocab_size: int | None) -> None:
     sidecar = a.sidecar or b.sidecar
-    vocabulary = _vocabulary(sidecar) if sidecar else None
-    first: Entries = {entry.name: entry for entry in _entries(a, vocabulary)}
-    second: Entries = {entry.name: entry for entry in _entries(b, vocabulary)}
+    vocabulary = _vocabulary(sidecar) if sidecar else vocab_size
+    rows = _rows_of_vocabulary((a, b), vocabulary, vocab_size)
+    first: Entries = {entry.name: entry for entry in _entries(a, rows)}
+    second: Entries = {entry.name: entry for entry in _entries(b, rows)}
     is_named_otherwise = bool(first.keys() - second.keys() and second.keys() - first.keys())
     has_other_shapes = any(first[name].info.shape != second[name].info.shape for name in first.keys() & second.keys())
     if a.kind == "huggingface" and (is_named_otherwise or has_other_shapes):
@@ -148,8 +158,11 @@ def _compare_by_name(a: _Side, b: _Side, found: Findings) -> None:
         if name not in both:
             _only("a", entry, found)
         elif entry.info.shape != second[name].info.shape:
-            is_padded = a.kind == "megatron" and name in PADDED_VOCABULARY and vocabulary is None
-            padding = "perhaps padded to other sizes: name a source, which knows the vocabulary" if is_padded else ""
+            padding = ""
+            if a.kind == "megatron" and name in PADDED_VOCABULARY:
+                padding = "perhaps padded to other sizes: name a source, which knows the vocabulary"
+                if vocabulary is not None:
+                    padding = f"rows above the vocabulary of {vocabulary} are not zero"
             note = padding or note_on_names(name, entry, second[name])
             found.shape(name, entry.info, second[name].info, note)
         else:
@@ -178,10 +191,27 @@ def _plan(side: _Side) -> Plan:
         raise ValueError(f"{side.path}: {error}") from error
 
 
-def _entries(side: _Side, vocabulary: int | None) -> Iterator[Entry]:
+def _rows_of_vocabulary(sides: tuple[_Side, _Side], vocabulary: int | None, end: int | None) -> dict[str, int]:
+    """By Megatron tensor, the rows to compare: those of the vocabulary, and up to `end` those above that are not 0."""
+    if vocabulary is None:
+        return {}
+    rows = {}
+    for name in PADDED_VOCABULARY:
+        with_it = [side for side in sides if len(side.tensors[name].shape) == 2] if _both_have(sides, name) else []
+        trained = [rows_above(side.reader.read(name)[:end], vocabulary) for side in with_it]
+        rows[name] = max([vocabulary, *(found.end for found in trained if found)])
+    return rows
+
+
+def _both_have(sides: tuple[_Side, _Side], name: str) -> bool:
+    return all(name in side.tensors for side in sides)
+
+
+def _entries(side: _Side, vocabulary: dict[str, int]) -> Iterator[Entry]:
+    """The tensors of a checkpoint; `vocabulary` says how many rows of some are compared."""
     read = side.reader.read
     for name, info in side.tensors.items():
-        if side.kind == "megatron" and is_stack_of_layers(name) and info.shape:
+        if side.kind == "megatron" and is_stack_of_layers(name) and len(info.torch_shape) > (info.dtype == FLOAT4):
             layer_info = dataclasses.replace(info, shape=info.shape[1:])
             for layer in range(info.shape[0]):
                 yield Entry(
@@ -189,10 +219,11 @@ def _entries(side: _Side, vocabulary: int | None) -> Iterator[Entry]:
                     info=layer_info,
                     read=lambda index, n=name, at=layer: read(n, (at, *index)),
                 )
-        elif name in PADDED_VOCABULARY and vocabulary is not None and info.shape[0] > vocabulary:
-            side.padding[name] = info.shape[0] - vocabulary
-            cut = dataclasses.replace(info, shape=(vocabulary, *info.shape[1:]))
-            yield Entry(name=name, info=cut, read=lambda _, n=name: read(n)[:vocabulary])
+        elif name in vocabulary and info.shape and info.shape[0] > vocabulary[name]:
+            rows = vocabulary[name]
+            side.padding[name] = info.shape[0] - rows
+            cut = dataclasses.replace(info, shape=(rows, *info.shape[1:]))
+            yield Entry(name=name, info=cut, read=lambda _, n=name, rows=rows: read(n)[:rows])
         else:
             yield Entry(name=name, info=info, read=lambda index, n=name: read(n, index))
 
@@ -213,7 +244,8 @@ def _vocabulary(sidecar: Sidecar) -> int:
 class _OfTwoKinds:
     """A Hugging Face checkpoint and a Megatron one, whichever comes first."""
 
-    def __init__(self, a: _Side, b: _Side, found: Findings) -> None:
+    def __init__(self, a: _Side, b: _Side, found: Findings, vocab_size: int | None) -> None:
+        self._vocab_size = vocab_size
         self._is_hf_first = a.kind == "huggingface"
         self._hf, self._megatron = (a, b) if self._is_hf_first else (b, a)
         self._found = found
@@ -222,7 +254,7 @@ class _OfTwoKinds:
         converted = {
             name: info
             for name, info in self._hf.tensors.items()
-            if not name.startswith(VISION) and (has_mtp or not name.startswith(MTP))
+            if not name.startswith(VISION) and (has_mtp or not name.startswith(MTP)) and not is_rotary_frequencies(name)
         }
         stacked = has_stacked_layers(self._megatron.tensors)
         self._plan = plan_model(read_config(self._hf.path), converted, stacked=stacked)
@@ -238,7 +270,8 @@ class _OfTwoKinds:
         sidecar = self._megatron.sidecar
         left_out = set(sidecar.left_out) if sidecar else set()
         for name in sorted(hf.keys() - converted.keys() - carried.keys()):
-            self._only_hf(name, "the import left it out" if name in left_out else "")
+            note = "follows from config.json" if is_rotary_frequencies(name) else ""
+            self._only_hf(name, "the import left it out" if name in left_out else note)
         for name in sorted(carried.keys() - hf.keys()):
             self._only_megatron(name, carried[name], "carried in the sidecar")
         if sidecar:
@@ -281,11 +314,24 @@ class _OfTwoKinds:
         for spec in mapping.megatron:
             tensor = self._megatron.reader.read(spec.name, spec.index)
             if spec.name in PADDED_VOCABULARY and tensor.shape[0] > spec.shape[0]:
-                self._megatron.padding[spec.name] = tensor.shape[0] - spec.shape[0]
+                self._cut_vocabulary(mapping, spec, tensor)
                 tensor = tensor[: spec.shape[0]]
             tensors.append(tensor)
         exported = exact_hf_tensors(mapping, tensors, self._originals_of(mapping))
         return tuple(self._in_source_dtype(spec.name, t) for spec, t in zip(mapping.hf, exported, strict=True))
+
+    def _cut_vocabulary(self, mapping: Mapping, spec: TensorSpec, tensor: Tensor) -> None:
+        """Note rows above the vocabulary: as padding, or as a difference where they are not zero."""
+        rows = rows_above(tensor[: self._vocab_size], spec.shape[0])
+        if rows is None:
+            self._megatron.padding[spec.name] = tensor.shape[0] - spec.shape[0]
+            return
+        info = TensorInfo(dtype=tensor.dtype, shape=tuple(tensor.shape))
+        note = f"{rows.rows} rows of {spec.name} above the vocabulary of {spec.shape[0]} are not zero"
+        note += "; they are alike, as a softmax over padding leaves them" if rows.alike else ""
+        for hf in mapping.hf:
+            if hf.name in self._hf.tensors:
+                self._shape(hf.name, info, note)
 
     def _originals_of(self, mapping: Mapping) -> dict[str, Tensor]:
         if mapping.invertible or all(spec.name in self._originals for spec in mapping.hf):

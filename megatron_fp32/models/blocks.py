@@ -19,12 +19,13 @@ from megatron_fp32.models.mapping import (
     GatedQkv,
     Mapping,
     Rename,
+    Shared,
     SplitRows,
     TensorSpec,
     Transposed,
     ZeroCentred,
 )
-from megatron_fp32.models.naming import MTP, Naming
+from megatron_fp32.models.naming import HEAD, MTP, Naming
 
 InProj = Callable[[DecoderConfig, str, str], Iterator[Mapping]]
 """How a family stores the input projections of a gated delta net: one of `separate_in_proj`, `grouped_in_proj`."""
@@ -39,7 +40,11 @@ def decoder(config: DecoderConfig, naming: Naming, *, in_proj: InProj | None = N
         in_proj: for families with gated delta nets.
     """
     prefix, vocab_shape = naming.prefix, (config.vocab_size, config.hidden_size)
-    yield Rename(f"{prefix}embed_tokens.weight", "embedding.word_embeddings.weight", vocab_shape)
+    embedding, word_embeddings = f"{prefix}embed_tokens.weight", "embedding.word_embeddings.weight"
+    if config.tie_word_embeddings and naming.head:
+        yield Shared((embedding, HEAD), word_embeddings, vocab_shape)
+    else:
+        yield Rename(embedding, word_embeddings, vocab_shape)
     for index, (kind, is_moe) in enumerate(zip(config.layer_types, config.moe_layer_pattern, strict=True)):
         hf, megatron = f"{prefix}layers.{index}.", f"decoder.layers.{index}."
         if kind != LINEAR:
@@ -54,7 +59,7 @@ def decoder(config: DecoderConfig, naming: Naming, *, in_proj: InProj | None = N
             yield from mlp(config, hf, megatron)
     yield Rename(f"{prefix}norm.weight", "decoder.final_layernorm.weight", (config.hidden_size,))
     if not config.tie_word_embeddings:
-        yield Rename("lm_head.weight", "output_layer.weight", vocab_shape)
+        yield Rename(HEAD, "output_layer.weight", vocab_shape)
     yield from multi_token_prediction(config, naming)
 
 

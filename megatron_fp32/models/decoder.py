@@ -12,34 +12,11 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from megatron_fp32.models.rotary import SCALING_FIELDS, Llama3RopeScaling, rope_parameters, rotary_fields
+from megatron_fp32.models.sizes import LINEAR_ATTENTION_FIELDS, impossible_sizes
+
 LINEAR, FULL = "linear_attention", "full_attention"
 """transformers' names for a layer with a gated delta net and for one with softmax attention over the whole context."""
-
-
-LINEAR_ATTENTION_FIELDS = (
-    "linear_conv_kernel_dim",
-    "linear_key_head_dim",
-    "linear_value_head_dim",
-    "linear_num_key_heads",
-    "linear_num_value_heads",
-)
-"""Fields of a gated delta net, under the same name in `config.json`, `DecoderConfig` and `TransformerConfig`."""
-
-MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-"""Fields of a mixture of experts, under the same name in `config.json` and `DecoderConfig`."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama3RopeScaling:
-    """Rotary frequencies of Llama 3.1 and later: low ones divided by `factor`, high ones kept, smooth in between.
-
-    Source: transformers `modeling_rope_utils.py`, `_compute_llama3_parameters`.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +60,12 @@ class DecoderConfig:
     """The probabilities of the chosen experts are scaled to add up to 1."""
     dense_layers: tuple[int, ...] = ()
     """Layers of a mixture of experts that have a dense MLP all the same."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes that no model has, naming every field."""
+        problems = impossible_sizes(self)
+        if problems:
+            raise ValueError(f"no model has these sizes: {'; '.join(problems)}")
 
     @property
     def num_layers(self) -> int:
@@ -144,7 +127,8 @@ class DecoderConfig:
         everything else about the run are the caller's.
 
         Raises:
-            ValueError: for rotary scaling that has no flags, and for routers that choose one expert with probability 1.
+            ValueError: for rotary scaling and a rotary base that have no flags, and for routers that choose one expert
+                with probability 1.
         """
         if self.is_router_weight_one:
             raise ValueError(
@@ -163,7 +147,7 @@ class DecoderConfig:
             "hidden-dropout": 0.0,
             "attention-dropout": 0.0,
             "position-embedding-type": "rope",
-            "rotary-base": int(self.rope_theta),
+            "rotary-base": self._rotary_base(),
             "rotary-percent": self.partial_rotary_factor,
             "vocab-size": self.vocab_size,
         }
@@ -196,6 +180,14 @@ class DecoderConfig:
         pairs = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
         return [*pairs, *(f"--{name}" for name, on in switches.items() if on)]
 
+    def _rotary_base(self) -> int:
+        if not float(self.rope_theta).is_integer():
+            raise ValueError(
+                f"Megatron's --rotary-base takes whole numbers, this model has rope_theta={self.rope_theta!r}; "
+                "models.provider builds it"
+            )
+        return int(self.rope_theta)
+
     def _rope_scaling_factor(self) -> float:
         """The factor, where the other numbers are those that megatron-core has built in (rotary_pos_embedding.py)."""
         scaling = self.rope_scaling
@@ -224,7 +216,7 @@ def text_config(config: Any, family: str, model_types: Collection[str]) -> dict[
     if text.get("model_type") not in model_types:
         wanted = " or ".join(map(repr, model_types))
         raise ValueError(f"{family}: expected model_type {wanted}, got {text.get('model_type')!r}")
-    rope = _rope(text)
+    rope = rope_parameters(text)
     wrong = [
         f"{name} must be {kind}, got {str(value[name])[:100]!r}"
         for value, kinds in ((text, _KINDS), (rope, _ROPE_KINDS))
@@ -245,12 +237,13 @@ def _integer(least: int, most: int = 2**31 - 1) -> _Kind:
 
 
 _NUMBER: _Kind = "a finite number", lambda value: type(value) in (int, float) and abs(value) < 1e300
+_POSITIVE: _Kind = "a finite number above 0", lambda value: type(value) in (int, float) and 0 < value < 1e300
 _TRUTH: _Kind = "true or false", lambda value: isinstance(value, bool)
 
 _KINDS: dict[str, _Kind] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads"), _integer(1)),
-    **dict.fromkeys((*LINEAR_ATTENTION_FIELDS, "decoder_sparse_step"), _integer(1)),
-    **dict.fromkeys(("head_dim", "full_attention_interval", "num_experts_per_tok"), _integer(0)),
+    **dict.fromkeys((*LINEAR_ATTENTION_FIELDS, "decoder_sparse_step", "head_dim"), _integer(1)),
+    **dict.fromkeys(("full_attention_interval", "num_experts_per_tok"), _integer(0)),
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), _integer(0)),
     # One mapping or more is made for each; far above every model.
     "num_hidden_layers": _integer(1, 4096),
@@ -260,10 +253,7 @@ _KINDS: dict[str, _Kind] = {
     "layer_types": ("a list of text", lambda value: _is_list(value, str)),
     "mlp_only_layers": ("a list of integers", lambda value: _is_list(value, int)),
 }
-_ROPE_KINDS = {
-    name: _NUMBER
-    for name in ("rope_theta", "partial_rotary_factor", *(f.name for f in dataclasses.fields(Llama3RopeScaling)))
-}
+_ROPE_KINDS = dict.fromkeys(("rope_theta", "partial_rotary_factor", *SCALING_FIELDS), _POSITIVE)
 
 
 def _is_list(value: Any, kind: type) -> bool:
@@ -276,17 +266,33 @@ def require(text: dict[str, Any], family: str, *, rope_types: Sequence[str] = ("
     Raises:
         ValueError: naming every field that has another value.
     """
-    rope = _rope(text)
+    rope_type = rope_parameters(text)["rope_type"]
+    expected = {"per_layer_config": None, **expected}
     wrong = [f"{k}={text[k]!r} (expected {want!r})" for k, want in expected.items() if text.get(k, want) != want]
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in rope_types:
         wrong.append(f"rope_type={rope_type!r} (expected {' or '.join(map(repr, rope_types))})")
     if wrong:
         raise ValueError(f"this {family} config is not supported: " + ", ".join(wrong))
 
 
+def require_parts(text: dict[str, Any], family: str, *names: str) -> None:
+    """Refuse the size 0 for a part that every model of a family has.
+
+    Raises:
+        ValueError: naming every field that is 0.
+    """
+    wrong = [name for name in names if text.get(name) == 0]
+    if wrong:
+        raise ValueError(f"this {family} config is not supported: {', '.join(wrong)} must be at least 1, got 0")
+
+
 def decoder_fields(
-    config: dict[str, Any], text: dict[str, Any], names: Sequence[str] = (), *, partial_rotary_factor: float = 1.0
+    config: dict[str, Any],
+    text: dict[str, Any],
+    names: Sequence[str] = (),
+    *,
+    rope_theta: float = 1e4,
+    partial_rotary_factor: float | None = None,
 ) -> dict[str, Any]:
     """Fields of `DecoderConfig` from a `config.json`.
 
@@ -294,16 +300,19 @@ def decoder_fields(
         config: the whole file.
         text: its part that `text_config` returns.
         names: fields besides those that every decoder has, under the same name on both sides.
-        partial_rotary_factor: the family's, where the file does not say.
+        rope_theta: transformers' default for the model type.
+        partial_rotary_factor: transformers' default for the model type; None where it always rotates whole heads.
 
     Raises:
-        ValueError: naming every field that is absent.
+        ValueError: naming every field that is absent, or that no model can have.
     """
-    rope = _rope(text)
     common = ("vocab_size", "hidden_size", "num_attention_heads", "rms_norm_eps")
+    if not isinstance(config.get("tie_word_embeddings", False), bool):
+        found = str(config["tie_word_embeddings"])[:100]
+        raise ValueError(f"config.json: tie_word_embeddings must be true or false, got {found!r}")
     missing = sorted(name for name in {*common, *names, "num_hidden_layers"} if text.get(name) is None)
-    missing += [] if rope.get("rope_theta") is not None else ["rope_parameters.rope_theta"]
-    if "linear_num_key_heads" in names and not (text.get("layer_types") or text.get("full_attention_interval")):
+    is_hybrid = "linear_num_key_heads" in names
+    if is_hybrid and not (text.get("layer_types") or text.get("full_attention_interval")):
         missing.append("layer_types")
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
@@ -312,12 +321,10 @@ def decoder_fields(
         **{name: text[name] for name in (*common, *names)},
         "num_key_value_heads": text.get("num_key_value_heads") or heads,
         "head_dim": text.get("head_dim") or text["hidden_size"] // heads,
-        "layer_types": _layer_types(text),
-        "rope_theta": float(rope["rope_theta"]),
-        "partial_rotary_factor": float(rope.get("partial_rotary_factor") or partial_rotary_factor),
-        "rope_scaling": _rope_scaling(rope),
-        # transformers ties by the outer config.
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        "layer_types": _layer_types(text, is_hybrid=is_hybrid),
+        **rotary_fields(text, theta=rope_theta, partial_rotary_factor=partial_rotary_factor),
+        # transformers ties by the outer config, whatever the text model's says.
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
     }
 
 
@@ -327,33 +334,13 @@ def dense_layers(text: dict[str, Any]) -> tuple[int, ...]:
     return tuple(i for i in range(text["num_hidden_layers"]) if i in dense or (i + 1) % step != 0)
 
 
-def _layer_types(text: dict[str, Any]) -> tuple[str, ...]:
+def _layer_types(text: dict[str, Any], *, is_hybrid: bool) -> tuple[str, ...]:
+    kinds = (LINEAR, FULL) if is_hybrid else (FULL,)
     count, interval = text["num_hidden_layers"], text.get("full_attention_interval")
     layer_types = text.get("layer_types")
     if layer_types is None:
-        layer_types = [LINEAR if interval and (i + 1) % interval else FULL for i in range(count)]
-    if len(layer_types) != count or not set(layer_types) <= {LINEAR, FULL}:
-        raise ValueError(f"layer_types must name {count} layers, each {LINEAR!r} or {FULL!r}, got {list(layer_types)}")
+        layer_types = [LINEAR if interval and is_hybrid and (i + 1) % interval else FULL for i in range(count)]
+    if len(layer_types) != count or not set(layer_types) <= set(kinds):
+        expected = " or ".join(map(repr, kinds))
+        raise ValueError(f"layer_types must name {count} layers, each {expected}, got {list(layer_types)}")
     return tuple(layer_types)
-
-
-def _rope(text: dict[str, Any]) -> dict[str, Any]:
-    """`rope_parameters`, or the fields that said the same before transformers 5."""
-    for name in ("rope_parameters", "rope_scaling"):
-        if not isinstance(text.get(name), dict | None):
-            raise ValueError(f"config.json: {name} must hold an object, got {str(text[name])[:100]!r}")
-    if text.get("rope_parameters"):
-        rope: dict[str, Any] = text["rope_parameters"]
-        return {"partial_rotary_factor": text.get("partial_rotary_factor"), **rope}
-    old = {name: text[name] for name in ("rope_theta", "partial_rotary_factor") if name in text}
-    return {**(text.get("rope_scaling") or {}), **old}
-
-
-def _rope_scaling(rope: dict[str, Any]) -> Llama3RopeScaling | None:
-    if rope.get("rope_type", rope.get("type")) != "llama3":
-        return None
-    fields = [field.name for field in dataclasses.fields(Llama3RopeScaling)]
-    missing = [f"rope_parameters.{name}" for name in fields if rope.get(name) is None]
-    if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
-    return Llama3RopeScaling(**{name: rope[name] for name in fields})

@@ -30,4 +30,7 @@ class LlamaConfig(DecoderConfig):
         text = text_config(config, "Llama", MODEL_TYPES)
         rope_types = ("default", "llama3")
         require(text, "Llama", rope_types=rope_types, hidden_act="silu", attention_bias=False, mlp_bias=False)
+        hidden, heads = text.get("hidden_size") or 0, text.get("num_attention_heads") or 1
+        if hidden % heads:
+            raise ValueError(f"Llama: hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
         return cls(**decoder_fields(config, text, ("intermediate_size",)))

@@ -93,6 +93,35 @@ class Rename(Mapping):
         return (tensors[0],)
 
 
+class Shared(Mapping):
+    """Several Hugging Face tensors that are one Megatron tensor, such as a tied embedding that is stored as head too.
+
+    Args:
+        hf: names.
+        megatron: name.
+        shape: of all of them.
+    """
+
+    def __init__(self, hf: Sequence[str], megatron: str, shape: Shape) -> None:
+        self.hf = tuple(TensorSpec(name=name, shape=shape) for name in hf)
+        self.megatron = (TensorSpec(name=megatron, shape=shape),)
+
+    def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The first. Raises ValueError when another has other values."""
+        first = tensors[0].contiguous().view(torch.uint8)
+        for spec, tensor in zip(self.hf[1:], tensors[1:], strict=True):
+            if not torch.equal(tensor.contiguous().view(torch.uint8), first):
+                raise ValueError(
+                    f"{spec.name} and {self.hf[0].name} have other values, and config.json ties them; set "
+                    "tie_word_embeddings to false there to convert both"
+                )
+        return (tensors[0],)
+
+    def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The same tensor for every name."""
+        return tuple(tensors[0] for _ in self.hf)
+
+
 class Transposed(Mapping):
     """A matrix that Hugging Face stores transposed.
 

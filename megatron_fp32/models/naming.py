@@ -22,11 +22,25 @@ _WRAPPERS = {
 }
 """What to do with a checkpoint whose names begin so."""
 
-VISION = "model.visual."
-"""What the tensors of the vision part start with."""
+VISION = ("model.visual.", "model.language_model.visual.", "visual.")
+"""What the tensors of the vision part start with: one of these."""
 
 MTP = "mtp."
 """What the tensors of multi-token prediction start with."""
+
+HEAD = "lm_head.weight"
+"""The output layer."""
+
+_FREQUENCIES = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
+
+
+def is_rotary_frequencies(name: str) -> bool:
+    """Whether a tensor holds rotary frequencies, which older versions of transformers stored in every layer.
+
+    They follow from `config.json`; transformers reads them no more (modeling_utils.py,
+    `_adjust_missing_and_unexpected_keys`).
+    """
+    return any(name == end or name.endswith(f".{end}") for end in _FREQUENCIES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +56,8 @@ class Naming:
     transposed_experts: bool = False
     """Fused experts are [E, H, 2F] and [E, F, H]."""
     mtp_layers: int = 0
+    head: bool = False
+    """`lm_head.weight` is there; where embeddings are tied it has the values of the embedding."""
 
     @classmethod
     def of(cls, names: Collection[str], shapes: Mapping[str, tuple[int, ...]] | None = None) -> Naming:
@@ -63,6 +79,7 @@ class Naming:
             fused_mtp_experts=any(name.startswith(MTP) for name in fused),
             transposed_experts=any(_is_transposed(name.removesuffix("gate_up_proj"), shapes or {}) for name in fused),
             mtp_layers=max(layers, default=0) + 1 if mtp else 0,
+            head=HEAD in names,
         )
 
 

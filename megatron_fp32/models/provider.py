@@ -18,8 +18,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron_fp32.checkpoint.directory import why_no_config, why_no_directory
 from megatron_fp32.checkpoint.kind import read_config
 from megatron_fp32.config import Fp32Config, config_or_default
-from megatron_fp32.models.decoder import LINEAR_ATTENTION_FIELDS, DecoderConfig
+from megatron_fp32.models.decoder import DecoderConfig
 from megatron_fp32.models.families import find_family
+from megatron_fp32.models.sizes import LINEAR_ATTENTION_FIELDS
 from megatron_fp32.models.specs import decoder_block_spec, mtp_block_spec
 from megatron_fp32.tensor_parallel.fused_loss import set_fused_loss
 from megatron_fp32.tensor_parallel.output_layer import to_fp32_output_layer

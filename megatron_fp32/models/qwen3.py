@@ -33,4 +33,7 @@ class Qwen3Config(DecoderConfig):
         """
         text = text_config(config, "Qwen3", MODEL_TYPES)
         require(text, "Qwen3", hidden_act="silu", attention_bias=False, use_sliding_window=False)
-        return cls(**decoder_fields(config, text, ("intermediate_size", "head_dim")))
+        if "num_key_value_heads" not in text:  # null is as many as there are heads; absent, it is a number
+            raise ValueError("config.json lacks num_key_value_heads")
+        theta = 1e4 if text["model_type"] == MODEL_TYPES[0] else 5e5
+        return cls(**decoder_fields(config, text, ("intermediate_size", "head_dim"), rope_theta=theta))

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_fp32.models import blocks
-from megatron_fp32.models.decoder import LINEAR_ATTENTION_FIELDS, DecoderConfig, decoder_fields, require, text_config
+from megatron_fp32.models.decoder import DecoderConfig, decoder_fields, require, text_config
 from megatron_fp32.models.mapping import Mapping
 from megatron_fp32.models.naming import Naming
+from megatron_fp32.models.sizes import LINEAR_ATTENTION_FIELDS
 
 MODEL_TYPES = ("qwen3_5_text", "qwen3_5")
 

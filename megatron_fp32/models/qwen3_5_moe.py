@@ -11,7 +11,8 @@ import dataclasses
 from typing import Any
 
 from megatron_fp32.models import qwen3_5
-from megatron_fp32.models.decoder import LINEAR_ATTENTION_FIELDS, MOE_FIELDS, decoder_fields, require, text_config
+from megatron_fp32.models.decoder import decoder_fields, require, require_parts, text_config
+from megatron_fp32.models.sizes import LINEAR_ATTENTION_FIELDS, MOE_FIELDS
 
 MODEL_TYPES = ("qwen3_5_moe_text", "qwen3_5_moe")
 
@@ -31,6 +32,7 @@ class Qwen35MoeConfig(qwen3_5.Qwen35Config):
         """
         text = text_config(config, "Qwen3.5-MoE", MODEL_TYPES)
         require(text, "Qwen3.5-MoE", hidden_act="silu", attention_bias=False, attn_output_gate=True)
+        require_parts(text, "Qwen3.5-MoE", "num_experts", "shared_expert_intermediate_size")
         names = (
             "num_key_value_heads",
             "head_dim",

@@ -9,7 +9,8 @@ import dataclasses
 from typing import Any
 
 from megatron_fp32.models import blocks
-from megatron_fp32.models.decoder import MOE_FIELDS, DecoderConfig, decoder_fields, dense_layers, require, text_config
+from megatron_fp32.models.decoder import DecoderConfig, decoder_fields, dense_layers, require, text_config
+from megatron_fp32.models.sizes import MOE_FIELDS
 
 MODEL_TYPES = ("qwen3_moe", "qwen3_vl_moe_text", "qwen3_vl_moe")
 
@@ -31,10 +32,11 @@ class Qwen3MoeConfig(DecoderConfig):
         """
         text = text_config(config, "Qwen3-MoE", MODEL_TYPES)
         require(text, "Qwen3-MoE", hidden_act="silu", attention_bias=False, use_sliding_window=False)
+        theta = 1e4 if text["model_type"] == MODEL_TYPES[0] else 5e5
         if text["model_type"] != MODEL_TYPES[0]:  # Qwen3-VL's router has no choice
             require(text, "Qwen3-VL-MoE", norm_topk_prob=True)
             text = {**text, "norm_topk_prob": True}
         if "num_local_experts" in text:  # the name under which transformers 5 saves it
             text = {**text, "num_experts": text["num_local_experts"]}
-        names = ("intermediate_size", *MOE_FIELDS, "norm_topk_prob")
-        return cls(**decoder_fields(config, text, names), dense_layers=dense_layers(text))
+        names = ("num_key_value_heads", "intermediate_size", *MOE_FIELDS, "norm_topk_prob")
+        return cls(**decoder_fields(config, text, names, rope_theta=theta), dense_layers=dense_layers(text))

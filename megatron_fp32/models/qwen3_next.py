@@ -13,16 +13,16 @@ from typing import Any
 
 from megatron_fp32.models import blocks
 from megatron_fp32.models.decoder import (
-    LINEAR_ATTENTION_FIELDS,
-    MOE_FIELDS,
     DecoderConfig,
     decoder_fields,
     dense_layers,
     require,
+    require_parts,
     text_config,
 )
 from megatron_fp32.models.mapping import Mapping
 from megatron_fp32.models.naming import Naming
+from megatron_fp32.models.sizes import LINEAR_ATTENTION_FIELDS, MOE_FIELDS
 
 MODEL_TYPES = ("qwen3_next",)
 
@@ -44,6 +44,8 @@ class Qwen3NextConfig(DecoderConfig):
         """
         text = text_config(config, "Qwen3-Next", MODEL_TYPES)
         require(text, "Qwen3-Next", hidden_act="silu", attention_bias=False)
+        if text.get("num_experts"):
+            require_parts(text, "Qwen3-Next", "shared_expert_intermediate_size")
         names = (
             *("num_key_value_heads", "head_dim", "intermediate_size", *LINEAR_ATTENTION_FIELDS),
             *(*MOE_FIELDS, "shared_expert_intermediate_size", "norm_topk_prob"),

@@ -101,6 +101,16 @@ class TestParity:
         hf, imported = families(one)
         assert_parity(logits(hf, imported, tokens), one, hf, tokens)
 
+    @pytest.mark.usefixtures("megatron")
+    @pytest.mark.parametrize("factor", [0.75, 0.25, 1.0])
+    def test_a_part_of_a_head_that_is_rotated(self, families: Families, tokens: Tensor, factor: float) -> None:
+        """9 of 12 values, which are rounded up to pairs; 3; all."""
+        rope = {"rope_type": "default", "rope_theta": 26914.64, "partial_rotary_factor": factor}
+        fields = {**case("Qwen3-Next").fields, "rope_parameters": rope}
+        part = dataclasses.replace(case("Qwen3-Next"), name=f"Qwen3-Next, {factor}", fields=fields)
+        hf, imported = families(part)
+        assert_parity(logits(hf, imported, tokens), part, hf, tokens)
+
     @pytest.mark.parametrize("case", ONE_OF_EACH, ids=lambda case: case.name)
     def test_two_ranks(self, ranks: Callable[[int], RankPool], families: Families, tokens: Tensor, case: Case) -> None:
         hf, imported = families(case)

@@ -183,7 +183,7 @@ class TestMegatron:
             return change
 
         three, seven = (
-            resave(imported, tmp_path / f"{rows}", pad(rows, value)) for rows, value in ((3, 0.5), (7, 0.0))
+            resave(imported, tmp_path / f"{rows}", pad(rows, value)) for rows, value in ((3, -0.0), (7, 0.0))
         )
         report = verify_checkpoints(three, seven)
         assert set(statuses_of(report).values()) == {"shape"}

@@ -13,6 +13,9 @@ FAMILIES = "tests/checkpoint/test_families.py"
 SAFETENSORS = "tests/checkpoint/test_safetensors_file.py"
 TORCH_FILE = "tests/checkpoint/test_torch_file.py"
 TORCH_DIST = "tests/checkpoint/test_torch_dist.py"
+VOCABULARY = "tests/checkpoint/test_vocabulary.py"
+RELEASED = "tests/checkpoint/test_released_sources.py"
+DTYPES = "tests/checkpoint/test_dtypes.py"
 FUZZ = "tests/checkpoint/test_fuzz.py"
 EXPERTS = "tests/checkpoint/test_verify_experts.py"
 MID = "tests/checkpoint/test_mid_training.py::test_the_model_is_found_among_the_states_of_two_optimizers"
@@ -105,7 +108,7 @@ CHECKPOINTS = [
     Mutant(
         name="leave a quantization in the config of a bf16 export",
         file="checkpoint/export_job.py",
-        old="remove_claims(staging.output, self.sidecar.hf_config)",
+        old="remove_claims(staging.output, self._hf_config)",
         new="pass",
         test=f"{CLAIMS}::TestBf16",
     ),
@@ -385,8 +388,8 @@ CHECKPOINTS = [
     Mutant(
         name="read a chunk aside and copy it",
         file="checkpoint/torch_file.py",
-        old="part = target if target.is_contiguous() else torch.empty(target.shape, dtype=stored.dtype)",
-        new="part = torch.empty(target.shape, dtype=stored.dtype)",
+        old="part = target if target.is_contiguous() else unfilled(target.shape, stored.dtype)",
+        new="part = unfilled(target.shape, stored.dtype)",
         test="tests/checkpoint/test_reader_memory.py",
     ),
     Mutant(
@@ -395,5 +398,89 @@ CHECKPOINTS = [
         old='prefixes = ("optimizer.", "chained_",',
         new='prefixes = ("optimizer.",',
         test=MID,
+    ),
+    Mutant(
+        name="take every row above the vocabulary for padding",
+        file="checkpoint/vocabulary.py",
+        old="    if not len(found):",
+        new="    if True:",
+        test=f"{VOCABULARY}::TestExport::test_other_rows_are_counted {VOCABULARY}::TestVerify",
+    ),
+    Mutant(
+        name="keep trained rows without telling config.json",
+        file="checkpoint/export_job.py",
+        old="        if self._options.vocab_size is not None:\n            write_config",
+        new="        if False:\n            write_config",
+        test=f"{VOCABULARY}::TestExport::test_a_larger_vocabulary_has_them",
+    ),
+    Mutant(
+        name="call an export that cut trained rows a success",
+        file="cli.py",
+        old="if report.rounded or (report.cut_tokens and vocab_size is None):",
+        new="if report.rounded:",
+        test=f"{VOCABULARY}::TestExport::test_the_command_names_them_and_is_no_success",
+    ),
+    Mutant(
+        name="take a head of its own for the tied embedding",
+        file="models/mapping.py",
+        old="if not torch.equal(tensor.contiguous().view(torch.uint8), first):",
+        new="if False:",
+        test=f"{RELEASED}::TestATiedHeadThatIsStored",
+    ),
+    Mutant(
+        name="drop a tied head that was stored",
+        file="models/blocks.py",
+        old="if config.tie_word_embeddings and naming.head:",
+        new="if False:",
+        test=f"{RELEASED}::TestATiedHeadThatIsStored",
+    ),
+    Mutant(
+        name="say nothing of stored frequencies that the config does not give",
+        file="checkpoint/import_job.py",
+        old="    if not stored.is_floating_point() or stored.shape != expected.shape:\n        return False",
+        new="    return True",
+        test=f"{RELEASED}::TestStoredFrequencies",
+    ),
+    Mutant(
+        name="leave an adapter beside the full weights out without a word",
+        file="checkpoint/kind.py",
+        old="    found = adapter_files(hf_dir)\n",
+        new="    found: list[str] = []\n",
+        test=f"{RELEASED}::test_an_adapter_beside_full_weights_is_refused",
+    ),
+    Mutant(
+        name="take the upper half of a byte for the first value of float4",
+        file="checkpoint/difference.py",
+        old="torch.stack([codes & 15, codes >> 4], dim=-1)",
+        new="torch.stack([codes >> 4, codes & 15], dim=-1)",
+        test=f"{DTYPES}::TestValues::test_float4",
+    ),
+    Mutant(
+        name="take unsigned integers for signed ones",
+        file="checkpoint/difference.py",
+        old="differs |= values.view(torch.int64) < 0",
+        new="pass",
+        test=f"{DTYPES}::TestValues::test_unsigned_integers",
+    ),
+    Mutant(
+        name="compare the real parts of complex values alone",
+        file="checkpoint/difference.py",
+        old="return differs.any(dim=-1) if a.is_complex() else differs",
+        new="return differs[..., 0] if a.is_complex() else differs",
+        test=f"{DTYPES}::TestValues::test_complex_values",
+    ),
+    Mutant(
+        name="refuse white space before a header",
+        file="checkpoint/safetensors_file.py",
+        old="        if not isinstance(entries, dict):",
+        new='        if not content.startswith(b"{"):',
+        test=f"{SAFETENSORS}::TestAccepts",
+    ),
+    Mutant(
+        name="take tokens that were added to the head alone for padding",
+        file="checkpoint/vocabulary.py",
+        old="torch.equal(codes, codes[:1].expand_as(codes))",
+        new="True",
+        test=f"{VOCABULARY}::TestExport::test_padding_that_a_softmax_trained",
     ),
 ]

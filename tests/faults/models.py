@@ -8,6 +8,7 @@ MEGATRON = "tests/checkpoint/test_through_megatron.py"
 CONVERT = "tests/checkpoint/test_convert.py"
 FAMILIES = "tests/checkpoint/test_families.py"
 THROUGH = "tests/checkpoint/test_families_through_megatron.py"
+ROTARY = "tests/models/test_rotary.py"
 LOADS = "tests/checkpoint/test_parallel_loads.py::test_every_byte_reaches_every_rank_and_comes_back"
 
 MODELS = [
@@ -104,5 +105,40 @@ MODELS = [
         new="layer = decoder_block_spec(config, vp_stage=vp_stage).layer_specs[-1]",
         test="tests/models/test_provider.py"
         "::test_under_transformer_engine_mtp_has_attention_and_experts_whatever_the_layers_of_its_stage",
+    ),
+    Mutant(
+        name="let rope_parameters win over rope_scaling",
+        file="models/rotary.py",
+        old='chosen = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"',
+        new='chosen = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"',
+        test=f"{ROTARY}::test_what_no_model_of_transformers_has_is_refused",
+    ),
+    Mutant(
+        name="let a rope_theta beside the parameters win over the one in them",
+        file="models/rotary.py",
+        old='rope.setdefault("rope_theta", text["rope_theta"])',
+        new='rope["rope_theta"] = text["rope_theta"]',
+        test=f"{ROTARY}::test_the_frequencies_are_those_of_transformers",
+    ),
+    Mutant(
+        name="tie by the text model's config",
+        file="models/decoder.py",
+        old='"tie_word_embeddings": config.get("tie_word_embeddings", False)',
+        new='"tie_word_embeddings": config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))',
+        test=f"{ROTARY}::test_the_outer_config_ties_and_the_text_config_rotates",
+    ),
+    Mutant(
+        name="take heads that their groups do not divide",
+        file="models/sizes.py",
+        old="is_right = values[1] < 1 or values[0] % values[1] == 0",
+        new="is_right = True",
+        test="tests/models/test_families.py::test_sizes_that_no_model_has_are_refused",
+    ),
+    Mutant(
+        name="cut the fraction off a rotary base",
+        file="models/decoder.py",
+        old="if not float(self.rope_theta).is_integer():",
+        new="if False:",
+        test="tests/models/test_provider.py::test_a_rotary_base_with_a_fraction_has_no_flag",
     ),
 ]

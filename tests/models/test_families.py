@@ -12,10 +12,10 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_fp32.models import provider
-from megatron_fp32.models.decoder import Llama3RopeScaling
 from megatron_fp32.models.families import FAMILIES, find_family
 from megatron_fp32.models.layout import extra_states, has_stacked_layers, stack_layers
 from megatron_fp32.models.naming import Naming
+from megatron_fp32.models.rotary import Llama3RopeScaling
 from tests.families import CASES, Case, case
 
 
@@ -70,6 +70,7 @@ def test_an_unknown_model_type_is_refused_with_those_that_are_known(config: Any,
         ("Llama", {"mlp_bias": True}, r"Llama config is not supported: mlp_bias=True \(expected False\)"),
         ("Llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_type='yarn'"),
         ("Qwen3", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("Qwen3", {"per_layer_config": {"1": {"head_dim": 6}}}, r"per_layer_config=\{'1'.*\(expected None\)"),
         ("Qwen3", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope_type='llama3'"),
         ("Qwen3-MoE", {"attention_bias": True}, "attention_bias=True"),
         ("Qwen3-Next", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
@@ -86,8 +87,57 @@ def test_other_arithmetic_is_refused(name: str, fields: dict[str, Any], message:
 
 
 @pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("Llama", {"num_key_value_heads": 4}, "num_attention_heads=6 is not a multiple of num_key_value_heads=4"),
+        ("Llama", {"num_attention_heads": 5}, "hidden_size=36 is not a multiple of num_attention_heads=5"),
+        ("Llama", {"head_dim": 7}, "head_dim=7 is odd"),
+        ("Llama", {"head_dim": 0}, "head_dim must be an integer from 1"),
+        ("Llama", {"head_dim": -4}, "head_dim must be an integer from 1"),
+        ("Llama", {"intermediate_size": 0}, "intermediate_size must be at least 1, got 0"),
+        ("Qwen3", {"num_key_value_heads": 5}, "num_attention_heads=6 is not a multiple of num_key_value_heads=5"),
+        ("Qwen3", {"num_key_value_heads": 12}, "num_attention_heads=6 is not a multiple of num_key_value_heads=12"),
+        ("Qwen3", {"layer_types": ["linear_attention"] * 3}, "layer_types must name 3 layers, each 'full_attention'"),
+        ("Qwen3-MoE", {"num_experts_per_tok": 6}, "num_experts_per_tok=6 is more than num_experts=5"),
+        ("Qwen3-MoE", {"num_experts_per_tok": 0}, "num_experts_per_tok must be at least 1, got 0"),
+        ("Qwen3-MoE", {"moe_intermediate_size": 0}, "moe_intermediate_size must be at least 1, got 0"),
+        ("Qwen3-MoE, a dense layer", {"intermediate_size": 0}, "intermediate_size must be at least 1, got 0"),
+        ("Qwen3-Next", {"num_key_value_heads": 4}, "num_attention_heads=6 is not a multiple of num_key_value_heads=4"),
+        ("Qwen3-Next", {"linear_num_key_heads": 4}, "linear_num_value_heads=6 is not a multiple of linear_num_key"),
+        ("Qwen3-Next", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size must be at least 1"),
+        (
+            "Qwen3.5",
+            {"linear_num_value_heads": 3},
+            "=3 is not a multiple of linear_num_key_heads=2",
+        ),
+        (
+            "Qwen3.5",
+            {"linear_num_value_heads": 1},
+            "=1 is not a multiple of linear_num_key_heads=2",
+        ),
+        ("Qwen3.5", {"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim must be an integer from 1"),
+        ("Qwen3.5-MoE", {"num_experts": 0}, "num_experts must be at least 1, got 0"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(name: str, fields: dict[str, Any], message: str) -> None:
+    config = _config(name, **fields)
+    if "num_experts" in fields:
+        config.pop("num_local_experts", None)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        find_family(config).parse(config)
+
+
+@pytest.mark.parametrize(("kv_heads", "expected"), [(1, 1), (3, 3), (6, 6), (None, 6)])
+def test_heads_that_divide_are_taken(kv_heads: int | None, expected: int) -> None:
+    config = _config("Qwen3", num_key_value_heads=kv_heads)
+    assert find_family(config).parse(config).num_key_value_heads == expected
+
+
+@pytest.mark.parametrize(
     ("name", "field"),
     [
+        ("Qwen3", "num_key_value_heads"),
+        ("Qwen3-MoE", "num_key_value_heads"),
         ("Llama", "intermediate_size"),
         ("Qwen3", "head_dim"),
         ("Qwen3-MoE", "moe_intermediate_size"),
@@ -115,7 +165,7 @@ def test_a_missing_field_is_named(name: str, field: str) -> None:
         ("Llama", {"num_hidden_layers": None}, "config.json lacks num_hidden_layers"),
         ("Llama", {"rms_norm_eps": [1e-5]}, "rms_norm_eps must be a finite number"),
         ("Llama", {"rope_parameters": "default"}, "rope_parameters must hold an object, got 'default'"),
-        ("Llama", {"rope_parameters": {"rope_theta": "1"}}, "rope_theta must be a finite number, got '1'"),
+        ("Llama", {"rope_parameters": {"rope_theta": "1"}}, "rope_theta must be a finite number above 0, got '1'"),
         ("Qwen3-MoE", {"num_local_experts": 10**6}, "num_local_experts must be an integer from 0 to 65536"),
         ("Qwen3-MoE", {"mlp_only_layers": 1}, "mlp_only_layers must be a list of integers, got '1'"),
         ("Qwen3-MoE", {"decoder_sparse_step": 0}, "decoder_sparse_step must be an integer from 1"),
@@ -179,6 +229,7 @@ class TestOlderConfigs:
     def test_incomplete_scaling_is_refused(self, absent: str) -> None:
         config = _config("Llama")
         del config["rope_parameters"][absent]
+        config.pop("max_position_embeddings", None)  # what transformers takes for a length that is absent
         with pytest.raises(ValueError, match=rf"lacks rope_parameters\.{absent}"):
             find_family(config).parse(config)
 

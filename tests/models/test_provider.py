@@ -17,8 +17,9 @@ from transformers.models.qwen3_5 import Qwen3_5TextConfig
 
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models import provider, specs
-from megatron_fp32.models.decoder import FULL, LINEAR, DecoderConfig, Llama3RopeScaling
+from megatron_fp32.models.decoder import FULL, LINEAR, DecoderConfig
 from megatron_fp32.models.families import find_family
+from megatron_fp32.models.rotary import Llama3RopeScaling
 from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
 from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
 from megatron_fp32.testing.cpu import model_parallel
@@ -198,6 +199,19 @@ def test_llama_3_1_has_flags_for_its_rotary_scaling(monkeypatch: pytest.MonkeyPa
     )
     args, _ = _parse(monkeypatch, arguments, dataclasses.replace(_parsed("Llama"), rope_scaling=scaling))
     assert (args.use_rope_scaling, args.rope_scaling_factor) == (True, 32.0)
+
+
+@pytest.mark.parametrize("theta", [26914.64, 0.5, 1e7 + 0.25])
+def test_a_rotary_base_with_a_fraction_has_no_flag(theta: float) -> None:
+    model = dataclasses.replace(_parsed("Qwen3"), rope_theta=theta)
+    with pytest.raises(ValueError, match=rf"--rotary-base takes whole numbers, this model has rope_theta={theta!r}"):
+        model.megatron_arguments()
+
+
+@pytest.mark.parametrize("theta", [10000.0, 500000, 1e7])
+def test_a_whole_rotary_base_is_a_flag(theta: float) -> None:
+    flags = dataclasses.replace(_parsed("Qwen3"), rope_theta=theta).megatron_arguments()
+    assert float(flags[flags.index("--rotary-base") + 1]) == theta
 
 
 def _parse(monkeypatch: pytest.MonkeyPatch, arguments: Any, model: DecoderConfig) -> tuple[Any, Any]:
