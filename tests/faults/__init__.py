@@ -1,12 +1,15 @@
 """The faults that `mutants.py` puts into the package, each with the test that must notice."""
 
 from faults.checkpoints import CHECKPOINTS
+from faults.files import FILES
+from faults.fp8 import FP8
 from faults.layers import LAYERS
 from faults.messages import ENTRANCES
 from faults.models import MODELS
 from faults.mutant import Mutant
 from faults.numerics import NUMERICS
+from faults.tokens import TOKENS
 
 __all__ = ["MUTANTS", "Mutant"]
 
-MUTANTS = [*NUMERICS, *LAYERS, *CHECKPOINTS, *ENTRANCES, *MODELS]
+MUTANTS = [*NUMERICS, *TOKENS, *LAYERS, *CHECKPOINTS, *FILES, *FP8, *ENTRANCES, *MODELS]
