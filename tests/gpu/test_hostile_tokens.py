@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from megatron_fp32.ops.logits import fp32_logits
 from megatron_fp32.ops.logits.split import split_torch
-from megatron_fp32.ops.logprobs import linear_cross_entropy, weighted_cross_entropy
+from megatron_fp32.ops.logprobs import linear_cross_entropy, linear_logprobs, weighted_cross_entropy, workspace
 from tests.ops.hostile_tokens import CHECKS, Head, heads
 from tests.ops.logprobs_cases import VOCAB, case, with_main_grad
 
@@ -112,3 +113,62 @@ class TestGradScale:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(c.hidden.grad, expected)
+
+
+class TestStrides:
+    """What the tensor memory accelerator cannot take is copied, not passed on."""
+
+    @pytest.mark.parametrize("tokens", [1, 2])
+    @pytest.mark.parametrize("kind", ["odd stride", "odd address", "expanded", "transposed"])
+    def test_hidden_states(self, kind: str, tokens: int) -> None:
+        torch.manual_seed(0)
+        c = case(device="cuda")
+        x = c.hidden.detach()[:tokens]
+        if kind == "odd stride":
+            strided = torch.empty(tokens, 2 * x.shape[1] + 3, device="cuda").bfloat16()[:, : x.shape[1]].copy_(x)
+        elif kind == "odd address":
+            strided = torch.empty(x.numel() + 1, device="cuda").bfloat16()[1:].view_as(x).copy_(x)
+        elif kind == "expanded":
+            x = x[:1].expand(tokens, -1)
+            strided = x[:1].as_strided(x.shape, (0, 1))
+        else:
+            strided = x.t().contiguous().t()
+        weights = torch.ones(tokens, device="cuda")
+        labels = c.labels[:tokens]
+        results = []
+        for hidden in (x.clone().requires_grad_(), strided.detach().requires_grad_()):
+            out = linear_logprobs(hidden, c.weight, labels, vocab_size=VOCAB, invariant=True)
+            logits = fp32_logits(hidden, c.weight, invariant=True)
+            with_main_grad(c.weight)
+            loss = weighted_cross_entropy(
+                hidden, c.weight, labels, weights, vocab_size=VOCAB, grad_precision="bf16x2", invariant=True
+            )
+            loss.total.backward()
+            results.append((out.logprobs, logits, hidden.grad, c.weight.main_grad))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+    def test_a_weight_of_one_row(self) -> None:
+        """Its row's stride is no length of anything."""
+        x = torch.randn(4, 64, device="cuda").bfloat16()
+        w = torch.randn(1, 131, device="cuda").bfloat16()[:, :64]
+        out = linear_logprobs(x, w, torch.zeros(4, dtype=torch.long, device="cuda"))
+        assert torch.equal(out.logprobs, torch.zeros(4, device="cuda"))
+
+
+def test_memory_of_many_candidates() -> None:
+    """The tokens with the largest log-probs, as many as make every block a candidate, in the memory of a chunk."""
+    x = torch.randn(2048, 64, device="cuda").bfloat16()
+    w = torch.randn(151936, 64, device="cuda").bfloat16()
+    y = torch.zeros(2048, dtype=torch.long, device="cuda")
+    for k in (1, 100, 2000):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = linear_logprobs(x, w, y, top_k=k)
+        peak = torch.cuda.max_memory_allocated() - before
+        # The results, and their parts before they are put together.
+        assert peak < workspace.BYTES + 2.5 * 2048 * k * 12 + 2**26
+        assert out.top_tokens is not None
+        rows = out.top_tokens[:4].sort(1).values
+        assert (rows[:, 1:] > rows[:, :-1]).all()

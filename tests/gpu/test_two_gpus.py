@@ -12,6 +12,7 @@ import torch
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.ops.logits import fp32_logits
 from megatron_fp32.ops.logits.reference import gradients_reference, relative_error
+from megatron_fp32.ops.logprobs import linear_cross_entropy, linear_logprobs, weighted_cross_entropy
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
 from megatron_fp32.testing.training import Batch, Trainer, TrainerConfig, load_model
@@ -67,8 +68,6 @@ def test_two_ranks_err_no_more_than_one(pool: RankPool, sequence_parallel: bool)
 def head(tensor: int, sequence_parallel: bool, operator: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Losses, dX and dW of the head without logits, whole; with the errors of the two gradients."""
     import torch.distributed as dist
-
-    from megatron_fp32.ops.logprobs import linear_cross_entropy, weighted_cross_entropy
 
     tokens, hidden_size, vocab = 512, 1024, 151936
     generator = torch.Generator(device="cuda").manual_seed(5)
@@ -171,3 +170,32 @@ def test_kept_parameters_have_the_gradients_of_one_rank(
     for name, gradient in one.items():
         # bf16 activations reduced in another order; a sum missing or done twice would be off by 30 % or more.
         assert relative_error(two[name], gradient) < 0.05, name
+
+
+def uneven_shards(operator: str) -> tuple[bool, str]:
+    """Whether all results are NaN, and what the backward pass raises, for shards of 151 and 150 rows."""
+    import torch.distributed as dist
+
+    torch.manual_seed(0)
+    hidden = torch.randn(8, 64, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(301, 64, device="cuda").bfloat16().chunk(2)[dist.get_rank()].clone().requires_grad_()
+    labels = torch.arange(8, device="cuda")
+    if operator == "weighted":
+        total, results = weighted_cross_entropy(
+            hidden, weight, labels, torch.ones(8, device="cuda"), tp_group=dist.group.WORLD
+        )
+    else:
+        results = linear_logprobs(hidden, weight, labels, tp_group=dist.group.WORLD).logprobs
+        total = results.sum()
+    try:
+        total.backward()
+    except ValueError as error:
+        return bool(results.isnan().all()), str(error)
+    return bool(results.isnan().all()), "no error"
+
+
+@pytest.mark.parametrize("operator", ["logprobs", "weighted"])
+def test_shards_of_different_sizes(pool: RankPool, operator: str) -> None:
+    for nan, error in pool.run(uneven_shards, operator):
+        assert nan
+        assert "equally many rows on every rank of tp_group, got [151, 150] rows" in error
