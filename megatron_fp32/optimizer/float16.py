@@ -169,6 +169,8 @@ def _drop_absent(state: Any, names: Any) -> None:
     for key, value in list(state.items()):
         if isinstance(value, dict):
             _drop_absent(value, names)
+            if not value:  # the original does not give back empty dicts, and misses them
+                del state[key]
         elif getattr(value, _MAY_BE_ABSENT, False) and value.key not in names:
             del state[key]
 

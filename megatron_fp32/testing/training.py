@@ -106,7 +106,8 @@ class Trainer:
                 bucket_size=self.config.bucket_size,
             ),
             Float16Module(chunk.config, chunk) if mixed else chunk,
-            disable_bucketing=index > 0,  # as in Megatron-LM
+            # As in Megatron-LM, but for gloo: it gathers parameters of two dtypes in one call wrongly.
+            disable_bucketing=index > 0 and torch.distributed.get_backend() != "gloo",
         )
 
     def backward(self, micro_batches: Sequence[Batch]) -> float:
