@@ -16,6 +16,8 @@ from megatron_fp32.optimizer.replaced import replaced
 
 
 def leaf_shards() -> contextlib.AbstractContextManager[None]:
+    """The shards of native-fp32 parameters are leaves, into which a checkpoint can be loaded."""
+
     def make(original: Any) -> Any:
         build = original.__func__
 
@@ -38,6 +40,8 @@ def leaf_shards() -> contextlib.AbstractContextManager[None]:
 
 
 def index_map() -> contextlib.AbstractContextManager[None]:
+    """`model_param_group_index_map` has the order of the inner optimizer: native-fp32 parameters first."""
+
     def make(original: Any) -> Any:
         @functools.wraps(original)
         def repaired(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -54,6 +58,8 @@ def index_map() -> contextlib.AbstractContextManager[None]:
 
 
 def zero_state_before_first_step() -> contextlib.AbstractContextManager[None]:
+    """torch's Adam has states before its first step, as a load needs them."""
+
     def make(original: Any) -> Any:
         @functools.wraps(original)
         def repaired(self: Any) -> Any:
@@ -70,6 +76,8 @@ def zero_state_before_first_step() -> contextlib.AbstractContextManager[None]:
 
 
 def keep_step_when_missing() -> contextlib.AbstractContextManager[None]:
+    """torch's Adam keeps its step when a checkpoint has it in the parameter groups alone."""
+
     def make(original: Any) -> Any:
         @functools.wraps(original)
         def repaired(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
@@ -87,6 +95,8 @@ def keep_step_when_missing() -> contextlib.AbstractContextManager[None]:
 
 
 def separate_steps() -> contextlib.AbstractContextManager[None]:
+    """Each parameter has a step of its own in torch's Adam after a load."""
+
     def make(original: Any) -> Any:
         @functools.wraps(original)
         def repaired(self: Any, state_dict: Any) -> None:

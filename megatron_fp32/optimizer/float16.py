@@ -23,6 +23,8 @@ from megatron_fp32.optimizer.replaced import replaced
 
 
 def id_map() -> contextlib.AbstractContextManager[None]:
+    """States are named by the numbers of the inner optimizer, which counts native-fp32 parameters too."""
+
     def make(original: Any) -> Any:
         @functools.wraps(original)
         def repaired(self: Any, *args: Any, **kwargs: Any) -> Any:

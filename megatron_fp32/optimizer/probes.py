@@ -116,7 +116,10 @@ def bucket_padding_is_left_out() -> bool:
     probe = object.__new__(DistributedOptimizer)
     state = {0: {dtype: {"param": torch.arange(9.0), "numel_unpadded": 9}}}
     vars(probe).update(
-        buffers=[buffer], gbuf_ranges=[{dtype: []}], get_parameter_state_dp_zero=lambda **_: state, is_stub_optimizer=False
+        buffers=[buffer],
+        gbuf_ranges=[{dtype: []}],
+        get_parameter_state_dp_zero=lambda **_: state,
+        is_stub_optimizer=False,
     )
     model = {name: ShardedTensor.from_rank_offsets(name, p) for name, p in (("first", first), ("second", second))}
     named = probe.sharded_param_state_fully_reshardable(model, metadata={})

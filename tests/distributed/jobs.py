@@ -39,9 +39,7 @@ def trainer(
     **overrides: Any,
 ) -> Trainer:
     """This rank's chunks of a tiny model in bf16, wrapped, with the same start for every call."""
-    model = tiny_qwen3_5(
-        tie_word_embeddings=tied, layer_types=("linear_attention", "full_attention") * (layers // 2)
-    )
+    model = tiny_qwen3_5(tie_word_embeddings=tied, layer_types=("linear_attention", "full_attention") * (layers // 2))
     torch.manual_seed(3)
     settings = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16, **overrides}
     shared = transformer_config(
@@ -90,7 +88,12 @@ def straight(config: TrainerConfig, parallel: Parallel, steps: int, overrides: d
 
 
 def train_and_save(
-    config: TrainerConfig, parallel: Parallel, steps: int, directory: Path, without: str | None, overrides: dict[str, Any]
+    config: TrainerConfig,
+    parallel: Parallel,
+    steps: int,
+    directory: Path,
+    without: str | None,
+    overrides: dict[str, Any],
 ) -> list[Piece]:
     """Train and save, with every repair or with all but one; this rank's states."""
     with model_parallel(**parallel), repairs(without):
@@ -102,7 +105,12 @@ def train_and_save(
 
 
 def resume(
-    config: TrainerConfig, parallel: Parallel, steps: int, directory: Path, without: str | None, overrides: dict[str, Any]
+    config: TrainerConfig,
+    parallel: Parallel,
+    steps: int,
+    directory: Path,
+    without: str | None,
+    overrides: dict[str, Any],
 ) -> Any:
     """Load and go on; losses and state."""
     with model_parallel(**parallel), repairs(without):

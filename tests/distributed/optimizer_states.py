@@ -14,6 +14,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_fp32.testing.training import Trainer
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
     """What one rank has of one state. Numbers that it does not have are NaN."""

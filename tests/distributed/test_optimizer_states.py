@@ -127,9 +127,7 @@ def test_between_16_bit_and_native_fp32(
             assert torch.equal(native[KEPT], truth)
 
 
-def test_without_its_repair_a_native_parameter_stays_rounded(
-    ranks: Callable[[int], RankPool], tmp_path: Path
-) -> None:
+def test_without_its_repair_a_native_parameter_stays_rounded(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
     saved = whole(ranks(1).run(jobs.train_and_save, FLOAT16, DP, 3, tmp_path, None, {"fp32": STOCK}))
     ((_, native),) = ranks(1).run(jobs.load_states, FLOAT16, DP, tmp_path, "float16-native-masters", {})
     truth = saved[f"param {KEPT}"]
