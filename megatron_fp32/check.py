@@ -26,9 +26,9 @@ def check_fp32(
     """Raise unless the chunks of this rank hold what `config` says.
 
     Looks at the class of every output layer and gated-delta-net layer and at methods that someone replaced on them; at
-    the dtype, the marks and `main_grad` of every kept parameter; at the optimizer's groups, and at whether it could be
-    loaded again; at what DistributedDataParallel sends in one call; and with `after_forward` at the layers' own counters
-    of fp32 passes. Nothing is changed and nothing communicated: call it on every rank.
+    the dtype, the marks and `main_grad` of every kept parameter; at the optimizer's groups, and at whether a checkpoint
+    of it could be loaded; at what DistributedDataParallel sends in one call; and with `after_forward` at the layers'
+    own counters of fp32 passes. Nothing is changed and nothing communicated: call it on every rank.
 
     Args:
         model: the wrapped chunks (or bare ones).

@@ -129,6 +129,14 @@ def load_states(
         return pieces(trained), native
 
 
+def load_model_alone(config: TrainerConfig, directory: Path, overrides: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Load a checkpoint of model and optimizer without the optimizer, on one rank; the model's parameters."""
+    with model_parallel(), native_fp32.install_optimizer_repairs():
+        trained = trainer(config, **overrides)
+        trained.load_model(directory, strict="log_unexpected")
+        return {name: parameter.detach().clone() for name, parameter in trained.model.named_parameters()}
+
+
 def loaded(config: TrainerConfig, parallel: Parallel, directory: Path, overrides: dict[str, Any]) -> Trainer:
     """A new model and its optimizer, loaded."""
     trained = trainer(config, **parallel, **overrides)

@@ -133,3 +133,48 @@ def test_without_its_repair_a_native_parameter_stays_rounded(ranks: Callable[[in
     truth = saved[f"param {KEPT}"]
     assert torch.equal(native[KEPT], truth.bfloat16().float())
     assert not torch.equal(native[KEPT], truth)
+
+
+REFUSED = [
+    (one, other, before, after, message)
+    for before, after in (({"fp32": STOCK}, {}), ({}, {"fp32": STOCK}), ({}, {}))
+    for one, other, message in (
+        (FLOAT16, RESHARDABLE, r"optimizer\.state\.param\."),
+        (RESHARDABLE, FLOAT16, r"optimizer\.state\.fp32_param\."),
+        (FLOAT16, DISTRIBUTED, r"optimizer\.distributed\."),
+        (DISTRIBUTED, RESHARDABLE, r"optimizer\.state\."),
+    )
+] + [
+    (DISTRIBUTED, DISTRIBUTED, {"fp32": STOCK}, {}, "Global shape mismatch"),
+    (DISTRIBUTED, DISTRIBUTED, {}, {"fp32": STOCK}, "Global shape mismatch"),
+]
+
+
+@pytest.mark.parametrize(("config", "other", "before", "after", "message"), REFUSED)
+def test_formats_that_cannot_be_exchanged_are_refused(
+    ranks: Callable[[int], RankPool],
+    tmp_path: Path,
+    config: TrainerConfig,
+    other: TrainerConfig,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    message: str,
+) -> None:
+    """By megatron-core, which names the first tensor that it misses, never by loading what is not meant."""
+    ranks(1).run(jobs.train_and_save, config, DP, 1, tmp_path, None, before)
+    with pytest.raises(RankError, match=message):
+        ranks(1).run(jobs.load_states, other, DP, tmp_path, None, after)
+
+
+@pytest.mark.parametrize("config", [FLOAT16, RESHARDABLE, DISTRIBUTED])
+@pytest.mark.parametrize("to_native", [True, False])
+def test_the_model_alone_brings_what_the_model_had(
+    ranks: Callable[[int], RankPool], tmp_path: Path, config: TrainerConfig, to_native: bool
+) -> None:
+    before, after = ({"fp32": STOCK}, {}) if to_native else ({}, {"fp32": STOCK})
+    saved = whole(ranks(1).run(jobs.train_and_save, config, DP, 3, tmp_path, None, before))
+    (loaded,) = ranks(1).run(jobs.load_model_alone, config, tmp_path, after)
+    rounded = saved[f"param {KEPT}"].bfloat16()
+    assert loaded[KEPT].dtype == (torch.float32 if to_native else torch.bfloat16)
+    assert torch.equal(loaded[KEPT].bfloat16(), rounded)
+    assert torch.equal(loaded[KEPT].float(), rounded.float())
