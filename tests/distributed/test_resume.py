@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_fp32.testing.cpu import single_process
 from megatron_fp32.testing.ranks import RankPool
 from megatron_fp32.testing.training import TrainerConfig
 from tests.distributed import jobs
-from tests.support import rank_setup
 
 DISTRIBUTED = TrainerConfig(sharding="dp_reshardable")
 RESHARDABLE = TrainerConfig(sharding="fully_reshardable")
@@ -59,13 +57,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         assert optimizer_2 == optimizer
         assert any(name.endswith(".step") for name in optimizer)
         assert any(name.endswith(".exp_avg_sq") for name in optimizer)
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    """What a rank of the pools enters, in this process."""
-    with rank_setup(), single_process():
-        yield
 
 
 FAILS_TO_SAVE = [

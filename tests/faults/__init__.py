@@ -5,7 +5,8 @@ from faults.layers import LAYERS
 from faults.models import MODELS
 from faults.mutant import Mutant
 from faults.numerics import NUMERICS
+from faults.optimizers import OPTIMIZERS
 
 __all__ = ["MUTANTS", "Mutant"]
 
-MUTANTS = [*NUMERICS, *LAYERS, *CHECKPOINTS, *MODELS]
+MUTANTS = [*NUMERICS, *LAYERS, *CHECKPOINTS, *MODELS, *OPTIMIZERS]
