@@ -218,9 +218,8 @@ class Trainer:
         return output
 
     def _metadata(self) -> dict[str, Any]:
-        metadata: dict[str, Any] = ensure_metadata_has_dp_cp_group(
-            {"distrib_optim_sharding_type": self.config.sharding, "chained_optim_avoid_prefix": True}
-        )
+        sharding = {"distrib_optim_sharding_type": self.config.sharding} if self.config.distributed_optimizer else {}
+        metadata: dict[str, Any] = ensure_metadata_has_dp_cp_group({**sharding, "chained_optim_avoid_prefix": True})
         return metadata
 
 

@@ -33,13 +33,30 @@ def trainer(
     tensor: int = 1,
     pipeline: int = 1,
     virtual: int | None = None,
+    expert: int = 1,
     fp32: Fp32Config | None = None,
     tied: bool = False,
     layers: int = 2,
+    experts: bool = False,
     **overrides: Any,
 ) -> Trainer:
-    """This rank's chunks of a tiny model in bf16, wrapped, with the same start for every call."""
-    model = tiny_qwen3_5(tie_word_embeddings=tied, layer_types=("linear_attention", "full_attention") * (layers // 2))
+    """This rank's chunks of a tiny model in bf16, wrapped, with the same start for every call.
+
+    Args:
+        layers: how many, of both kinds in turn.
+        experts: a mixture of four instead of a dense MLP.
+    """
+    moe = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    }
+    model = tiny_qwen3_5(
+        tie_word_embeddings=tied,
+        layer_types=("linear_attention", "full_attention") * (layers // 2),
+        **(moe if experts else {}),
+    )
     torch.manual_seed(3)
     settings = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16, **overrides}
     shared = transformer_config(
@@ -48,6 +65,7 @@ def trainer(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual,
+        expert_model_parallel_size=expert,
         **settings,
     )
     chunks = []

@@ -24,7 +24,8 @@ RESHARDABLE = TrainerConfig(sharding="fully_reshardable")
 DISTRIBUTED = TrainerConfig(sharding="dp_reshardable")
 FLOAT16 = TrainerConfig(distributed_optimizer=False)
 TP2, PP2, VPP2 = {"tensor": 2}, {"pipeline": 2}, {"pipeline": 2, "virtual": 2}
-TIED, FOUR = {"tied": True}, {"layers": 4}
+EP2 = {"expert": 2}
+TIED, FOUR, EXPERTS = {"tied": True}, {"layers": 4}, {"experts": True}
 DP: jobs.Parallel = {}
 
 
@@ -45,6 +46,9 @@ LAYOUTS = [
     pytest.param(own_group("*.A_log"), 2, DP, 2, TP2, {}, id="own-group-DP2-to-TP2"),
     pytest.param(own_group("*.linear_qkv.weight", "*.A_log"), 2, PP2, 1, DP, FOUR, id="groups-PP2-to-one"),
     pytest.param(own_group("*.out_norm.weight", "*.A_log", "*.bias"), 1, DP, 2, PP2, FOUR, id="three-groups-to-PP2"),
+    pytest.param(own_group("*.A_log", "*router*"), 2, EP2, 4, EP2, EXPERTS, id="experts-own-group-EP2-to-EP2-DP2"),
+    pytest.param(own_group("*.experts.*", "*.A_log"), 2, EP2, 2, EP2, EXPERTS, id="experts-groups-EP2"),
+    pytest.param(BUCKETED, 4, EP2, 2, EP2, EXPERTS, id="experts-buckets-EP2-DP2-to-EP2"),
     pytest.param(own_group("*embedding*", "*.A_log"), 1, DP, 2, PP2, FOUR, id="group-of-one-stage-to-PP2"),
 ]
 
