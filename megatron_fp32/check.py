@@ -14,6 +14,7 @@ from torch import nn
 
 from megatron_fp32.apply import Model, expected_heads, find_output_layers, named_chunks, why_no_vocabulary_head
 from megatron_fp32.config import Fp32Config, config_or_default
+from megatron_fp32.optimizer.checks import communication_problems, offload_problems
 from megatron_fp32.optimizer.native_fp32 import pending_repairs
 from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
 from megatron_fp32.tensor_parallel.fused_loss import has_fused_loss
@@ -29,8 +30,9 @@ def check_fp32(
     """Raise unless the chunks of this rank hold what `config` says.
 
     Looks at the class of every output layer and gated-delta-net layer and at methods that someone replaced on them; at
-    the dtype, the marks and `main_grad` of every kept parameter; at the optimizer's groups; and with `after_forward` at
-    the layers' own counters of fp32 passes. Nothing is changed and nothing communicated: call it on every rank.
+    the dtype, the marks and `main_grad` of every kept parameter; at the optimizer's groups, and at whether a checkpoint
+    of it could be loaded; at what DistributedDataParallel sends in one call; and with `after_forward` at the layers'
+    own counters of fp32 passes. Nothing is changed and nothing communicated: call it on every rank.
 
     Args:
         model: the wrapped chunks (or bare ones).
@@ -52,6 +54,7 @@ def check_fp32(
         problems += _gated_delta_net_problems(chunks, config, after_forward, kept)
     if optimizer is not None:
         problems += _optimizer_problems(kept, optimizer)
+    problems += communication_problems([chunk for _, chunk in chunks], optimizer)
     if problems:
         raise RuntimeError("not in fp32 as configured:\n" + "\n".join(f"- {problem}" for problem in problems))
 
@@ -127,6 +130,7 @@ def _optimizer_problems(kept: dict[str, nn.Parameter], optimizer: Any) -> Iterat
             if id(parameter) in rounded:
                 yield f"the optimizer was built before {name} was fp32: it has it among its 16-bit parameters"
         yield from _index_map_problems(trained, inner)
+        yield from offload_problems(inner)
 
 
 def _index_map_problems(trained: dict[str, nn.Parameter], optimizer: Any) -> Iterator[str]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.transformer.module import Float16Module
 from torch import nn
 
 from megatron_fp32.apply import apply_fp32
@@ -128,3 +132,43 @@ class TestCheck:
                 del parameter.main_grad
             apply_fp32(model)
             assert "was built before" in self.complaint(trainer.model, optimizer=trainer.optimizer)
+
+    def test_an_optimizer_on_the_cpu(self) -> None:
+        with install_optimizer_repairs():
+            trainer = self.trainer()
+            inner = next(iter(getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])))
+            check_fp32(trainer.model, optimizer=trainer.optimizer)
+            inner.optimizer = object.__new__(HybridDeviceOptimizer)
+            text = self.complaint(trainer.model, optimizer=trainer.optimizer)
+        assert "optimizer_cpu_offload" in text
+        assert "KeyError" in text
+
+    @pytest.mark.parametrize("bare", [False, True])
+    def test_gradients_of_two_dtypes_in_one_call(self, bare: bool) -> None:
+        """The default of megatron-core, and what its interleaved schedule does to the second chunk."""
+        model, optimizer = self.chunk(disable_bucketing=True, grad_reduce_in_fp32=False)
+        text = self.complaint(model.module.module if bare else model, optimizer=optimizer if bare else None)
+        assert "gradients of torch.bfloat16 and torch.float32 are reduced in one call" in text
+        assert "grad_reduce_in_fp32=True" in text
+
+    def test_parameters_of_two_dtypes_in_one_call_of_gloo(self) -> None:
+        model, _ = self.chunk(disable_bucketing=True, grad_reduce_in_fp32=True)
+        assert "which gloo does wrongly" in self.complaint(model)
+        with mock.patch("torch.distributed.get_backend", return_value="nccl"):
+            check_fp32(model)
+
+    @pytest.mark.parametrize("grad_reduce_in_fp32", [True, False])
+    def test_every_bucket_by_itself(self, grad_reduce_in_fp32: bool) -> None:
+        check_fp32(self.chunk(disable_bucketing=False, grad_reduce_in_fp32=grad_reduce_in_fp32)[0])
+
+    def chunk(self, *, disable_bucketing: bool, grad_reduce_in_fp32: bool) -> tuple[Any, Any]:
+        """A wrapped model, and an optimizer that knows it."""
+        model = stock_model()
+        apply_fp32(model)
+        config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=grad_reduce_in_fp32)
+        wrapped = DistributedDataParallel(
+            model.config, config, Float16Module(model.config, model), disable_bucketing=disable_bucketing
+        )
+        for parameter in model.parameters() if not grad_reduce_in_fp32 else ():
+            del parameter.main_grad  # its dtype would be named too
+        return wrapped, argparse.Namespace(chained_optimizers=[argparse.Namespace(model_chunks=[wrapped])])

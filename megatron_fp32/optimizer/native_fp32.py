@@ -12,17 +12,14 @@ from megatron_fp32 import needs_megatron  # noqa: F401
 # isort: split
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
-import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
-from torch import Tensor
 
-from megatron_fp32.optimizer import probes
+from megatron_fp32.optimizer import distributed, float16, probes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +99,7 @@ def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContext
             upstream="Megatron-LM#6982",
             needed=not probes.shards_are_leaves(),
         ),
-        _leaf_shards,
+        distributed.leaf_shards,
     )
     yield (
         Repair(
@@ -111,7 +108,7 @@ def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContext
             upstream="Megatron-LM#5835",
             needed=not probes.index_map_follows_groups(),
         ),
-        _index_map,
+        distributed.index_map,
     )
     yield (
         Repair(
@@ -120,7 +117,7 @@ def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContext
             upstream="Megatron-LM#5929",
             needed=not probes.float16_ids_count_fp32(),
         ),
-        _float16_id_map,
+        float16.id_map,
     )
     yield (
         Repair(
@@ -129,7 +126,7 @@ def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContext
             upstream="none",
             needed=not probes.state_dict_works_before_first_step(),
         ),
-        _zero_state_before_first_step,
+        distributed.zero_state_before_first_step,
     )
     yield (
         Repair(
@@ -138,7 +135,7 @@ def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContext
             upstream="none",
             needed=not probes.accepts_states_without_step(),
         ),
-        _keep_step_when_missing,
+        distributed.keep_step_when_missing,
     )
     yield (
         Repair(
@@ -147,154 +144,50 @@ def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContext
             upstream="none",
             needed=not probes.loaded_steps_are_separate(),
         ),
-        _separate_steps,
+        distributed.separate_steps,
     )
-
-
-# The repairs. Each is a context manager that replaces one method.
-
-
-@contextlib.contextmanager
-def _replaced(owner: type, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """`owner.name` is `make(what it was)` inside the block, and the very same object again after it."""
-    original = vars(owner)[name]
-    setattr(owner, name, make(original))
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-def _leaf_shards() -> contextlib.AbstractContextManager[None]:
-    def make(original: Any) -> Any:
-        build = original.__func__
-
-        @functools.wraps(build)
-        def repaired(cls: Any, gbuf_ranges: Any, param_gbuf_map: Any, opt_group_ranges: Any, config: Any) -> Any:
-            built = build(cls, gbuf_ranges, param_gbuf_map, opt_group_ranges, config)
-            for group_range, shards in zip(opt_group_ranges, built[3], strict=True):
-                params = group_range["orig_group"]["params"]
-                for i, shard in enumerate(shards):
-                    # detach(), not no_grad(): a view made under no_grad must not be modified in place later.
-                    leaf = shard.detach()
-                    vars(leaf).update(vars(shard))
-                    shards[i] = leaf
-                    params[next(j for j, p in enumerate(params) if p is shard)] = leaf
-            return built
-
-        return classmethod(repaired)
-
-    return _replaced(DistributedOptimizer, "_build_model_and_main_param_groups", make)
-
-
-def _index_map() -> contextlib.AbstractContextManager[None]:
-    def make(original: Any) -> Any:
-        @functools.wraps(original)
-        def repaired(self: Any, *args: Any, **kwargs: Any) -> None:
-            original(self, *args, **kwargs)
-            # Absent for a stub optimizer and for Megatron-FSDP.
-            groups = zip(getattr(self, "model_fp32_groups", ()), getattr(self, "model_float16_groups", ()), strict=True)
-            for group_index, (fp32, float16) in enumerate(groups):
-                for order, param in enumerate([*fp32, *float16]):
-                    self.model_param_group_index_map[param] = (group_index, order)
-
-        return repaired
-
-    return _replaced(DistributedOptimizer, "__init__", make)
-
-
-def _float16_id_map() -> contextlib.AbstractContextManager[None]:
-    def make(original: Any) -> Any:
-        @functools.wraps(original)
-        def repaired(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if not any(self.fp32_from_fp32_groups):
-                return original(self, *args, **kwargs)
-            model_of = {
-                id(main): model
-                for mains, models in zip(self.fp32_from_float16_groups, self.float16_groups, strict=True)
-                for main, model in zip(mains, models, strict=True)
-            }
-            groups = [list(group["params"]) for group in self.optimizer.param_groups]
-            stock = self.float16_groups, self.fp32_from_float16_groups
-            # The original numbers float16_groups; with every parameter of the inner optimizer in it, in the inner
-            # optimizer's order, its numbers are right.
-            self.float16_groups = [[model_of.get(id(p), p) for p in group] for group in groups]
-            self.fp32_from_float16_groups = groups
-            try:
-                state_dict = original(self, *args, **kwargs)
-            finally:
-                self.float16_groups, self.fp32_from_float16_groups = stock
-            # A native-fp32 parameter is its own main parameter; the model's state dict holds it.
-            state_dict["fp32_from_fp16_params"] = [
-                [entry for entry, p in zip(entries, group, strict=True) if id(p) in model_of]
-                for entries, group in zip(state_dict["fp32_from_fp16_params"], groups, strict=True)
-            ]
-            return state_dict
-
-        return repaired
-
-    return _replaced(Float16OptimizerWithFloat16Params, "sharded_state_dict", make)
-
-
-def _zero_state_before_first_step() -> contextlib.AbstractContextManager[None]:
-    def make(original: Any) -> Any:
-        @functools.wraps(original)
-        def repaired(self: Any) -> Any:
-            inner = self.optimizer
-            if isinstance(inner, torch.optim.Adam) and not inner.state:
-                for group in inner.param_groups:
-                    for param in group["params"]:
-                        inner.state[param] = _adam_zero_state(param, group)
-            return original(self)
-
-        return repaired
-
-    return _replaced(DistributedOptimizer, "state_dict", make)
-
-
-def _keep_step_when_missing() -> contextlib.AbstractContextManager[None]:
-    def make(original: Any) -> Any:
-        @functools.wraps(original)
-        def repaired(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-            group_index, order = self.model_param_group_index_map[model_param]
-            main = self.optimizer.param_groups[group_index]["params"][order]
-            step = self.optimizer.state[main].get("step")
-            if isinstance(step, Tensor) and "step" not in tensors:
-                # It travels in the parameter groups, and load_state_dict has set it from there.
-                tensors = {**tensors, "step": step.clone()}
-            original(self, model_param, tensors)
-
-        return repaired
-
-    return _replaced(DistributedOptimizer, "_set_main_param_and_optimizer_states", make)
-
-
-def _separate_steps() -> contextlib.AbstractContextManager[None]:
-    def make(original: Any) -> Any:
-        @functools.wraps(original)
-        def repaired(self: Any, state_dict: Any) -> None:
-            original(self, state_dict)
-            for group in self.optimizer.param_groups:
-                for param in group["params"]:
-                    state = self.optimizer.state[param]
-                    if "step" in group and isinstance(state.get("step"), Tensor):
-                        # The groups carry what was saved. dp_reshardable has just copied the step of before the
-                        # load over it.
-                        state["step"] = torch.full_like(state["step"], float(group["step"]))
-
-        return repaired
-
-    return _replaced(DistributedOptimizer, "load_state_dict", make)
-
-
-def _adam_zero_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """What `torch.optim.Adam` makes at its first step, before it."""
-    on_device = group.get("capturable") or group.get("fused")
-    state = {
-        "step": torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu"),
-        "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
-    }
-    if group.get("amsgrad"):
-        state["max_exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-    return state
+    yield (
+        Repair(
+            name="distributed-bucket-padding",
+            symptom="save of fully_reshardable, with several buckets: states are written shifted, and zeros in the end",
+            upstream="none",
+            needed=not probes.bucket_padding_is_left_out(),
+        ),
+        distributed.bucket_padding,
+    )
+    yield (
+        Repair(
+            name="distributed-empty-part",
+            symptom="save of dp_reshardable: 'empty bucket encountered', where a rank's part of a bucket is padding",
+            upstream="none",
+            needed=not probes.parts_may_be_padding(),
+        ),
+        distributed.shards_without_parameters,
+    )
+    yield (
+        Repair(
+            name="distributed-gather-after-load",
+            symptom="load of what a 16-bit run saved: ranks have different values of a native-fp32 parameter",
+            upstream="none",
+            needed=not probes.load_gathers_parameters(),
+        ),
+        distributed.fp32_parameters_after_load,
+    )
+    yield (
+        Repair(
+            name="float16-empty-group",
+            symptom="load: 'Cannot merge two lists', with a parameter group that has no 16-bit parameters on a rank",
+            upstream="none",
+            needed=not probes.float16_groups_may_be_empty(),
+        ),
+        float16.groups_by_number,
+    )
+    yield (
+        Repair(
+            name="float16-native-masters",
+            symptom="load of what a 16-bit run saved: native-fp32 parameters stay rounded",
+            upstream="none",
+            needed=not probes.float16_saves_native_masters(),
+        ),
+        float16.native_masters,
+    )

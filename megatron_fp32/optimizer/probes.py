@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer, Range
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, param_group_identifier_keys
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from torch import Tensor, nn
+
+from megatron_fp32.optimizer.distributed import GATHERS
 
 
 class _CudaTyped(nn.Parameter):
@@ -58,27 +61,102 @@ def index_map_follows_groups() -> bool:
     return all(group["params"][order].numel() == param.numel() for param, (_, order) in index_map.items())
 
 
-def float16_ids_count_fp32() -> bool:
-    """Float16Optimizer numbers fp32 parameters too when it names states for a checkpoint."""
+def _float16_state_dict() -> Any:
+    """What Float16Optimizer makes of two groups: one with a 16-bit and a native-fp32 parameter, one without any."""
     half, full = nn.Parameter(torch.zeros(5, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(3))
     main = torch.zeros(5)
     probe = object.__new__(Float16OptimizerWithFloat16Params)
+    inner = torch.optim.SGD([full, main], lr=0.1, momentum=0.9)
+    inner.param_groups.append({**inner.param_groups[0], "params": []})
     probe.__dict__.update(
-        optimizer=torch.optim.SGD([full, main], lr=0.1, momentum=0.9),
-        float16_groups=[[half]],
-        fp32_from_float16_groups=[[main]],
-        fp32_from_fp32_groups=[[full]],
+        optimizer=inner,
+        float16_groups=[[half], []],
+        fp32_from_float16_groups=[[main], []],
+        fp32_from_fp32_groups=[[full], []],
         grad_scaler=None,
         is_stub_optimizer=False,
     )
     for param in (full, main):
-        probe.optimizer.state[param] = {"momentum_buffer": torch.zeros_like(param)}
+        inner.state[param] = {"momentum_buffer": torch.zeros_like(param)}
     model = {name: ShardedTensor.from_rank_offsets(name, p) for name, p in (("half", half), ("full", full))}
     try:
-        state_dict = probe.sharded_state_dict(model)
+        return probe.sharded_state_dict(model)
     except (AssertionError, KeyError, CheckpointingException):
+        return None
+
+
+def float16_ids_count_fp32() -> bool:
+    """Float16Optimizer numbers fp32 parameters too when it names states for a checkpoint."""
+    state_dict = _float16_state_dict()
+    return state_dict is not None and bool(state_dict["optimizer"]["state"][0]["momentum_buffer"].key.endswith(".full"))
+
+
+def float16_groups_may_be_empty() -> bool:
+    """Float16Optimizer's main parameters of a group without any do not shift those of others in a checkpoint."""
+    state_dict = _float16_state_dict()
+    if state_dict is None:
         return False
-    return bool(state_dict["optimizer"]["state"][0]["momentum_buffer"].key.endswith(".full"))
+    _, others = extract_matching_values(state_dict, lambda value: isinstance(value, (ShardedTensor, Tensor)))
+    return not any(key.startswith("fp32_from_fp16") for key in others)
+
+
+def float16_saves_native_masters() -> bool:
+    """Float16Optimizer stores native-fp32 parameters among the main parameters."""
+    state_dict = _float16_state_dict()
+    keys = {getattr(value, "key", "") for value in nested_values(state_dict or {})}
+    return "optimizer.state.fp32_param.full" in keys
+
+
+def bucket_padding_is_left_out() -> bool:
+    """The distributed optimizer names states for `fully_reshardable` where they are without padding of buckets."""
+    first, second = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(3))
+    dtype = (torch.float32, torch.float32)
+    buffer = SimpleNamespace(
+        param_index_map={first: (0, 5, 0), second: (6, 9, 1)},
+        buckets=[SimpleNamespace(offset=0, numel_unpadded=5), SimpleNamespace(offset=6, numel_unpadded=4)],
+        numel_unpadded=9,
+    )
+    probe = object.__new__(DistributedOptimizer)
+    state = {0: {dtype: {"param": torch.arange(9.0), "numel_unpadded": 9}}}
+    vars(probe).update(
+        buffers=[buffer],
+        gbuf_ranges=[{dtype: []}],
+        get_parameter_state_dp_zero=lambda **_: state,
+        is_stub_optimizer=False,
+    )
+    model = {name: ShardedTensor.from_rank_offsets(name, p) for name, p in (("first", first), ("second", second))}
+    named = probe.sharded_param_state_fully_reshardable(model, metadata={})
+    return bool(named[1]["param"].data[0] == 5.0)
+
+
+def parts_may_be_padding() -> bool:
+    """The distributed optimizer can name a bucket for `dp_reshardable` of which this rank's part has no parameter."""
+    dtype = (torch.float32, torch.float32)
+    grads = torch.zeros(64)
+    bucket = SimpleNamespace(numel_unpadded=40, grad_data=grads)
+    probe = object.__new__(DistributedOptimizer)
+    vars(probe).update(
+        buffers=[SimpleNamespace(buckets=[bucket], grad_data=grads)],
+        gbuf_ranges=[{dtype: [{"param_map": {}}]}],
+        data_parallel_group=SimpleNamespace(rank=lambda: 1, size=lambda: 2),
+        data_parallel_group_idx=0,
+        distributed_optimizer_instance_id=0,
+        per_bucket_numel=[],
+        per_bucket_numel_unpadded=[],
+        is_stub_optimizer=False,
+        optimizer=SimpleNamespace(state={}),
+        config=SimpleNamespace(optimizer="adam"),
+    )
+    try:
+        probe.sharded_param_state_dp_reshardable({})
+    except AssertionError:
+        return False
+    return True
+
+
+def load_gathers_parameters() -> bool:
+    """The distributed optimizer exchanges what it has loaded of native-fp32 parameters. No release does so."""
+    return hasattr(vars(DistributedOptimizer)["load_state_dict"], GATHERS)
 
 
 def _probe_with_adam(steps: int) -> Any:

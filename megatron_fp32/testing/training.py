@@ -9,6 +9,7 @@ from __future__ import annotations
 from megatron_fp32 import needs_megatron  # noqa: F401
 
 # isort: split
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
@@ -37,11 +39,21 @@ class TrainerConfig:
     weight_decay: float = 0.01
     clip_grad: float = 1.0
     grad_reduce_in_fp32: bool = True
+    bucket_size: int | None = None
+    """Numbers in a bucket of gradients; None makes one bucket for each dtype, which megatron-core splits further only
+    around tied embeddings. megatron-core uses it on the first pipeline stage, and only together with
+    `overlap_grad_reduce`."""
+    overlap_grad_reduce: bool = False
+    config_overrides: dict[Any, Any] | None = None
+    """Parameter groups of their own: `config_overrides` of `get_megatron_optimizer`."""
 
     def __post_init__(self) -> None:
         check_flag("distributed_optimizer", self.distributed_optimizer)
         check_choice("sharding", self.sharding, ("dp_reshardable", "fully_reshardable"))
         check_flag("grad_reduce_in_fp32", self.grad_reduce_in_fp32)
+        check_flag("overlap_grad_reduce", self.overlap_grad_reduce)
+        if self.bucket_size is not None:
+            check_count("bucket_size", self.bucket_size)
         for name in ("lr", "weight_decay", "clip_grad"):
             check_number(name, getattr(self, name))
 
@@ -70,52 +82,93 @@ class Batch:
 
 
 class Trainer:
-    """A wrapped model and its optimizer on this rank.
+    """The wrapped model chunks of this rank and their optimizer.
 
     Args:
-        model: a built `GPTModel`; it is wrapped in Float16Module when its configuration says bf16 or fp16.
+        model: a built `GPTModel`, or the chunks of this pipeline stage in their order. They are wrapped in
+            Float16Module when their configuration says bf16 or fp16.
         config: see `TrainerConfig`.
     """
 
-    def __init__(self, model: GPTModel, config: TrainerConfig | None = None) -> None:
+    def __init__(self, model: GPTModel | Sequence[GPTModel], config: TrainerConfig | None = None) -> None:
         self.config = config or TrainerConfig()
-        self.model = model
-        mixed = model.config.bf16 or model.config.fp16
-        inner = Float16Module(model.config, model) if mixed else model
-        self.ddp = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(
-                use_distributed_optimizer=self.config.distributed_optimizer,
-                grad_reduce_in_fp32=self.config.grad_reduce_in_fp32,
-                overlap_grad_reduce=False,
-            ),
-            inner,
-        )
+        self.chunks: list[GPTModel] = [model] if isinstance(model, GPTModel) else list(model)
+        self.model = self.chunks[0]
+        self.wrapped = [self._wrap(chunk, index) for index, chunk in enumerate(self.chunks)]
+        self.ddp = self.wrapped[0]
+        shared = self.model.config
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
                 lr=self.config.lr,
                 weight_decay=self.config.weight_decay,
                 clip_grad=self.config.clip_grad,
-                bf16=model.config.bf16,
-                fp16=model.config.fp16,
-                params_dtype=model.config.params_dtype,
+                bf16=shared.bf16,
+                fp16=shared.fp16,
+                params_dtype=shared.params_dtype,
                 use_distributed_optimizer=self.config.distributed_optimizer,
             ),
-            [self.ddp],
+            self.wrapped,
+            self.config.config_overrides,
+        )
+
+    def _wrap(self, chunk: GPTModel, index: int) -> DistributedDataParallel:
+        mixed = chunk.config.bf16 or chunk.config.fp16
+        return DistributedDataParallel(
+            chunk.config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=self.config.distributed_optimizer,
+                grad_reduce_in_fp32=self.config.grad_reduce_in_fp32,
+                overlap_grad_reduce=self.config.overlap_grad_reduce,
+                bucket_size=self.config.bucket_size,
+            ),
+            Float16Module(chunk.config, chunk) if mixed else chunk,
+            # As in Megatron-LM, but for gloo: it gathers parameters of two dtypes in one call wrongly.
+            disable_bucketing=index > 0 and torch.distributed.get_backend() != "gloo",
         )
 
     def backward(self, micro_batches: Sequence[Batch]) -> float:
-        """Gradients of the mean loss over micro-batches, reduced over the ranks; they are left in `main_grad`."""
-        self.ddp.zero_grad_buffer()
+        """Gradients of the mean loss over micro-batches, reduced over the ranks; they are left in `main_grad`.
+
+        The result is the mean loss, and 0 on pipeline stages without one.
+        """
+        for wrapped in self.wrapped:
+            wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        total = 0.0
-        for batch in micro_batches:
-            loss = self.loss(batch).mean() / len(micro_batches)
-            self.optimizer.scale_loss(loss).backward()
-            total += float(loss.detach())
-        finalize_model_grads([self.ddp])
+        if self.model.config.pipeline_model_parallel_size > 1:
+            total = self._pipelined_backward(micro_batches)
+        else:
+            total = 0.0
+            for number, batch in enumerate(micro_batches, start=1):
+                with contextlib.nullcontext() if number == len(micro_batches) else self.ddp.no_sync():
+                    loss = self.loss(batch).mean() / len(micro_batches)
+                    self.optimizer.scale_loss(loss).backward()
+                total += float(loss.detach())
+        finalize_model_grads(self.wrapped)
         return total
+
+    def _pipelined_backward(self, micro_batches: Sequence[Batch]) -> float:
+        """The same through the schedule of megatron-core, which passes activations between the stages."""
+
+        def forward_step(batches: Iterator[Batch], wrapped: Any) -> tuple[Tensor, Any]:
+            batch = next(batches)
+            output = self._forward(batch.tokens, labels=batch.labels, wrapped=wrapped)
+
+            def loss_of(per_token: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                loss = per_token.float().mean()
+                return loss, {"loss": loss.detach()}
+
+            return output, loss_of
+
+        losses = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(micro_batches) for _ in self.wrapped],
+            model=self.wrapped,
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0].tokens.shape[1],
+            micro_batch_size=micro_batches[0].tokens.shape[0],
+        )
+        return sum(float(entry["loss"]) for entry in losses) / len(micro_batches)
 
     def step(self, micro_batches: Sequence[Batch]) -> float:
         """One optimizer step; the mean loss before it."""
@@ -134,19 +187,28 @@ class Trainer:
 
     def save(self, directory: str | Path) -> None:
         """Save model and optimizer as `torch_dist`. The directory must exist on rank 0's file system."""
-        metadata = self._metadata()
-        model = self.model.sharded_state_dict(metadata=metadata)
-        optimizer = self.optimizer.sharded_state_dict(model, metadata=metadata)
-        dist_checkpointing.save({"model": model, "optimizer": optimizer}, str(directory))
+        dist_checkpointing.save(self._state(is_loading=False), str(directory))
 
     def load(self, directory: str | Path) -> None:
-        """Load model and optimizer."""
-        metadata = self._metadata()
-        model = self.model.sharded_state_dict(metadata=metadata)
-        optimizer = self.optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata)
-        loaded = dist_checkpointing.load({"model": model, "optimizer": optimizer}, str(directory))
-        self.model.load_state_dict(loaded["model"])
+        """Load model and optimizer, in this order, as Megatron-LM does."""
+        loaded = dist_checkpointing.load(self._state(is_loading=True), str(directory))
+        for name, chunk in self._named_chunks():
+            chunk.load_state_dict(loaded[name])
         self.optimizer.load_state_dict(loaded["optimizer"])
+
+    def _state(self, *, is_loading: bool) -> dict[str, Any]:
+        metadata = self._metadata()
+        state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in self._named_chunks()}
+        # One chunk travels without its name around it, as in Megatron-LM.
+        model = state if len(state) > 1 else state["model"]
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        return {**state, "optimizer": optimizer}
+
+    def _named_chunks(self) -> list[tuple[str, GPTModel]]:
+        """Chunks and their names in a checkpoint, Megatron-LM's: `model`, or `model0`, `model1` and so on."""
+        if len(self.chunks) == 1:
+            return [("model", self.model)]
+        return [(f"model{index}", chunk) for index, chunk in enumerate(self.chunks)]
 
     def load_model(self, directory: str | Path, *, strict: str = "raise_unexpected") -> None:
         """Load the model alone and take the optimizer's main parameters from it."""
@@ -165,17 +227,16 @@ class Trainer:
                         if isinstance(value, Tensor):
                             yield f"{name}.{key}", value
 
-    def _forward(self, tokens: Tensor, **kwargs: Any) -> Tensor:
+    def _forward(self, tokens: Tensor, *, wrapped: Any = None, **kwargs: Any) -> Tensor:
         batch, length = tokens.shape
         positions = torch.arange(length, device=tokens.device).expand(batch, length)
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device).triu(1)
-        output: Tensor = self.ddp(tokens, positions, mask, **kwargs)
+        output: Tensor = (wrapped or self.ddp)(tokens, positions, mask, **kwargs)
         return output
 
     def _metadata(self) -> dict[str, Any]:
-        metadata: dict[str, Any] = ensure_metadata_has_dp_cp_group(
-            {"distrib_optim_sharding_type": self.config.sharding, "chained_optim_avoid_prefix": True}
-        )
+        sharding = {"distrib_optim_sharding_type": self.config.sharding} if self.config.distributed_optimizer else {}
+        metadata: dict[str, Any] = ensure_metadata_has_dp_cp_group({**sharding, "chained_optim_avoid_prefix": True})
         return metadata
 
 

@@ -8,8 +8,9 @@ from faults.messages import ENTRANCES
 from faults.models import MODELS
 from faults.mutant import Mutant
 from faults.numerics import NUMERICS
+from faults.optimizers import OPTIMIZERS
 from faults.tokens import TOKENS
 
 __all__ = ["MUTANTS", "Mutant"]
 
-MUTANTS = [*NUMERICS, *TOKENS, *LAYERS, *CHECKPOINTS, *FILES, *FP8, *ENTRANCES, *MODELS]
+MUTANTS = [*NUMERICS, *TOKENS, *LAYERS, *OPTIMIZERS, *CHECKPOINTS, *FILES, *FP8, *ENTRANCES, *MODELS]

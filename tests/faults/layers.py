@@ -132,14 +132,14 @@ LAYERS = [
     ),
     Mutant(
         name="share Adam's step",
-        file="optimizer/native_fp32.py",
+        file="optimizer/distributed.py",
         old='torch.full_like(state["step"], float(group["step"]))',
         new='state["step"]',
         test=f"{RESUME}[DP2-fully]",
     ),
     Mutant(
         name="leave the index map as it is",
-        file="optimizer/native_fp32.py",
+        file="optimizer/distributed.py",
         old="for order, param in enumerate([*fp32, *float16]):",
         new="for order, param in enumerate([]):",
         test=f"{RESUME}[DP2-dp]",
