@@ -11,6 +11,9 @@ FusedLoss = Literal["off", "recompute", "saved"]
 GradPrecision = Literal["bf16", "bf16x2", "bf16x3"]
 """How the gradient of the logits enters the backward matrix products."""
 
+Weights = Literal["initialized", "loaded"]
+"""Where the values of a built model come from: megatron-core's initialization, or a checkpoint."""
+
 DEFAULT_KEPT_PARAMETERS = ("A_log", "out_norm.weight")
 
 
@@ -18,6 +21,14 @@ def check_grad_precision(value: object) -> None:
     """Raise ValueError unless `value` is a `GradPrecision`."""
     if value not in get_args(GradPrecision):
         raise ValueError(f"grad_precision must be one of {get_args(GradPrecision)}, got {value!r}")
+
+
+def check_weights(value: object) -> None:
+    """Raise ValueError unless `value` is a `Weights`."""
+    if value not in get_args(Weights):
+        raise ValueError(
+            f"weights must be 'initialized' (A_log may be drawn again) or 'loaded' (it must not), got {value!r}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,13 +25,13 @@ class TestHooks:
     def test_a_hook_returns_the_chunks_and_logs_what_it_did(self, caplog: pytest.LogCaptureFixture) -> None:
         chunks = [stock_model()]
         with caplog.at_level(logging.INFO, "megatron_fp32.apply"):
-            assert pre_wrap_hook(Fp32Config(grad_precision="bf16x2"))(chunks) is chunks
+            assert pre_wrap_hook(Fp32Config(grad_precision="bf16x2"), weights="initialized")(chunks) is chunks
         assert chunks[0].output_layer.fp32_config.grad_precision == "bf16x2"
         assert "fp32 logits: output_layer" in caplog.text
 
     def test_the_model_configuration_of_megatron_019(self) -> None:
         gpt = pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.19")
-        chunks = self.build(gpt, pre_wrap_hooks=[pre_wrap_hook()])
+        chunks = self.build(gpt, pre_wrap_hooks=[pre_wrap_hook(weights="initialized")])
         check_fp32(chunks)
         assert isinstance(chunks[0], Float16Module)
 

@@ -28,7 +28,7 @@ LAYERS = [
     Mutant(
         name="draw over loaded values",
         file="ssm/gated_delta_net.py",
-        old="if draw and drawn_in_16_bits and layer.config.perform_initialization:",
+        old='if weights == "initialized" and drawn_in_16_bits and layer.config.perform_initialization:',
         new="if drawn_in_16_bits:",
         test="tests/test_apply.py::TestInitialization",
     ),
@@ -85,7 +85,7 @@ LAYERS = [
         name="round A_log once",
         file="ssm/gated_delta_net.py",
         old=".uniform_(*self.A_init_range).log_()",
-        new=".uniform_(*self.A_init_range).log_().copy_(self.A_log.bfloat16())",
+        new=".uniform_(*self.A_init_range).log_().copy_(a_log.bfloat16())",
         test=f"{GDN}::TestConstruction",
     ),
     Mutant(
@@ -112,14 +112,14 @@ LAYERS = [
     Mutant(
         name="let assign=True change the dtype",
         file="transformer/keep_in_fp32.py",
-        old="if parameter.dtype != torch.float32:\n                self._parameters",
+        old="if parameter.dtype != torch.float32:\n            module._parameters",
         new="if False:\n                self._parameters",
         test=f"{KEEP}::TestLoading",
     ),
     Mutant(
         name="lose the attributes of a new Parameter",
         file="transformer/keep_in_fp32.py",
-        old="vars(self._parameters[leaf]).update(values)",
+        old="vars(module._parameters[leaf]).update(values)",
         new="pass",
         test=KEEP,
     ),

@@ -66,9 +66,7 @@ class TestConstruction:
         assert {name for name, _ in kept_parameters(layer)} == KEPT
         assert torch.equal(layer.dt_bias, torch.ones_like(layer.dt_bias))
 
-    @pytest.mark.parametrize(
-        "names", [("A_log",), ("A_log", "dt_bias", "conv1d.weight"), ("out_norm.weight",), ()], ids="+".join
-    )
+    @pytest.mark.parametrize("names", [("A_log",), ("A_log", "dt_bias"), ("out_norm.weight",), ()], ids="+".join)
     def test_other_parameters_may_be_kept(self, names: tuple[str, ...]) -> None:
         layer = build(Fp32GatedDeltaNet, fp32_parameters=names).bfloat16()
         assert {name for name, dtype in dtypes(layer).items() if dtype == torch.float32} == set(names)
@@ -190,7 +188,7 @@ class TestTransformerEngineNorm:
         stock = self.engine_layer(GatedDeltaNet, norm_class)
         keys, parameter = list(stock.state_dict()), stock.out_norm.weight
         if converted:
-            to_fp32_gated_delta_net(stock, draw=False)
+            to_fp32_gated_delta_net(stock, weights="loaded")
             layer = stock
             assert layer.out_norm.weight is parameter
         else:
