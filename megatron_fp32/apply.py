@@ -76,8 +76,8 @@ def apply_fp32(model: Model, config: Fp32Config | None = None, *, weights: Weigh
             value stays.
 
     Raises:
-        ValueError: for another value of `weights`, when the model is wrapped already, when nothing was found where there
-            must be something, or a layer is configured for what fp32 logits do not support.
+        ValueError: for another value of `weights`, when the model is wrapped already, when nothing was found where
+            there must be something, or a layer is configured for what fp32 logits do not support.
         TypeError: when a layer is of a kind that cannot be changed.
     """
     check_weights(weights)

@@ -16,20 +16,22 @@ from megatron.core.models.T5.t5_spec import (
 )
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
-from megatron_fp32.apply import apply_fp32
+from megatron_fp32.apply import apply_fp32, pre_wrap_hook
 from megatron_fp32.check import check_fp32
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models import specs
-from megatron_fp32.models.provider import cpu_overrides, transformer_config
+from megatron_fp32.models.provider import build_model, cpu_overrides, transformer_config
 from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
 from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
 from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
 from megatron_fp32.testing.training import Batch, Trainer
+from megatron_fp32.transformer.keep_in_fp32 import kept_parameters
 from tests.support import STOCK, stock_model, tiny_qwen3_5
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -334,6 +336,39 @@ class TestInitialization:
         report = apply_fp32(model, weights="loaded" if how == "weights" else "initialized")
         assert torch.equal(model.get_parameter(A_LOG), loaded.float())
         assert A_LOG in report.rounded
+
+    @pytest.mark.parametrize("call", [apply_fp32, lambda _, **given: pre_wrap_hook(**given)])
+    def test_the_caller_says_where_the_weights_come_from(self, call: Any) -> None:
+        model = stock_model()
+        with pytest.raises(TypeError, match="weights"):
+            call(model)
+        for wrong in ("load", True, None):
+            with pytest.raises(ValueError, match=f"weights must be 'initialized' .* or 'loaded' .*, got {wrong!r}"):
+                call(model, weights=wrong)
+        assert not list(kept_parameters(model))
+
+    @pytest.mark.parametrize("mtp", [0, 1])
+    def test_a_model_of_ours_starts_as_stock_at_the_same_seed(self, mtp: int) -> None:
+        shapes = tiny_qwen3_5(layer_types=("linear_attention", "linear_attention", "full_attention"))
+        overrides: dict[str, Any] = {"mtp_num_layers": 1} if mtp else {}
+        config = transformer_config(shapes, **cpu_overrides(), bf16=True, params_dtype=torch.bfloat16, **overrides)
+        models = []
+        for fp32 in (STOCK, Fp32Config()):
+            torch.manual_seed(5)
+            model_parallel_cuda_manual_seed(5)
+            models.append(dict(build_model(shapes, config, fp32, vocab_divisible_by=8).named_parameters()))
+        stock, ours = models
+        assert stock.keys() == ours.keys()
+        different = {name for name in stock if not torch.equal(stock[name].float(), ours[name].float())}
+        assert different == {f"decoder.layers.{i}.self_attention.A_log" for i in (0, 1)}
+
+    def test_a_vocabulary_larger_than_the_head_is_refused(self) -> None:
+        model = stock_model()
+        rows = model.output_layer.output_size
+        with pytest.raises(ValueError, match=rf"vocab_size={rows + 1}\) .* has only {rows} rows"):
+            apply_fp32(model, Fp32Config(vocab_size=rows + 1), weights="initialized")
+        assert not list(kept_parameters(model))
+        apply_fp32(model, Fp32Config(vocab_size=rows), weights="initialized")
 
     def test_ranks_draw_from_megatrons_tracker(self) -> None:
         state = torch.get_rng_state()

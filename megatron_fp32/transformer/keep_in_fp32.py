@@ -119,7 +119,7 @@ def _is_kept_below(module: nn.Module, name: str) -> bool:
     """Whether `name`, or what a wrapper (LoRA) has put there, still has a module that keeps such a parameter."""
     path, _, leaf = name.rpartition(".")
     try:
-        owner = module.get_submodule(path)
+        owner = module.get_submodule(path) if path else module
     except AttributeError:
         return False
     return any(leaf in vars(inner).get(_NAMES, ()) for inner in owner.modules())
@@ -202,7 +202,7 @@ def _resolve(module: nn.Module, name: str) -> tuple[nn.Module, str]:
         raise TypeError(f"expected parameter names, got {name!r} of type {type(name).__name__}")
     path, _, leaf = name.rpartition(".")
     try:
-        owner = module.get_submodule(path)
+        owner = module.get_submodule(path) if path else module
     except AttributeError as error:
         raise ValueError(f"{type(module).__name__} has no submodule {path!r} for the parameter {name!r}") from error
     if isinstance(owner, torch.jit.ScriptModule):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pickle
 from collections.abc import Callable
@@ -164,6 +165,36 @@ class TestOneProcess:
         logits = model(**{**batch, "labels": None}).double()
         exact = -logits[..., :90].log_softmax(-1).gather(2, batch["labels"][..., None])[..., 0]
         assert relative_error(losses.detach(), exact) < 1e-6
+
+    def test_hooks_on_the_output_layer_run_once_and_backward_hooks_see_the_loss(self) -> None:
+        model = gpt()
+        apply_fp32(model, FUSED[0], weights="initialized")
+        seen: list[str] = []
+        head = model.output_layer
+        head.register_forward_pre_hook(lambda *_: seen.append("before"))
+        head.register_forward_hook(lambda _, args, output: seen.append(type(output[0]).__name__))
+        head.register_forward_hook(lambda *_: seen.append("kwargs"), with_kwargs=True)
+        head.register_full_backward_hook(lambda *_: seen.append("backward"))
+        model(**inputs()).sum().backward()
+        assert seen == ["before", "DeferredLogits", "kwargs", "backward"]
+        assert [len(hooks) for hooks in (head._forward_pre_hooks, head._forward_hooks)] == [1, 2]
+
+    def test_the_hooks_of_megatron_fsdp_run_around_every_use_of_the_weight(self) -> None:
+        model = gpt()
+        apply_fp32(model, FUSED[0], weights="initialized")
+        seen: list[str] = []
+
+        def gather(*_: Any) -> None:
+            seen.append("gather")
+
+        def release(*_: Any) -> None:
+            seen.append("release")
+
+        gather.__module__ = release.__module__ = "megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp"
+        model.output_layer.register_forward_pre_hook(functools.partial(gather))
+        model.output_layer.register_forward_hook(release)
+        model(**inputs())
+        assert seen == ["gather", "release"] * 2
 
     def test_it_can_be_undone(self) -> None:
         model = gpt()
