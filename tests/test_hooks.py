@@ -82,7 +82,7 @@ class TestHooks:
         nothing([stock_model()])
         assert nothing.optimizer_repairs is None
 
-    def test_a_run_by_way_of_the_spec_saves_and_loads_its_optimizer(self) -> None:
+    def test_the_spec_alone_satisfies_the_check_of_the_optimizer(self) -> None:
         config = argparse.Namespace(pre_wrap_hooks=[], transformer=stock_model().config)
         specs.pretrain_spec(config)
         (hook,) = config.pre_wrap_hooks
