@@ -64,8 +64,8 @@ LAYERS = [
     Mutant(
         name="draw A_log twice from the tracker",
         file="ssm/gated_delta_net.py",
-        old="                generator.set_state(end)\n",
-        new="                pass\n",
+        old="self._draw_a_log(start)",
+        new="self._draw_a_log()",
         test=f"{GDN}::TestConstruction",
     ),
     Mutant(
