@@ -63,7 +63,7 @@ def main() -> None:
     model.transformer_layer_spec = lambda config, vp_stage: decoder_block_spec(
         config.transformer, fp32, vp_stage=vp_stage
     )
-    model.pre_wrap_hooks += [without_unread_heads, pre_wrap_hook(fp32)]
+    model.pre_wrap_hooks += [without_unread_heads, pre_wrap_hook(fp32, weights="initialized")]
     model.post_wrap_hooks.append(functools.partial(checked, fp32=fp32))
     with install_optimizer_repairs(), compiled_helpers(), attention_in_mtp():
         pretrain(

@@ -24,7 +24,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import unwrap_model
 from torch import nn
 
-from megatron_fp32.config import Fp32Config, config_or_default
+from megatron_fp32.config import Fp32Config, Weights, check_weights, config_or_default
+from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
 from megatron_fp32.ssm.gated_delta_net import VARIANTS, check_gated_delta_net, to_fp32_gated_delta_net
 from megatron_fp32.tensor_parallel.fused_loss import check_owner, set_fused_loss
 from megatron_fp32.tensor_parallel.output_layer import check_output_layer, to_fp32_output_layer
@@ -62,7 +63,7 @@ class Fp32Report:
         return "\n".join(lines)
 
 
-def apply_fp32(model: Model, config: Fp32Config | None = None, *, draw: bool = True) -> Fp32Report:
+def apply_fp32(model: Model, config: Fp32Config | None = None, *, weights: Weights) -> Fp32Report:
     """Make output layers compute fp32 logits and gated-delta-net layers keep their parameters in fp32, in place.
 
     Output layers are the modules called `output_layer`, wherever they are: in chunks of a virtual pipeline, inside the
@@ -73,14 +74,16 @@ def apply_fp32(model: Model, config: Fp32Config | None = None, *, draw: bool = T
     Args:
         model: as built, on any device: before Float16Module, DistributedDataParallel and the first forward pass.
         config: what to keep; the default is logits, `A_log` and `out_norm`.
-        draw: draw `A_log` again in fp32 where megatron-core has drawn it in 16 bits, which is where its
-            `perform_initialization` is on. Say False when weights have been loaded already: they would be lost.
+        weights: where the model's values come from. `"initialized"`: megatron-core drew them; `A_log`, which it drew in
+            16 bits, is drawn again in fp32 (where `perform_initialization` is on). `"loaded"`: from a checkpoint; every
+            value stays.
 
     Raises:
-        ValueError: when the model is wrapped already, when nothing was found where there must be something, or a layer
-            is configured for what fp32 logits do not support.
+        ValueError: for another value of `weights`, when the model is wrapped already, when nothing was found where
+            there must be something, or a layer is configured for what fp32 logits do not support.
         TypeError: when a layer is of a kind that cannot be changed.
     """
+    check_weights(weights)
     config = config_or_default(config)
     chunks = named_chunks(model)
     for name, chunk in chunks:
@@ -100,25 +103,39 @@ def apply_fp32(model: Model, config: Fp32Config | None = None, *, draw: bool = T
     parameters = [
         dataclasses.replace(kept, name=f"{name}.{kept.name}")
         for name, layer in layers
-        for kept in to_fp32_gated_delta_net(layer, config.gated_delta_net, draw=draw)
+        for kept in to_fp32_gated_delta_net(layer, config.gated_delta_net, weights=weights)
     ]
     return Fp32Report(output_layers=tuple(name for name, _, _ in heads), parameters=tuple(parameters), left=tuple(left))
 
 
-def pre_wrap_hook(config: Fp32Config | None = None, *, draw: bool = True) -> Callable[[list[Any]], list[Any]]:
+def pre_wrap_hook(config: Fp32Config | None = None, *, weights: Weights) -> Callable[[list[Any]], list[Any]]:
     """`apply_fp32` as a hook that takes the list of chunks and returns it.
 
     For `pre_wrap_hooks` of megatron-core's model configurations (HybridModel >= 0.18, GPTModel >= 0.19), and for
     Megatron-Bridge's `register_pre_wrap_hook(hook, prepend=True)`. What was done is logged.
+
+    A hook that kept parameters also installs the optimizer repairs, because the optimizer of such a model is built
+    next and could not save. `hook.optimizer_repairs` is their handle then, and None before: `undo()` it after the run.
+
+    Args:
+        config: see `apply_fp32`.
+        weights: see `apply_fp32`: `"initialized"` for a hook that runs before weights are loaded.
+
+    Raises:
+        ValueError: for another value of `weights`.
     """
+    check_weights(weights)
 
     config = config_or_default(config)
 
     def hook(chunks: list[Any]) -> list[Any]:
-        report = apply_fp32(chunks, config, draw=draw)
+        report = apply_fp32(chunks, config, weights=weights)
         logger.info("megatron_fp32:\n%s", report)
+        if report.parameters and hook.optimizer_repairs is None:  # type: ignore[attr-defined]
+            hook.optimizer_repairs = install_optimizer_repairs()  # type: ignore[attr-defined]
         return chunks
 
+    hook.optimizer_repairs = None  # type: ignore[attr-defined]
     hook.is_megatron_fp32 = True  # type: ignore[attr-defined]
     return hook
 

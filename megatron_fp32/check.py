@@ -19,6 +19,7 @@ from megatron_fp32.optimizer.native_fp32 import pending_repairs
 from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
 from megatron_fp32.tensor_parallel.fused_loss import has_fused_loss
 from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
+from megatron_fp32.transformer.keep_in_fp32 import kept_parameters, kept_problems
 from megatron_fp32.validation import check_flag
 
 Chunks = list[tuple[str, nn.Module]]
@@ -30,9 +31,10 @@ def check_fp32(
     """Raise unless the chunks of this rank hold what `config` says.
 
     Looks at the class of every output layer and gated-delta-net layer and at methods that someone replaced on them; at
-    the dtype, the marks and `main_grad` of every kept parameter; at the optimizer's groups, and at whether a checkpoint
-    of it could be loaded; at what DistributedDataParallel sends in one call; and with `after_forward` at the layers'
-    own counters of fp32 passes. Nothing is changed and nothing communicated: call it on every rank.
+    the dtype, the mark, the guard and `main_grad` of every kept parameter, those that `keep_in_fp32` keeps by hand
+    included; at the optimizer's groups, and at whether a checkpoint of it could be loaded; at what
+    DistributedDataParallel sends in one call; and with `after_forward` at the layers' own counters of fp32 passes.
+    Nothing is changed and nothing communicated: call it on every rank.
 
     Args:
         model: the wrapped chunks (or bare ones).
@@ -52,6 +54,7 @@ def check_fp32(
         problems += _output_layer_problems(chunks, config, after_forward)
     if config.gated_delta_net:
         problems += _gated_delta_net_problems(chunks, config, after_forward, kept)
+    problems += _problems_of_kept_by_hand(chunks, kept)
     if optimizer is not None:
         problems += _optimizer_problems(kept, optimizer)
     problems += communication_problems([chunk for _, chunk in chunks], optimizer)
@@ -106,6 +109,18 @@ def _gated_delta_net_problems(
             yield from _parameter_problems(f"{name}.{leaf}", parameter)
         if after_forward and layer.fp32_calls == 0:
             yield f"{name} never ran with its kept parameters in fp32"
+
+
+def _problems_of_kept_by_hand(chunks: Chunks, kept: dict[str, nn.Parameter]) -> Iterator[str]:
+    """Of what `keep_in_fp32` keeps besides the configuration's parameters, and of every guard."""
+    for prefix, chunk in chunks:
+        for problem in kept_problems(chunk):
+            yield prefix + problem
+        for name, parameter in kept_parameters(chunk):
+            if prefix + name not in kept:
+                parameter = getattr(parameter, "orig_param", parameter)
+                kept[prefix + name] = parameter
+                yield from _parameter_problems(prefix + name, parameter)
 
 
 def _parameter_problems(name: str, parameter: nn.Parameter) -> Iterator[str]:

@@ -13,12 +13,23 @@ FusedLoss = Literal["off", "recompute", "saved"]
 GradPrecision = Literal["bf16", "bf16x2", "bf16x3"]
 """How the gradient of the logits enters the backward matrix products."""
 
+Weights = Literal["initialized", "loaded"]
+"""Where the values of a built model come from: megatron-core's initialization, or a checkpoint."""
+
 DEFAULT_KEPT_PARAMETERS = ("A_log", "out_norm.weight")
 
 
 def check_grad_precision(value: object) -> None:
     """Raise ValueError unless `value` is a `GradPrecision`."""
     check_choice("grad_precision", value, get_args(GradPrecision))
+
+
+def check_weights(value: object) -> None:
+    """Raise ValueError unless `value` is a `Weights`."""
+    if value not in get_args(Weights):
+        raise ValueError(
+            f"weights must be 'initialized' (A_log may be drawn again) or 'loaded' (it must not), got {value!r}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,20 +16,22 @@ from megatron.core.models.T5.t5_spec import (
 )
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
-from megatron_fp32.apply import apply_fp32
+from megatron_fp32.apply import apply_fp32, pre_wrap_hook
 from megatron_fp32.check import check_fp32
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models import specs
-from megatron_fp32.models.provider import cpu_overrides, transformer_config
+from megatron_fp32.models.provider import build_model, cpu_overrides, transformer_config
 from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
 from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
 from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
 from megatron_fp32.testing.training import Batch, Trainer
+from megatron_fp32.transformer.keep_in_fp32 import kept_parameters
 from tests.support import STOCK, stock_model, tiny_qwen3_5
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -44,7 +46,7 @@ class TestModels:
     def test_a_gpt_model(self) -> None:
         model = stock_model()
         keys, parameters = list(model.state_dict()), dict(model.named_parameters())
-        report = apply_fp32(model)
+        report = apply_fp32(model, weights="initialized")
         assert type(model.output_layer) is Fp32OutputLayer
         assert type(model.decoder.layers[0].self_attention) is Fp32GatedDeltaNet
         assert list(model.state_dict()) == keys
@@ -59,7 +61,7 @@ class TestModels:
 
     def test_it_survives_wrapping_and_trains(self) -> None:
         model = stock_model()
-        apply_fp32(model)
+        apply_fp32(model, weights="initialized")
         with install_optimizer_repairs():
             trainer = Trainer(model)
             batch = Batch.random(120, batch=2, length=16)
@@ -71,7 +73,7 @@ class TestModels:
     @pytest.mark.parametrize("precision", ["bf16", "bf16x2"])
     def test_a_float16_model_trains_under_its_loss_scale(self, precision: Any) -> None:
         model = stock_model(bf16=False, fp16=True, params_dtype=torch.float16)
-        apply_fp32(model, Fp32Config(grad_precision=precision))
+        apply_fp32(model, Fp32Config(grad_precision=precision), weights="initialized")
         with install_optimizer_repairs():
             trainer = Trainer(model)
             batch = Batch.random(120, batch=2, length=16)
@@ -83,9 +85,9 @@ class TestModels:
 
     def test_doing_it_again_changes_nothing(self) -> None:
         model = stock_model()
-        apply_fp32(model)
+        apply_fp32(model, weights="initialized")
         values = {name: p.detach().clone() for name, p in model.named_parameters()}
-        report = apply_fp32(model, Fp32Config(grad_precision="bf16x2"))
+        report = apply_fp32(model, Fp32Config(grad_precision="bf16x2"), weights="initialized")
         assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
         assert not any(p.redrawn for p in report.parameters)
         assert {p.previous_dtype for p in report.parameters} == {torch.float32}
@@ -94,13 +96,13 @@ class TestModels:
     def test_30_chunks_of_a_virtual_pipeline_have_one_head_among_them(self) -> None:
         first = stock_model(stage={"post_process": False})
         last = stock_model(stage={"pre_process": False})
-        report = apply_fp32([first, last])
+        report = apply_fp32([first, last], weights="initialized")
         assert report.output_layers == ("chunk 1: output_layer",)
         assert {p.name for p in report.parameters} == {f"chunk {i}: {n}" for i in (0, 1) for n in (A_LOG, OUT_NORM)}
         check_fp32([first, last])
 
     def test_a_stage_without_a_head_needs_none(self) -> None:
-        report = apply_fp32([stock_model(stage={"post_process": False})])
+        report = apply_fp32([stock_model(stage={"post_process": False})], weights="initialized")
         assert report.output_layers == ()
 
     def test_30_a_language_model_inside_a_vision_language_model(self) -> None:
@@ -112,7 +114,7 @@ class TestModels:
                 self.thinker.language_model = stock_model()
 
         model = VisionLanguage()
-        report = apply_fp32(model)
+        report = apply_fp32(model, weights="initialized")
         assert report.output_layers == ("thinker.language_model.output_layer",)
         assert report.parameters[0].name == f"thinker.language_model.{A_LOG}"
 
@@ -133,7 +135,7 @@ class TestModels:
             max_sequence_length=64,
             hybrid_layer_pattern=pattern,
         )
-        report = apply_fp32(model)
+        report = apply_fp32(model, weights="initialized")
         assert report.output_layers == ("output_layer",)
         assert len(report.parameters) == 2 * pattern.count("G")
         assert type(model.output_layer) is Fp32OutputLayer
@@ -144,7 +146,7 @@ class TestModels:
             return TransformerConfig(**sizes, bf16=True, params_dtype=torch.bfloat16, **cpu_overrides())
 
         bert = BertModel(config(), 0, bert_layer_local_spec, vocab_size=96, max_sequence_length=16)
-        assert apply_fp32(bert).output_layers == ("output_layer",)
+        assert apply_fp32(bert, weights="initialized").output_layers == ("output_layer",)
         assert bert.output_layer.bias is not None
         t5 = T5Model(
             config(),
@@ -154,13 +156,13 @@ class TestModels:
             vocab_size=96,
             max_sequence_length=16,
         )
-        assert apply_fp32(t5).output_layers == ("lm_head.output_layer",)
+        assert apply_fp32(t5, weights="initialized").output_layers == ("lm_head.output_layer",)
 
     def test_an_mtp_stage_of_a_hybrid_model_has_a_head_too(self) -> None:
         donor = stock_model()
         stage = LanguageModule(config=donor.config)
         stage.post_process, stage.mtp_process, stage.output_layer = False, True, donor.output_layer
-        assert apply_fp32(stage).output_layers == ("output_layer",)
+        assert apply_fp32(stage, weights="initialized").output_layers == ("output_layer",)
 
     @pytest.mark.parametrize("attribute", ["to_wrap", "base_layer"])
     def test_27_of_a_lora_wrapper_the_layer_within(self, attribute: str) -> None:
@@ -175,7 +177,7 @@ class TestModels:
 
         model = stock_model()
         model.output_layer = LoRALinear(model.output_layer)
-        report = apply_fp32(model)
+        report = apply_fp32(model, weights="initialized")
         assert report.output_layers == (f"output_layer.{attribute}",)
         logits, _ = model.output_layer(torch.randn(3, 1, 64).bfloat16())
         assert logits.dtype == torch.float32
@@ -191,7 +193,7 @@ class TestLeft:
 
         model = stock_model()
         model.output_layer = LinearForLastLayer(64, 1)
-        report = apply_fp32(model)
+        report = apply_fp32(model, weights="initialized")
         assert report.output_layers == ()
         ((name, reason),) = report.left
         assert name == "output_layer"
@@ -203,13 +205,15 @@ class TestLeft:
         model = stock_model()
         model.output_layer = nn.Linear(64, 120)
         with pytest.raises(TypeError, match=r"output_layer is a torch.nn.modules.linear.Linear, which is no Column"):
-            apply_fp32(model)
+            apply_fp32(model, weights="initialized")
 
     def test_a_rank_with_an_encoder_alone(self) -> None:
         class VisionLanguage(nn.Module):
             add_decoder, language_model = False, None
 
-        assert apply_fp32([VisionLanguage()]).left == (("VisionLanguage", "an encoder without a decoder"),)
+        assert apply_fp32([VisionLanguage()], weights="initialized").left == (
+            ("VisionLanguage", "an encoder without a decoder"),
+        )
         check_fp32([VisionLanguage()])
 
     def test_a_classifier_of_another_kind(self) -> None:
@@ -218,7 +222,7 @@ class TestLeft:
 
         model = stock_model()
         model.output_layer = TELinear()
-        assert "a head of 5 outputs for a vocabulary of 120" in apply_fp32(model).left[0][1]
+        assert "a head of 5 outputs for a vocabulary of 120" in apply_fp32(model, weights="initialized").left[0][1]
 
     def test_an_mxfp8_head_is_refused_and_nothing_is_changed(self) -> None:
         class TELMHeadColumnParallelLinear(nn.Module):
@@ -227,30 +231,30 @@ class TestLeft:
         model = stock_model()
         model.output_layer = TELMHeadColumnParallelLinear()
         with pytest.raises(TypeError, match=r"output_layer is a .*TELMHead.* computes its product in MXFP8"):
-            apply_fp32(model)
+            apply_fp32(model, weights="initialized")
         assert type(model.decoder.layers[0].self_attention) is GatedDeltaNet
 
     def test_a_head_that_is_refused_leaves_the_other_chunks_unchanged(self) -> None:
         good, bad = stock_model(), stock_model()
         bad.output_layer.gtp_remat_size = 4
         with pytest.raises(ValueError, match="GTP-sharded"):
-            apply_fp32([good, bad])
+            apply_fp32([good, bad], weights="initialized")
         assert type(good.output_layer) is ColumnParallelLinear
 
     def test_a_log_of_other_layers_is_reported(self) -> None:
         model = stock_model()
         model.mixer = nn.Module()
         model.mixer.A_log = nn.Parameter(torch.zeros(4))
-        assert apply_fp32(model).left == (
+        assert apply_fp32(model, weights="initialized").left == (
             ("mixer.A_log", "Module is not megatron-core's GatedDeltaNet; see keep_in_fp32"),
         )
 
     def test_logits_or_parameters_alone(self) -> None:
         model = stock_model()
-        assert apply_fp32(model, Fp32Config(logits=False)).output_layers == ()
+        assert apply_fp32(model, Fp32Config(logits=False), weights="initialized").output_layers == ()
         assert type(model.output_layer) is ColumnParallelLinear
         model = stock_model()
-        assert apply_fp32(model, Fp32Config(gated_delta_net=())).parameters == ()
+        assert apply_fp32(model, Fp32Config(gated_delta_net=()), weights="initialized").parameters == ()
         assert type(model.decoder.layers[0].self_attention) is GatedDeltaNet
 
 
@@ -259,17 +263,17 @@ class TestNothingMatched:
         model = stock_model()
         model.head, model.output_layer = model.output_layer, None
         with pytest.raises(ValueError, match="no module called output_layer in GPTModel, a last pipeline stage"):
-            apply_fp32(model)
+            apply_fp32(model, weights="initialized")
 
     def test_no_language_model_at_all(self) -> None:
         with pytest.raises(ValueError, match="no language model that says"):
-            apply_fp32(nn.Sequential(nn.Linear(2, 2)))
+            apply_fp32(nn.Sequential(nn.Linear(2, 2)), weights="initialized")
 
     def test_a_layer_that_should_be_a_gated_delta_net(self) -> None:
         model = stock_model()
         model.decoder.layers[0].self_attention = nn.Identity()
         with pytest.raises(ValueError, match=r"decoder\.layers\.0 should hold .*GatedDeltaNet.* is a Identity"):
-            apply_fp32(model)
+            apply_fp32(model, weights="initialized")
 
     def test_a_subclass_of_the_layer(self) -> None:
         class Other(GatedDeltaNet):
@@ -278,13 +282,13 @@ class TestNothingMatched:
         model = stock_model()
         model.decoder.layers[0].self_attention.__class__ = Other
         with pytest.raises(TypeError, match=r"got .*Other: a subclass may use its parameters in its own way"):
-            apply_fp32(model)
+            apply_fp32(model, weights="initialized")
         assert type(model.output_layer) is ColumnParallelLinear
 
     def test_a_parameter_that_is_not_there(self) -> None:
         model = stock_model()
         with pytest.raises(ValueError, match="has no parameter 'D'; it has: dt_bias, A_log, "):
-            apply_fp32(model, Fp32Config(gated_delta_net=("A_log", "D")))
+            apply_fp32(model, Fp32Config(gated_delta_net=("A_log", "D")), weights="initialized")
         assert type(model.output_layer) is ColumnParallelLinear
         assert type(model.decoder.layers[0].self_attention) is GatedDeltaNet
 
@@ -292,18 +296,18 @@ class TestNothingMatched:
         model = stock_model()
         model.get_parameter(A_LOG).main_grad = torch.zeros(4)
         with pytest.raises(ValueError, match="already belongs to DistributedDataParallel"):
-            apply_fp32(model)
+            apply_fp32(model, weights="initialized")
         assert type(model.output_layer) is ColumnParallelLinear
 
     def test_a_wrapped_model(self) -> None:
         model = stock_model()
         with pytest.raises(ValueError, match="wrapped in Float16Module already: apply_fp32 must come before"):
-            apply_fp32([Float16Module(model.config, model)])
+            apply_fp32([Float16Module(model.config, model)], weights="initialized")
 
     @pytest.mark.parametrize("model", [[], [3], "model"])
     def test_no_model(self, model: Any) -> None:
         with pytest.raises(TypeError, match="expected a module or a non-empty list of modules"):
-            apply_fp32(model)
+            apply_fp32(model, weights="initialized")
 
 
 class TestInitialization:
@@ -313,7 +317,7 @@ class TestInitialization:
 
     def test_a_log_is_drawn_again_where_megatron_drew_it_in_bf16(self) -> None:
         model = stock_model()
-        report = apply_fp32(model)
+        report = apply_fp32(model, weights="initialized")
         assert not self.on_grid(model)
         low, high = model.decoder.layers[0].self_attention.A_init_range
         values = model.get_parameter(A_LOG).exp()
@@ -323,19 +327,52 @@ class TestInitialization:
         assert "1 of them drawn again" in str(report)
         assert OUT_NORM in str(report)
 
-    @pytest.mark.parametrize("how", ["perform_initialization", "draw"])
+    @pytest.mark.parametrize("how", ["perform_initialization", "weights"])
     def test_what_was_loaded_is_left_as_it_is_and_reported(self, how: str) -> None:
         model = stock_model(perform_initialization=how != "perform_initialization")
         loaded = torch.tensor([0.5, 1.25, 2.0, 0.75]).bfloat16()
         with torch.no_grad():
             model.get_parameter(A_LOG).copy_(loaded)
-        report = apply_fp32(model, draw=how != "draw")
+        report = apply_fp32(model, weights="loaded" if how == "weights" else "initialized")
         assert torch.equal(model.get_parameter(A_LOG), loaded.float())
         assert A_LOG in report.rounded
 
+    @pytest.mark.parametrize("call", [apply_fp32, lambda _, **given: pre_wrap_hook(**given)])
+    def test_the_caller_says_where_the_weights_come_from(self, call: Any) -> None:
+        model = stock_model()
+        with pytest.raises(TypeError, match="weights"):
+            call(model)
+        for wrong in ("load", True, None):
+            with pytest.raises(ValueError, match=f"weights must be 'initialized' .* or 'loaded' .*, got {wrong!r}"):
+                call(model, weights=wrong)
+        assert not list(kept_parameters(model))
+
+    @pytest.mark.parametrize("mtp", [0, 1])
+    def test_a_model_of_ours_starts_as_stock_at_the_same_seed(self, mtp: int) -> None:
+        shapes = tiny_qwen3_5(layer_types=("linear_attention", "linear_attention", "full_attention"))
+        overrides: dict[str, Any] = {"mtp_num_layers": 1} if mtp else {}
+        config = transformer_config(shapes, **cpu_overrides(), bf16=True, params_dtype=torch.bfloat16, **overrides)
+        models = []
+        for fp32 in (STOCK, Fp32Config()):
+            torch.manual_seed(5)
+            model_parallel_cuda_manual_seed(5)
+            models.append(dict(build_model(shapes, config, fp32, vocab_divisible_by=8).named_parameters()))
+        stock, ours = models
+        assert stock.keys() == ours.keys()
+        different = {name for name in stock if not torch.equal(stock[name].float(), ours[name].float())}
+        assert different == {f"decoder.layers.{i}.self_attention.A_log" for i in (0, 1)}
+
+    def test_a_vocabulary_larger_than_the_head_is_refused(self) -> None:
+        model = stock_model()
+        rows = model.output_layer.output_size
+        with pytest.raises(ValueError, match=rf"vocab_size={rows + 1}\) .* has only {rows} rows"):
+            apply_fp32(model, Fp32Config(vocab_size=rows + 1), weights="initialized")
+        assert not list(kept_parameters(model))
+        apply_fp32(model, Fp32Config(vocab_size=rows), weights="initialized")
+
     def test_ranks_draw_from_megatrons_tracker(self) -> None:
         state = torch.get_rng_state()
-        apply_fp32(stock_model())
+        apply_fp32(stock_model(), weights="initialized")
         before = torch.get_rng_state()
         torch.set_rng_state(state)
         stock_model()
@@ -345,5 +382,5 @@ class TestInitialization:
         with torch.device("meta"):
             model = stock_model()
         model.to("meta")
-        report = apply_fp32(model)
+        report = apply_fp32(model, weights="initialized")
         assert [(p.on_bf16_grid, p.redrawn) for p in report.parameters] == [(None, False)] * 2

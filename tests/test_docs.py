@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_fp32 import install_optimizer_repairs
 from megatron_fp32.check import check_fp32
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.testing.training import Batch, Trainer
@@ -54,7 +55,14 @@ def test_a_block_that_needs_more_than_it_says_fails(code: str, tmp_path: Path) -
         script(code, tmp_path)
 
 
-@pytest.mark.usefixtures("megatron")
+@pytest.fixture
+def optimizer_repairs() -> Iterator[None]:
+    """Installed already, and taken back afterwards: recipes install them for the rest of the process."""
+    with install_optimizer_repairs():
+        yield
+
+
+@pytest.mark.usefixtures("megatron", "optimizer_repairs")
 def test_every_recipe_does_what_it_says(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Each by itself, beside stubs of the program that it is for."""
     for name, module in recipe_stubs.modules().items():

@@ -4,34 +4,53 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.transformer.module import Float16Module
 
+from megatron_fp32 import apply
 from megatron_fp32.apply import pre_wrap_hook
 from megatron_fp32.check import check_fp32
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models import specs
 from megatron_fp32.models.provider import cpu_overrides, transformer_config
+from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
 from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
+from megatron_fp32.testing.training import Batch, Trainer
 from tests.support import STOCK, stock_model, tiny_qwen3_5
 
-pytestmark = pytest.mark.usefixtures("megatron")
+pytestmark = pytest.mark.usefixtures("megatron", "stock_optimizers")
+
+
+@pytest.fixture
+def stock_optimizers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hooks install the optimizer repairs for the rest of the process; here they are taken back after each test."""
+    installed = []
+
+    def install() -> Any:
+        installed.append(install_optimizer_repairs())
+        return installed[-1]
+
+    monkeypatch.setattr(apply, "install_optimizer_repairs", install)
+    yield
+    for repairs in reversed(installed):
+        repairs.undo()
 
 
 class TestHooks:
     def test_a_hook_returns_the_chunks_and_logs_what_it_did(self, caplog: pytest.LogCaptureFixture) -> None:
         chunks = [stock_model()]
         with caplog.at_level(logging.INFO, "megatron_fp32.apply"):
-            assert pre_wrap_hook(Fp32Config(grad_precision="bf16x2"))(chunks) is chunks
+            assert pre_wrap_hook(Fp32Config(grad_precision="bf16x2"), weights="initialized")(chunks) is chunks
         assert chunks[0].output_layer.fp32_config.grad_precision == "bf16x2"
         assert "fp32 logits: output_layer" in caplog.text
 
     def test_the_model_configuration_of_megatron_019(self) -> None:
         gpt = pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.19")
-        chunks = self.build(gpt, pre_wrap_hooks=[pre_wrap_hook()])
+        chunks = self.build(gpt, pre_wrap_hooks=[pre_wrap_hook(weights="initialized")])
         check_fp32(chunks)
         assert isinstance(chunks[0], Float16Module)
 
@@ -50,6 +69,28 @@ class TestHooks:
         fields |= {"layernorm_zero_centered_gamma": False, "qk_layernorm": False, "attention_output_gate": False}
         chunks = self.build(gpt, transformer_layer_spec=specs.pretrain_spec, **fields)
         assert isinstance(chunks[0].module.output_layer, Fp32OutputLayer)
+
+    def test_a_hook_that_keeps_parameters_installs_the_optimizer_repairs(self) -> None:
+        hook: Any = pre_wrap_hook(weights="initialized")
+        assert hook.optimizer_repairs is None  # nothing is patched before a model comes
+        hook([stock_model()])
+        assert install_optimizer_repairs().installed == ()
+        hook.optimizer_repairs.undo()
+        with install_optimizer_repairs() as repairs:
+            assert "float16-id-map" in repairs.installed
+        nothing: Any = pre_wrap_hook(Fp32Config(gated_delta_net=()), weights="initialized")
+        nothing([stock_model()])
+        assert nothing.optimizer_repairs is None
+
+    def test_the_spec_alone_satisfies_the_check_of_the_optimizer(self) -> None:
+        config = argparse.Namespace(pre_wrap_hooks=[], transformer=stock_model().config)
+        specs.pretrain_spec(config)
+        (hook,) = config.pre_wrap_hooks
+        chunks = hook([stock_model()])
+        trainer = Trainer(chunks[0])
+        trainer.step([Batch.random(chunks[0].vocab_size, seed=0)])
+        check_fp32([trainer.model], optimizer=trainer.optimizer)
+        hook.optimizer_repairs.undo()
 
     def test_the_spec_adds_its_hook_once(self) -> None:
         pytest.importorskip("megatron.training.models.gpt", reason="megatron-core < 0.19")

@@ -208,8 +208,8 @@ def test_what_is_allowed(flag: bool) -> None:
 def test_a_configuration_that_is_none(config: Any) -> None:
     layer = torch.nn.Linear(2, 2)
     for call in (
-        lambda: apply_fp32(layer, config),
-        lambda: pre_wrap_hook(config),
+        lambda: apply_fp32(layer, config, weights="loaded"),
+        lambda: pre_wrap_hook(config, weights="loaded"),
         lambda: check_fp32(layer, config),
         lambda: to_fp32_output_layer(layer, config),  # type: ignore[arg-type]
     ):

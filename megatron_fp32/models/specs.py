@@ -144,6 +144,7 @@ def pretrain_spec(model_config: Any, vp_stage: int | None = None) -> Any:
     There a spec may be a function of the model configuration, which is called as each chunk is built. This one returns
     the spec that would have been taken without `--spec`, with gated-delta-net layers whose parameters stay fp32, and
     adds `apply_fp32` to the configuration's `pre_wrap_hooks`, for the output layer: everything in `Fp32Config()`.
+    That hook installs the optimizer repairs as well; see `pre_wrap_hook` for how to take them back.
 
     Args:
         model_config: `megatron.training.models.GPTModelConfig`.
@@ -159,7 +160,7 @@ def pretrain_spec(model_config: Any, vp_stage: int | None = None) -> Any:
         )
     # Called for each chunk; the hook is for all of them. It is found again by its mark, not kept in a global.
     if not any(getattr(hook, "is_megatron_fp32", False) for hook in model_config.pre_wrap_hooks):
-        model_config.pre_wrap_hooks.insert(0, pre_wrap_hook())
+        model_config.pre_wrap_hooks.insert(0, pre_wrap_hook(weights="initialized"))
     if model_config.transformer.experimental_attention_variant in VARIANTS:
         return decoder_block_spec(model_config.transformer, vp_stage=vp_stage)
     from megatron.training.models.gpt import default_layer_spec

@@ -22,8 +22,9 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from megatron_fp32.config import DEFAULT_KEPT_PARAMETERS
+from megatron_fp32.config import DEFAULT_KEPT_PARAMETERS, Weights, check_weights
 from megatron_fp32.transformer.counter import count_fp32_call
+from megatron_fp32.transformer.forward_dtypes import reset_in_params_dtype
 from megatron_fp32.transformer.keep_in_fp32 import (
     Fp32ParameterGuard,
     KeptParameter,
@@ -40,8 +41,8 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
     """`GatedDeltaNet` with kept fp32 parameters and the right gradient for `out_norm`.
 
     Args:
-        fp32_parameters: what to keep, relative to the layer. `dt_bias` and `conv1d` stay in `params_dtype` unless they
-            are named, as in the released checkpoints.
+        fp32_parameters: what to keep, relative to the layer. `dt_bias` stays in `params_dtype` unless it is named, as
+            in the released checkpoints. The forward pass takes no other parameter in fp32 (`GATED_DELTA_NET_TAKES`).
         *args, **kwargs: those of `GatedDeltaNet`.
 
     Attributes:
@@ -56,6 +57,9 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
     out_norm: nn.Module
     pg_collection: ProcessGroupCollection
     A_init_range: tuple[float, float]
+    conv_init: float | None
+    conv1d: nn.Conv1d
+    A_log: nn.Parameter
     value_head_dim: int
     _fp32_parameters: tuple[str, ...]
 
@@ -70,14 +74,16 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
 
     def reset_parameters(self) -> None:
         """Initialize as megatron-core does, then draw `A_log` again in fp32 where it is kept."""
-        # torch.ones(out=dt_bias) inside the parent needs dt_bias to have params_dtype still.
-        super().reset_parameters()
+        draws = "A_log" in self._fp32_parameters and self.config.perform_initialization and not self.A_log.is_meta
+        start = self._tracker_state() if draws else None
+        with reset_in_params_dtype(self):
+            super().reset_parameters()
         if not self._fp32_parameters:
             return
         self._take_norm_from_transformer_engine()
         keep_in_fp32(self, *self._fp32_parameters)
-        if "A_log" in self._fp32_parameters and self.config.perform_initialization:
-            self._draw_a_log()
+        if start is not None:
+            self._draw_a_log(start)
 
     def _take_norm_from_transformer_engine(self) -> None:
         """Put our norm in its place, with the same Parameter and state-dict keys.
@@ -100,9 +106,26 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
             return self.out_norm(x, gate, self.act_fn)
         return super()._apply_gated_norm(x, gate)
 
-    def _draw_a_log(self) -> None:
+    def _tracker_state(self) -> Tensor:
+        with get_cuda_rng_tracker().fork():
+            return _generator(self.get_parameter("A_log").device).get_state()
+
+    def _draw_a_log(self, start: Tensor | None = None) -> None:
+        """Draw `A_log` in fp32; from `start`, the tracker's state before the parent drew, it takes the parent's place.
+
+        The tracker then ends where it would have ended without us, so that later layers start as stock ones do.
+        """
+        a_log = self.get_parameter("A_log")
         with get_cuda_rng_tracker().fork(), torch.no_grad():
-            self.get_parameter("A_log").uniform_(*self.A_init_range).log_()
+            generator = _generator(a_log.device)
+            end = generator.get_state()
+            if start is not None:
+                generator.set_state(start)
+                if self.conv_init is not None:
+                    torch.empty_like(self.conv1d.weight).uniform_()  # the parent draws it before A_log
+            a_log.uniform_(*self.A_init_range).log_()
+            if start is not None:
+                generator.set_state(end)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the parent; counts the pass when every kept parameter is fp32."""
@@ -147,6 +170,12 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
         return copied
 
 
+def _generator(device: torch.device) -> torch.Generator:
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+
+
 def check_gated_delta_net(layer: GatedDeltaNet, names: tuple[str, ...]) -> None:
     """Raise what `to_fp32_gated_delta_net` would raise for this layer and these names."""
     if type(layer) not in (GatedDeltaNet, Fp32GatedDeltaNet):
@@ -158,23 +187,25 @@ def check_gated_delta_net(layer: GatedDeltaNet, names: tuple[str, ...]) -> None:
 
 
 def to_fp32_gated_delta_net(
-    layer: GatedDeltaNet, names: tuple[str, ...] = DEFAULT_KEPT_PARAMETERS, *, draw: bool
+    layer: GatedDeltaNet, names: tuple[str, ...] = DEFAULT_KEPT_PARAMETERS, *, weights: Weights
 ) -> tuple[KeptParameter, ...]:
     """Turn a built `GatedDeltaNet` into an `Fp32GatedDeltaNet`, in place. Doing it again changes nothing.
 
     Args:
         layer: before Float16Module, DDP and the first forward pass.
         names: what to keep, relative to the layer.
-        draw: draw `A_log` again in fp32 where megatron-core has drawn it in 16 bits (`config.perform_initialization`).
-            False where weights are loaded already.
+        weights: `"initialized"` draws `A_log` again in fp32 where megatron-core has drawn it in 16 bits
+            (`config.perform_initialization`); `"loaded"` leaves its values as they are.
 
     Returns:
         what was found of each parameter, and whether it was drawn again.
 
     Raises:
         TypeError: for a subclass, which may use its parameters in its own way.
-        ValueError: when a name is no parameter of the layer.
+        ValueError: when a name is no parameter of the layer, or none that its forward pass takes in fp32; for another
+            value of `weights`.
     """
+    check_weights(weights)
     check_gated_delta_net(layer, names)
     if not isinstance(layer, Fp32GatedDeltaNet):
         layer.__class__ = Fp32GatedDeltaNet
@@ -184,7 +215,7 @@ def to_fp32_gated_delta_net(
     found = {kept.name: kept for kept in keep_in_fp32(layer, *names)}
     a_log = found.get("A_log")
     drawn_in_16_bits = a_log is not None and a_log.previous_dtype != torch.float32 and not layer.A_log.is_meta
-    if draw and drawn_in_16_bits and layer.config.perform_initialization:
+    if weights == "initialized" and drawn_in_16_bits and layer.config.perform_initialization:
         layer._draw_a_log()
         found["A_log"] = dataclasses.replace(found["A_log"], redrawn=True)
     return tuple(found.values())

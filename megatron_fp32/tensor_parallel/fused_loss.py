@@ -7,8 +7,8 @@ So GPTModel, HybridModel, multi-token prediction and the schedule that overlaps 
 release from 0.16 on, and nothing of theirs is replaced but one method on the instance. `output_processor`, which
 GPTModel offers from 0.18 on, reaches neither multi-token prediction nor HybridModel.
 
-The output layer is called a second time for the loss itself: the hooks that gather its parameters run around every use
-of its weight.
+The output layer is called a second time for the loss itself, because Megatron-FSDP's hooks gather its parameters around
+every use of its weight. Other forward hooks run in the first call alone, where they see `DeferredLogits`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from __future__ import annotations
 from megatron_fp32 import needs_megatron  # noqa: F401
 
 # isort: split
+import contextlib
+import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -77,7 +79,8 @@ class DeferredLogits:
             return self._use(_maximum(self._scale))  # type: ignore[no-any-return]
 
     def _use(self, use: Use) -> Any:
-        return self._layer(self._hidden, weight=self._weight, use=use)
+        with _gathering_hooks_alone(self._layer):
+            return self._layer(self._hidden, weight=self._weight, use=use)
 
     @classmethod
     def __torch_function__(cls, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,6 +93,24 @@ class DeferredLogits:
 
     def __reduce__(self) -> Any:
         raise TypeError(_refusal("pickle"))
+
+
+@contextlib.contextmanager
+def _gathering_hooks_alone(layer: nn.Module) -> Iterator[None]:
+    """Inside the block, forward hooks that are not Megatron-FSDP's do not run: the call that deferred has run them."""
+    before = {name: vars(layer)[name] for name in ("_forward_pre_hooks", "_forward_hooks")}
+    for name, hooks in before.items():
+        vars(layer)[name] = type(hooks)((key, hook) for key, hook in hooks.items() if _is_fsdp_hook(hook))
+    try:
+        yield
+    finally:
+        vars(layer).update(before)
+
+
+def _is_fsdp_hook(hook: Any) -> bool:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return "fsdp" in (getattr(hook, "__module__", None) or "")
 
 
 def _refusal(what: str) -> str:

@@ -257,6 +257,11 @@ def _check_convertible(layer: ColumnParallelLinear, fp32: Fp32Config) -> None:
     config = layer.config
     if layer.is_expert:
         raise ValueError("an expert layer is no output layer")
+    if fp32.vocab_size is not None and fp32.vocab_size > layer.output_size:
+        raise ValueError(
+            f"Fp32Config(vocab_size={fp32.vocab_size}) counts tokens without padding, and the output layer has only "
+            f"{layer.output_size} rows with it"
+        )
     if getattr(layer, "gtp_remat_size", 1) != 1:
         raise ValueError(f"fp32 logits do not support a GTP-sharded weight (gtp_remat_size={layer.gtp_remat_size})")
     if getattr(config, "batch_invariant_mode", False) and not fp32.invariant:

@@ -52,7 +52,7 @@ def head_gradient(pipeline: int, tied: bool, convert: bool) -> tuple[torch.Tenso
             position_embedding_type="rope",
         )
         if convert:
-            apply_fp32(model)
+            apply_fp32(model, weights="initialized")
         if not last:
             return None
         torch.manual_seed(5)

@@ -8,6 +8,7 @@ EDGES = "tests/tensor_parallel/test_edge_cases.py"
 GDN = "tests/ssm/test_gated_delta_net.py"
 GDN_RANKS = "tests/ssm/test_ranks.py"
 KEEP = "tests/transformer/test_keep_in_fp32.py"
+KEEP_CLASSES = "tests/transformer/test_keep_in_fp32_classes.py"
 RESUME = "tests/distributed/test_resume.py::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit"
 
 LAYERS = [
@@ -28,8 +29,71 @@ LAYERS = [
     Mutant(
         name="draw over loaded values",
         file="ssm/gated_delta_net.py",
-        old="if draw and drawn_in_16_bits and layer.config.perform_initialization:",
+        old='if weights == "initialized" and drawn_in_16_bits and layer.config.perform_initialization:',
         new="if drawn_in_16_bits:",
+        test="tests/test_apply.py::TestInitialization",
+    ),
+    Mutant(
+        name="guard with a second base",
+        file="transformer/keep_in_fp32.py",
+        old="types.new_class(base.__name__, (base,),",
+        new="types.new_class(base.__name__, (Fp32ParameterGuard, base),",
+        test=f"{KEEP_CLASSES}::TestKinds",
+    ),
+    Mutant(
+        name="leave half of a failed keep_in_fp32",
+        file="transformer/keep_in_fp32.py",
+        old="    with contextlib.ExitStack() as undo:\n",
+        new="    undo = contextlib.ExitStack()\n    if True:\n",
+        test=f"{KEEP_CLASSES}::TestAllOrNothing",
+    ),
+    Mutant(
+        name="keep a convolution in fp32",
+        file="transformer/forward_dtypes.py",
+        old='("A_log", "dt_bias", "out_norm.weight")',
+        new='("A_log", "dt_bias", "out_norm.weight", "conv1d.weight")',
+        test=f"{GDN}::TestConstruction",
+    ),
+    Mutant(
+        name="reset dt_bias in fp32",
+        file="transformer/forward_dtypes.py",
+        old="if own is None or own.dtype == layer.config.params_dtype:",
+        new="if True:",
+        test=f"{GDN}::TestConstruction",
+    ),
+    Mutant(
+        name="draw A_log twice from the tracker",
+        file="ssm/gated_delta_net.py",
+        old="self._draw_a_log(start)",
+        new="self._draw_a_log()",
+        test=f"{GDN}::TestConstruction",
+    ),
+    Mutant(
+        name="do not check what was kept by hand",
+        file="check.py",
+        old="problems += _problems_of_kept_by_hand(chunks, kept)",
+        new="pass",
+        test="tests/test_check.py",
+    ),
+    Mutant(
+        name="train by a hook without the optimizer repairs",
+        file="apply.py",
+        old="if report.parameters and hook.optimizer_repairs is None:",
+        new="if False:",
+        test="tests/test_hooks.py",
+    ),
+    Mutant(
+        name="run every hook around the loss again",
+        file="tensor_parallel/fused_loss.py",
+        old="for key, hook in hooks.items() if _is_fsdp_hook(hook))",
+        new="for key, hook in hooks.items())",
+        test="tests/tensor_parallel/test_fused_loss.py::TestOneProcess",
+    ),
+    Mutant(
+        name="take a vocabulary larger than the head",
+        file="tensor_parallel/output_layer.py",
+        old="if fp32.vocab_size is not None and fp32.vocab_size > layer.output_size:",
+        new="if False:",
         test="tests/test_apply.py::TestInitialization",
     ),
     Mutant(
@@ -85,7 +149,7 @@ LAYERS = [
         name="round A_log once",
         file="ssm/gated_delta_net.py",
         old=".uniform_(*self.A_init_range).log_()",
-        new=".uniform_(*self.A_init_range).log_().copy_(self.A_log.bfloat16())",
+        new=".uniform_(*self.A_init_range).log_().copy_(a_log.bfloat16())",
         test=f"{GDN}::TestConstruction",
     ),
     Mutant(
@@ -112,14 +176,14 @@ LAYERS = [
     Mutant(
         name="let assign=True change the dtype",
         file="transformer/keep_in_fp32.py",
-        old="if parameter.dtype != torch.float32:\n                self._parameters",
+        old="if parameter.dtype != torch.float32:\n            module._parameters",
         new="if False:\n                self._parameters",
         test=f"{KEEP}::TestLoading",
     ),
     Mutant(
         name="lose the attributes of a new Parameter",
         file="transformer/keep_in_fp32.py",
-        old="vars(self._parameters[leaf]).update(values)",
+        old="vars(module._parameters[leaf]).update(values)",
         new="pass",
         test=KEEP,
     ),

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet, to_fp32_gated_delta_net
-from megatron_fp32.transformer.keep_in_fp32 import kept_parameters
+from megatron_fp32.transformer.forward_dtypes import GATED_DELTA_NET_TAKES
+from megatron_fp32.transformer.keep_in_fp32 import keep_in_fp32, kept_parameters
 from megatron_fp32.transformer.norm import RMSNorm
 from tests.ssm.layers import MODEL, build, load, random_weights
 
@@ -66,14 +67,77 @@ class TestConstruction:
         assert {name for name, _ in kept_parameters(layer)} == KEPT
         assert torch.equal(layer.dt_bias, torch.ones_like(layer.dt_bias))
 
-    @pytest.mark.parametrize(
-        "names", [("A_log",), ("A_log", "dt_bias", "conv1d.weight"), ("out_norm.weight",), ()], ids="+".join
-    )
+    @pytest.mark.parametrize("names", [("A_log",), ("A_log", "dt_bias"), ("out_norm.weight",), ()], ids="+".join)
     def test_other_parameters_may_be_kept(self, names: tuple[str, ...]) -> None:
         layer = build(Fp32GatedDeltaNet, fp32_parameters=names).bfloat16()
         assert {name for name, dtype in dtypes(layer).items() if dtype == torch.float32} == set(names)
         if "dt_bias" in names:
             assert torch.equal(layer.dt_bias, torch.ones_like(layer.dt_bias))
+
+    @pytest.mark.parametrize("name", ["conv1d.weight", "in_proj.weight", "out_proj.weight"])
+    def test_what_the_forward_pass_cannot_take_is_refused(self, name: str) -> None:
+        message = f"'{name}' of a GatedDeltaNet cannot be kept in fp32: its forward pass multiplies"
+        with pytest.raises(ValueError, match=message):
+            build(Fp32GatedDeltaNet, fp32_parameters=("A_log", name))
+        stock = build(GatedDeltaNet)
+        with pytest.raises(ValueError, match=message):
+            to_fp32_gated_delta_net(stock, ("A_log", name), weights="initialized")
+        model = torch.nn.ModuleDict({"attention": stock})
+        with pytest.raises(ValueError, match=message):
+            keep_in_fp32(model, "attention.A_log", f"attention.{name}")
+        assert type(stock) is GatedDeltaNet
+        assert not list(kept_parameters(stock))
+
+    def test_the_table_of_what_the_forward_pass_takes(self) -> None:
+        """Each parameter alone in fp32: the pass runs, or torch refuses operands of two dtypes."""
+        takes = set()
+        names = [name for name, _ in build(GatedDeltaNet, conv_bias=True).named_parameters()]
+        for name in names:
+            layer = build(GatedDeltaNet, conv_bias=True)
+            parameter = layer.get_parameter(name)
+            parameter.data = torch.randn(parameter.shape)
+            try:
+                output, _ = layer(hidden_states(torch.bfloat16), None)
+            except RuntimeError as error:
+                if "type" not in str(error):
+                    raise
+                continue
+            assert output.dtype == torch.bfloat16
+            takes.add(name)
+        assert takes == set(GATED_DELTA_NET_TAKES)
+
+    @pytest.mark.parametrize("how", ["built", "converted", "by hand"])
+    def test_parameters_can_be_reset_when_dt_bias_is_kept(self, how: str) -> None:
+        kept = ("A_log", "dt_bias")
+        layer = build(Fp32GatedDeltaNet, fp32_parameters=kept) if how == "built" else build(GatedDeltaNet)
+        if how == "converted":
+            to_fp32_gated_delta_net(layer, kept, weights="initialized")
+        elif how == "by hand":
+            keep_in_fp32(layer, *kept)
+        storage = layer.dt_bias.data_ptr()
+        with torch.no_grad():
+            layer.dt_bias.fill_(3)
+            layer.A_log.fill_(-1)
+        layer.reset_parameters()
+        assert layer.dt_bias.data_ptr() == storage  # DDP's buffer would be left otherwise
+        assert layer.dt_bias.dtype == torch.float32
+        assert torch.equal(layer.dt_bias, torch.ones_like(layer.dt_bias))
+        assert layer.A_log.min() >= 0
+        layer(hidden_states(torch.bfloat16), None)
+
+    @pytest.mark.parametrize("conv_init", [None, 0.5])
+    def test_random_numbers_after_the_layer_are_those_after_a_stock_one(self, conv_init: float | None) -> None:
+        layers, after = [], []
+        for cls in (GatedDeltaNet, Fp32GatedDeltaNet):
+            torch.manual_seed(4)  # torch's own Conv1d draws from the default generator
+            model_parallel_cuda_manual_seed(3)
+            layers.append(build(cls, conv_init=conv_init))
+            with get_cuda_rng_tracker().fork():
+                after.append(torch.rand(8))
+        assert torch.equal(*after)
+        for name in ("in_proj.weight", "conv1d.weight", "out_proj.weight", "dt_bias"):
+            assert torch.equal(*(layer.get_parameter(name) for layer in layers)), name
+        assert not on_bf16_grid(layers[1].A_log).any()
 
     @pytest.mark.parametrize("name", ["a_log", "out_norm", "in_norm.weight", ""])
     def test_a_wrong_name(self, name: str) -> None:
@@ -190,7 +254,7 @@ class TestTransformerEngineNorm:
         stock = self.engine_layer(GatedDeltaNet, norm_class)
         keys, parameter = list(stock.state_dict()), stock.out_norm.weight
         if converted:
-            to_fp32_gated_delta_net(stock, draw=False)
+            to_fp32_gated_delta_net(stock, weights="loaded")
             layer = stock
             assert layer.out_norm.weight is parameter
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pickle
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def step(config: Fp32Config, fields: dict[str, Any], overlap: bool = False) -> d
                 if parameter.dim() == 2:
                     whole = torch.randn(parameter.shape[0] * fields.get("tensor", 1), parameter.shape[1]) * 0.05
                     parameter.copy_(whole[: parameter.shape[0]])
-        apply_fp32(model, config)
+        apply_fp32(model, config, weights="initialized")
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=overlap, overlap_param_gather=overlap,
             overlap_grad_reduce=overlap,
@@ -145,8 +146,8 @@ class TestOneProcess:
     def test_without_labels_there_are_logits(self) -> None:
         model, plain = gpt(), gpt()
         plain.load_state_dict(model.state_dict())
-        apply_fp32(model, FUSED[0])
-        apply_fp32(plain, Fp32Config(gated_delta_net=()))
+        apply_fp32(model, FUSED[0], weights="initialized")
+        apply_fp32(plain, Fp32Config(gated_delta_net=()), weights="initialized")
         logits = model(**inputs(labels=False))
         assert logits.shape == (2, LENGTH, VOCAB)
         assert torch.equal(logits, plain(**inputs(labels=False)))
@@ -159,24 +160,54 @@ class TestOneProcess:
             model.output_layer.weight[90:] = model.output_layer.weight[:6]
         batch = inputs()
         batch["labels"] %= 90
-        apply_fp32(model, Fp32Config(gated_delta_net=(), fused_loss="recompute", vocab_size=90))
+        apply_fp32(model, Fp32Config(gated_delta_net=(), fused_loss="recompute", vocab_size=90), weights="initialized")
         losses = model(**batch)
         logits = model(**{**batch, "labels": None}).double()
         exact = -logits[..., :90].log_softmax(-1).gather(2, batch["labels"][..., None])[..., 0]
         assert relative_error(losses.detach(), exact) < 1e-6
 
+    def test_hooks_on_the_output_layer_run_once_and_backward_hooks_see_the_loss(self) -> None:
+        model = gpt()
+        apply_fp32(model, FUSED[0], weights="initialized")
+        seen: list[str] = []
+        head = model.output_layer
+        head.register_forward_pre_hook(lambda *_: seen.append("before"))
+        head.register_forward_hook(lambda _, args, output: seen.append(type(output[0]).__name__))
+        head.register_forward_hook(lambda *_: seen.append("kwargs"), with_kwargs=True)
+        head.register_full_backward_hook(lambda *_: seen.append("backward"))
+        model(**inputs()).sum().backward()
+        assert seen == ["before", "DeferredLogits", "kwargs", "backward"]
+        assert [len(hooks) for hooks in (head._forward_pre_hooks, head._forward_hooks)] == [1, 2]
+
+    def test_the_hooks_of_megatron_fsdp_run_around_every_use_of_the_weight(self) -> None:
+        model = gpt()
+        apply_fp32(model, FUSED[0], weights="initialized")
+        seen: list[str] = []
+
+        def gather(*_: Any) -> None:
+            seen.append("gather")
+
+        def release(*_: Any) -> None:
+            seen.append("release")
+
+        gather.__module__ = release.__module__ = "megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp"
+        model.output_layer.register_forward_pre_hook(functools.partial(gather))
+        model.output_layer.register_forward_hook(release)
+        model(**inputs())
+        assert seen == ["gather", "release"] * 2
+
     def test_it_can_be_undone(self) -> None:
         model = gpt()
-        apply_fp32(model, FUSED[0])
+        apply_fp32(model, FUSED[0], weights="initialized")
         assert has_fused_loss(model)
-        apply_fp32(model, Fp32Config(gated_delta_net=()))
+        apply_fp32(model, Fp32Config(gated_delta_net=()), weights="initialized")
         assert not has_fused_loss(model)
         assert "compute_language_model_loss" not in vars(model)
         assert model(**inputs()).shape == (2, LENGTH)
 
     def test_the_trainer_and_the_provider(self) -> None:
         model = stock_model()
-        apply_fp32(model, Fp32Config(fused_loss="recompute"))
+        apply_fp32(model, Fp32Config(fused_loss="recompute"), weights="initialized")
         trainer = Trainer(model)
         losses = [trainer.step([Batch.random(model.vocab_size, seed=0)]) for _ in range(4)]
         assert losses[-1] < losses[0]
@@ -218,7 +249,7 @@ class TestOneProcess:
 
     def test_labels_that_are_ignored(self) -> None:
         model, batch = gpt(), inputs()
-        apply_fp32(model, FUSED[0])
+        apply_fp32(model, FUSED[0], weights="initialized")
         batch["labels"][:, 3] = -100
         losses = model(**batch)
         assert not losses[:, 3].any()
@@ -243,9 +274,9 @@ def test_a_hybrid_model() -> None:
         max_sequence_length=LENGTH,
         hybrid_layer_pattern="*",
     )
-    apply_fp32(model, Fp32Config(gated_delta_net=()))
+    apply_fp32(model, Fp32Config(gated_delta_net=()), weights="initialized")
     expected = model(**inputs())
-    apply_fp32(model, FUSED[0])
+    apply_fp32(model, FUSED[0], weights="initialized")
     assert relative_error(model(**inputs()).detach(), expected.detach()) < 1e-6
     assert model(**inputs(labels=False)).shape == (2, LENGTH, VOCAB)
 
@@ -261,7 +292,7 @@ class TestLogprobsProcessor:
     def test_log_probs_entropy_and_top_k(self, config: Fp32Config, mtp: int | None) -> None:
         model, batch, temperature = gpt(mtp=mtp), inputs(), torch.rand(2, LENGTH) + 0.5
         model.eval()
-        apply_fp32(model, config)
+        apply_fp32(model, config, weights="initialized")
         out = model(**batch, output_processor=logprobs_processor(temperature=temperature, top_k=3))
         logits = model(**{**batch, "labels": None}).detach().double() / temperature[..., None]
         logp = logits.log_softmax(-1)
@@ -275,7 +306,7 @@ class TestLogprobsProcessor:
         model = gpt()
         with pytest.raises(TypeError, match="expected an Fp32OutputLayer, got ColumnParallelLinear"):
             model(**inputs(), output_processor=logprobs_processor())
-        apply_fp32(model, FUSED[0])
+        apply_fp32(model, FUSED[0], weights="initialized")
         with pytest.raises(ValueError, match="log-probs need labels"):
             model(**inputs(labels=False), output_processor=logprobs_processor())
 
@@ -322,22 +353,22 @@ class TestRefusals:
         outer = torch.nn.Module()
         outer.output_layer = head()
         with pytest.raises(ValueError, match="belongs to a Module, no LanguageModule"):
-            apply_fp32(outer, FUSED[0])
+            apply_fp32(outer, FUSED[0], weights="initialized")
         assert type(outer.output_layer) is ColumnParallelLinear
 
     def test_a_model_with_a_loss_of_its_own(self) -> None:
         model = gpt()
         model.__class__ = type("WithZLoss", (GPTModel,), {"compute_language_model_loss": lambda *_: None})
         with pytest.raises(ValueError, match="that of this WithZLoss is not megatron-core's"):
-            apply_fp32(model, FUSED[0])
+            apply_fp32(model, FUSED[0], weights="initialized")
         model = gpt()
         model.compute_language_model_loss = lambda *_: None
         with pytest.raises(ValueError, match="that of this GPTModel is not megatron-core's"):
-            apply_fp32(model, FUSED[0])
+            apply_fp32(model, FUSED[0], weights="initialized")
 
     def test_a_loss_that_someone_replaced_is_found(self) -> None:
         model = gpt()
-        apply_fp32(model, FUSED[0])
+        apply_fp32(model, FUSED[0], weights="initialized")
         model.compute_language_model_loss = LanguageModule.compute_language_model_loss.__get__(model)
         with pytest.raises(RuntimeError, match="compute_language_model_loss was replaced"):
             check_fp32(model, FUSED[0])
