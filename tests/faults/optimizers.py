@@ -36,7 +36,7 @@ OPTIMIZERS = [
         file="optimizer/float16.py",
         old="for number, entries in enumerate(groups) if entries}",
         new="for number, entries in enumerate(filter(None, groups))}",
-        test=f"{NAMES}[three-groups-to-PP2]",
+        test=f"{NAMES}[group-of-one-stage-to-PP2] {NAMES}[groups-PP2-to-one]",
     ),
     Mutant(
         name="leave native-fp32 parameters as the model has them",
