@@ -32,13 +32,6 @@ OPTIMIZERS = [
         test=f"{EXCHANGE}[True-fully-buckets-DP4]",
     ),
     Mutant(
-        name="number groups by their place among those that are not empty",
-        file="optimizer/float16.py",
-        old="for number, entries in enumerate(groups) if entries}",
-        new="for number, entries in enumerate(filter(None, groups))}",
-        test=f"{NAMES}[three-groups-to-PP2]",
-    ),
-    Mutant(
         name="leave native-fp32 parameters as the model has them",
         file="optimizer/float16.py",
         old="native[number].data.copy_(master)",
