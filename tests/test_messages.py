@@ -435,6 +435,8 @@ def _interrupt(command: list[str], *, when: Callable[[int], bool], after: float 
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell's background jobs ignore the signal, and their children with them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not when(process.pid):
         assert process.poll() is None, "it ended before it was interrupted"

@@ -144,7 +144,7 @@ class TestMegatron:
         saved = tmp_path / "iter_0000012"
         saved.mkdir()
         (tmp_path / "latest_checkpointed_iteration.txt").write_text("12")
-        ranks(2).run(jobs.train_and_save, TrainerConfig(), 2, 1, saved, None, {"fp32": Fp32Config()})
+        ranks(2).run(jobs.train_and_save, TrainerConfig(), {"tensor": 2}, 1, saved, None, {"fp32": Fp32Config()})
         for path in (saved, tmp_path):
             found = inspect_checkpoint(path)
             assert found.path == saved

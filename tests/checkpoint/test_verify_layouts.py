@@ -223,7 +223,7 @@ class TestNamesOnly:
         names = {path: set(stored_tensors(path)) for path in layouts}
         unknown = altered(separate, tmp_path / "unknown", config={"model_type": "gpt2"})
         (bare := altered(separate, tmp_path / "bare")).joinpath("config.json").unlink()
-        for other, reason in ((unknown, "got 'gpt2'"), (bare, "config.json is missing")):
+        for other, reason in ((unknown, "names the model_type 'gpt2'"), (bare, "no config.json in")):
             for pair in ((fused, other), (other, fused)):
                 report = verify_checkpoints(*pair)
                 assert str(other) in report.names_only
