@@ -21,6 +21,7 @@ from megatron_fp32.checkpoint.fp8.tensors import partial_blocks
 from megatron_fp32.checkpoint.import_job import RELEASE, open_import
 from megatron_fp32.checkpoint.jobs import Progress, run_job
 from megatron_fp32.checkpoint.plan import Mtp, Vision
+from megatron_fp32.checkpoint.staging import check_output
 from megatron_fp32.checkpoint.vocabulary import CutRows, check_vocab_size, is_padding
 from megatron_fp32.validation import check_callable, check_choice, check_count, check_flag, check_path
 
@@ -120,6 +121,7 @@ def import_checkpoint(
     if text_only:
         vision = mtp = "drop"
     out = Path(out)
+    check_output(out)
     open_job = functools.partial(open_import, Path(hf_dir), vision, mtp, max_part_bytes)
     with open_job() as job:
         records = run_job(job, open_job, out, workers=workers, progress=progress)
@@ -187,6 +189,7 @@ def export_checkpoint(
     check_count("workers", workers)
     check_callable("progress", progress)
     out = Path(out)
+    check_output(out)
     options = ExportOptions(
         megatron_dir=Path(megatron_dir),
         source=None if source is None else Path(source),

@@ -22,7 +22,7 @@ from megatron_fp32.checkpoint.plan import Plan, listing, naming, plan_export
 from megatron_fp32.checkpoint.quantization_claims import find_claims, remove_claims, write_config
 from megatron_fp32.checkpoint.read_back import SafetensorsPart
 from megatron_fp32.checkpoint.safetensors_writer import cut_into_shards, shard_names, write_index
-from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, check_assets, find_sidecar, fits
+from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, find_sidecar, fits
 from megatron_fp32.checkpoint.staging import Staging
 from megatron_fp32.checkpoint.torch_dist import TorchDistReader, known_non_model_entries
 from megatron_fp32.checkpoint.vocabulary import PADDED_VOCABULARY, CutRows, rows_above, with_vocab_size
@@ -235,7 +235,7 @@ def open_export(options: ExportOptions, dtypes: Dtypes | None = None) -> Iterato
     check_direction("export", options.megatron_dir, "megatron", f"import {options.megatron_dir} MEGATRON_DIR")
     reader = TorchDistReader(options.megatron_dir)
     sidecar = find_sidecar(options.megatron_dir, options.source)
-    check_assets(sidecar.directory / "assets")
+    sidecar.check_assets()
     with sidecar.open_carried() as carried:
         yield ExportJob(reader, sidecar, carried, options, dtypes)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_fp32.checkpoint.assets import assets_of
 from megatron_fp32.checkpoint.digests import Digests, compare, digest
 from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader
 from megatron_fp32.checkpoint.jobs import Part, Tell, described
@@ -18,7 +19,7 @@ from megatron_fp32.checkpoint.kind import check_direction, read_config, refuse_a
 from megatron_fp32.checkpoint.plan import ImportPlan, Mtp, Vision, naming, plan_import
 from megatron_fp32.checkpoint.quantization_claims import find_claims
 from megatron_fp32.checkpoint.read_back import ReadBack
-from megatron_fp32.checkpoint.sidecar import SourceTensor, check_assets, write_sidecar
+from megatron_fp32.checkpoint.sidecar import SourceTensor, write_sidecar
 from megatron_fp32.checkpoint.staging import Staging
 from megatron_fp32.checkpoint.torch_dist import TRACKER
 from megatron_fp32.checkpoint.torch_dist_writer import (
@@ -159,7 +160,7 @@ def is_about(stored: Tensor, expected: Tensor) -> bool:
 def open_import(hf_dir: Path, vision: Vision, mtp: Mtp, max_part_bytes: int) -> Iterator[ImportJob]:
     """Raises as `import_checkpoint`, before anything is written."""
     check_direction("import", hf_dir, "huggingface", f"export {hf_dir} HF_DIR")
-    check_assets(hf_dir)
+    assets_of(hf_dir)
     sources = {"source": described(hf_dir)}
     refuse_adapter(hf_dir)
     config = read_config(hf_dir)

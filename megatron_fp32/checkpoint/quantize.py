@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_fp32.checkpoint.assets import assets_of, copy_files
 from megatron_fp32.checkpoint.digests import Digests
 from megatron_fp32.checkpoint.fp8.config import described_scheme, write_configs
 from megatron_fp32.checkpoint.fp8.detect import SCALES, read_quantization_config
@@ -22,8 +23,7 @@ from megatron_fp32.checkpoint.kind import check_direction, read_config, refuse_a
 from megatron_fp32.checkpoint.quantization_claims import RECIPE, find_claims
 from megatron_fp32.checkpoint.read_back import SafetensorsPart
 from megatron_fp32.checkpoint.safetensors_writer import cut_into_shards, shard_names, write_index
-from megatron_fp32.checkpoint.sidecar import check_assets, copy_assets
-from megatron_fp32.checkpoint.staging import Staging
+from megatron_fp32.checkpoint.staging import Staging, check_output
 from megatron_fp32.validation import check_callable, check_count, check_path
 
 
@@ -89,6 +89,7 @@ def quantize_checkpoint(
     if not isinstance(scheme, Fp8Scheme):
         raise TypeError(f"scheme must be an Fp8Scheme or one of {LAYOUTS}, got {scheme!r}")
     _check_device(device)
+    check_output(Path(out))
     open_job = functools.partial(open_quantization, Path(hf_dir), scheme, str(device), max_shard_bytes)
     with open_job() as job:
         run_job(job, open_job, Path(out), workers=workers, progress=progress)
@@ -149,7 +150,7 @@ class QuantizeJob:
 
     def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:
         """Write the index and the files that are no weights; see `Job`."""
-        copy_assets(self.reader.directory, staging.output)
+        copy_files(self.reader.directory, assets_of(self.reader.directory), staging.output)
         write_configs(staging.output, self._config, self.infos, self._scheme)
         write_index(staging.output, {part.file: part.steps[0] for part in self.parts}, self.infos)
 
@@ -171,7 +172,7 @@ class QuantizeJob:
 def open_quantization(hf_dir: Path, scheme: Fp8Scheme, device: str, max_shard_bytes: int) -> Iterator[QuantizeJob]:
     """Raises as `quantize_checkpoint`, before anything is written."""
     check_direction("quantize", hf_dir, "huggingface", f"export {hf_dir} FP8_DIR --fp8 {scheme.layout}")
-    check_assets(hf_dir)
+    assets_of(hf_dir)
     sources = {"source": described(hf_dir)}
     refuse_adapter(hf_dir)
     config = read_config(hf_dir)

@@ -13,12 +13,13 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_fp32.checkpoint.assets import assets_of, copy_files, sidecar_assets_of
 from megatron_fp32.checkpoint.digests import Digests, compare, digest
 from megatron_fp32.checkpoint.directory import refuse_pointers
 from megatron_fp32.checkpoint.huggingface import (
@@ -34,8 +35,6 @@ from megatron_fp32.checkpoint.staging import Staging
 from megatron_fp32.checkpoint.torch_dist import find_checkpoint
 
 DIRECTORY = "hf_source"
-
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,8 +105,21 @@ class Sidecar:
             yield CarriedTensors(self, reader)
 
     def copy_assets(self, directory: Path) -> None:
-        """Put the files that are no weights into `directory`."""
-        shutil.copytree(self.directory / "assets", directory, dirs_exist_ok=True)
+        """Put the files that are no weights into `directory`.
+
+        Raises:
+            CheckpointError: as `check_assets`.
+        """
+        copy_files(self.directory / "assets", self.check_assets(), directory)
+
+    def check_assets(self) -> list[PurePath]:
+        """The files that are no weights, by their paths in `assets`.
+
+        Raises:
+            CheckpointError: when `assets` holds what an import never puts there, such as weights and links that leave
+                the directory.
+        """
+        return sidecar_assets_of(self.directory / "assets")
 
 
 class CarriedTensors:
@@ -151,7 +163,7 @@ def write_sidecar(
     # What a run that was interrupted here has left.
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
-    copy_assets(reader.directory, directory / "assets")
+    copy_files(reader.directory, assets_of(reader.directory), directory / "assets")
     if originals:
         infos = {n: TensorInfo(dtype=t.dtype, shape=tuple(t.shape)) for n, t in originals.items()}
         _write_tensors(directory / "originals", infos, originals.__getitem__)
@@ -174,33 +186,6 @@ def write_sidecar(
         "left_out": list(plan.left_out),
     }
     (directory / "source.json").write_text(json.dumps(content, indent=1) + "\n")
-
-
-def check_assets(hf_dir: Path) -> None:
-    """Raise where a file that is no weights is only a Git LFS pointer; it would be carried as if it were the file.
-
-    Raises:
-        CheckpointError: naming it.
-    """
-    paths = sorted(path for path in hf_dir.rglob("*") if not path.name.endswith(_WEIGHTS))
-    refuse_pointers(p for p in paths if not any(part.startswith(".") for part in p.relative_to(hf_dir).parts[:-1]))
-
-
-def copy_assets(hf_dir: Path, directory: Path) -> None:
-    """Copy every file of a Hugging Face checkpoint that is no weights.
-
-    Args:
-        hf_dir: from where.
-        directory: to where; it is made when it does not exist.
-    """
-    directory.mkdir(exist_ok=True)
-    for path in sorted(hf_dir.rglob("*")):
-        place = path.relative_to(hf_dir)
-        # Hidden folders are those of git and of download caches.
-        hidden = any(part.startswith(".") for part in place.parts[:-1])
-        if path.is_file() and not hidden and not path.name.endswith(_WEIGHTS):
-            (directory / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, directory / place)
 
 
 def _write_tensors(directory: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> None:

@@ -89,13 +89,12 @@ def open_staging(out: Path, job: dict[str, Any]) -> Iterator[Staging]:
     Raises:
         CheckpointError: when `out` exists, or another process or another job has the staging directory.
     """
-    root = staging_directory(out)
-    _refuse_existing(out, root)
+    root = check_output(out)
     new_parents = [parent for parent in out.absolute().parents if not parent.exists()]
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root):
         # Another process may have made it in the meantime.
-        _refuse_existing(out, root)
+        check_output(out)
         _begin(root, job)
         staging = Staging(out, root)
         try:
@@ -112,13 +111,29 @@ def open_staging(out: Path, job: dict[str, Any]) -> Iterator[Staging]:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _refuse_existing(out: Path, root: Path) -> None:
-    if not out.exists():
-        return
+def check_output(out: Path) -> Path:
+    """The staging directory of an output that can be made.
+
+    Raises:
+        CheckpointError: when `out` exists, be it as a link that leads nowhere; when it cannot be made in its place; or
+            when something else has the name of its staging directory.
+    """
+    root = staging_directory(out)
+    if root.is_symlink() or (root.exists() and not root.is_dir()):
+        raise CheckpointError(f"{root} must be a directory, in which {out} grows: remove what has its name")
+    parent = next(p for p in out.absolute().parents if os.path.lexists(p))
+    if not parent.is_dir():
+        raise CheckpointError(f"{out} cannot be made: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{out} cannot be made: you may not write to {parent}")
+    if not os.path.lexists(out):
+        return root
+    if out.is_symlink() and not out.exists():
+        raise CheckpointError(f"{out} is a link to {out.readlink()}, which does not exist: remove it, or name another")
     # What was left behind when a process ended between the last two steps.
     if (root / "job.json").is_file() and not (root / "output").exists():
         shutil.rmtree(root, ignore_errors=True)
-    raise CheckpointError(f"{out} exists already; name a directory that does not")
+    raise CheckpointError(f"{out} exists already: name a directory that does not exist")
 
 
 def is_the_machines(error: BaseException) -> bool:

@@ -165,4 +165,32 @@ FILES = [
         new='        if not content.startswith(b"{"):',
         test=f"{SAFETENSORS}::TestAccepts",
     ),
+    Mutant(
+        name="follow a link out of the directory",
+        file="checkpoint/assets.py",
+        old="if not any(real.is_relative_to(place) for place in allowed):",
+        new="if False:",
+        test="tests/checkpoint/test_assets.py",
+    ),
+    Mutant(
+        name="take weights for assets of a sidecar",
+        file="checkpoint/assets.py",
+        old="        if wrong:\n",
+        new="        if False:\n",
+        test="tests/checkpoint/test_assets.py",
+    ),
+    Mutant(
+        name="carry a Megatron checkpoint as assets",
+        file="checkpoint/assets.py",
+        old="if not is_top and _is_megatron(here, files):",
+        new="if False:",
+        test="tests/checkpoint/test_assets.py",
+    ),
+    Mutant(
+        name="find a dangling link in place of the output at the end",
+        file="checkpoint/staging.py",
+        old="    if not os.path.lexists(out):\n",
+        new="    if not out.exists():\n",
+        test="tests/checkpoint/test_assets.py",
+    ),
 ]

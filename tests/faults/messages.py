@@ -17,8 +17,8 @@ ENTRANCES = [
     ),
     Mutant(
         name="carry a Git LFS pointer as an asset",
-        file="checkpoint/import_job.py",
-        old="    check_assets(hf_dir)\n",
+        file="checkpoint/assets.py",
+        old="    refuse_pointers(directory / place for place in places)\n",
         new="",
         test=f"{MESSAGES}::TestGitLfs",
     ),
