@@ -65,7 +65,7 @@ LAYERS = [
         name="draw A_log twice from the tracker",
         file="ssm/gated_delta_net.py",
         old="self._draw_a_log(start)",
-        new="self._draw_a_log()",
+        new="self._draw_a_log(self._tracker_state())",
         test=f"{GDN}::TestConstruction",
     ),
     Mutant(
@@ -94,6 +94,20 @@ LAYERS = [
         file="tensor_parallel/output_layer.py",
         old="if fp32.vocab_size is not None and fp32.vocab_size > layer.output_size:",
         new="if False:",
+        test="tests/test_apply.py::TestInitialization",
+    ),
+    Mutant(
+        name="leave the tracker behind a second draw of A_log",
+        file="ssm/gated_delta_net.py",
+        old="            generator.set_state(end)\n",
+        new="",
+        test="tests/test_apply.py::TestInitialization",
+    ),
+    Mutant(
+        name="draw every A_log again from one state",
+        file="ssm/gated_delta_net.py",
+        old='int.from_bytes(digest[:8], "little") >> 1',
+        new="1",
         test="tests/test_apply.py::TestInitialization",
     ),
     Mutant(
