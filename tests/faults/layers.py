@@ -83,6 +83,13 @@ LAYERS = [
         test="tests/test_hooks.py",
     ),
     Mutant(
+        name="train by a provider without the optimizer repairs",
+        file="models/provider.py",
+        old="if provider.optimizer_repairs is None and any(kept_parameters(built)):",
+        new="if False:",
+        test="tests/models/test_provider.py",
+    ),
+    Mutant(
         name="run every hook around the loss again",
         file="tensor_parallel/fused_loss.py",
         old="for key, hook in hooks.items() if _is_fsdp_hook(hook))",
