@@ -62,7 +62,7 @@ LAYERS = [
         test=f"{GDN}::TestConstruction",
     ),
     Mutant(
-        name="draw A_log twice from the tracker",
+        name="draw A_log from random numbers that the next layer gets too",
         file="ssm/gated_delta_net.py",
         old="self._draw_a_log(start)",
         new="self._draw_a_log(self._tracker_state())",
