@@ -7,6 +7,7 @@ the kernel writes 4 GiB before its buffer. A NaN stays a NaN.
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -70,10 +71,24 @@ def call_every_host_function() -> None:
         kernels.gradient_triton(raw, torch.zeros(6, TOKENS), labels, part, 0, 2, torch.bfloat16, None, True)
         exponentials = KeptLogits.allocate(TOKENS, w, exponentials=True)
         kernels.exponentials_gradient_triton(exponentials.values, exponentials.tops, torch.zeros(6, 40), labels, part)
-    for count in (1, 2, 3):
-        grads = (torch.zeros(TOKENS, 304).bfloat16()[:, :COLUMNS],) * count
-        add_hidden_grad(torch.zeros(TOKENS, HIDDEN), grads, w, begin=False)
-        add_weight_grad(torch.zeros(COLUMNS, HIDDEN), grads, x)
+    # The compiler may know an argument of 1 by its value.
+    for tokens, count in itertools.product((TOKENS, 1), (1, 2, 3)):
+        grads = (torch.zeros(tokens, 304).bfloat16()[:, :COLUMNS],) * count
+        add_hidden_grad(torch.zeros(tokens, HIDDEN), grads, w, begin=False)
+        add_weight_grad(torch.zeros(COLUMNS, HIDDEN), grads, x[:tokens])
+        add_weight_grad(torch.zeros(1, HIDDEN), tuple(g[:, :1] for g in grads), x[:tokens])
+        part = Shard(
+            group=None, first_column=0, valid_columns=290, vocab_size=290, scale=1.1, softcap=None, ignore_index=-100,
+            invariant=False,
+        )  # fmt: skip
+        kept = KeptLogits.allocate(tokens, w)
+        project_triton(
+            x[:tokens], w, logits=kept.values, statistics=torch.zeros(3, 3, tokens), labels=labels[:tokens],
+            label_logits=vector[:tokens], inverse_temperature=vector[:tokens], valid_columns=290,
+        )  # fmt: skip
+        vectors = torch.zeros(6, tokens)
+        kernels.gradient_triton(kept.values, vectors, labels[:tokens], part, 1, count, torch.bfloat16, None)
+        kernels.combine_triton(torch.zeros(1, 3, tokens))
     formats: list[ScaleFormat] = ["float32", "bf16", "ue8m0"]
     for columns, block in ((256, (128, 128)), (256, (1, 256)), (LONGEST_ROW + 8, (1, LONGEST_ROW + 8))):
         weight = torch.zeros(2, 130, columns).bfloat16()

@@ -30,7 +30,8 @@ def _step(grad, w, row, k, total, INTERPRETED: tl.constexpr):  # type: ignore[no
     return tl.dot(dy, w, total)
 
 
-@triton.jit
+# Specialized on a number of tokens or columns, the compiler may choose another order of summation.
+@triton.jit(do_not_specialize=["tokens", "columns"])
 def _hidden_grad_kernel(  # type: ignore[no-untyped-def]
     first, second, third, weight, target, tokens, columns, hidden_size,
     COUNT: tl.constexpr, BEGIN: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -41,7 +41,8 @@ def _products(grad, hidden, row, column, tokens, total, INTERPRETED: tl.constexp
     return total
 
 
-@triton.jit
+# Specialized on a single token, the loop over tokens would be unrolled, and take more shared memory than there is.
+@triton.jit(do_not_specialize=["tokens", "rows", "columns"])
 def _weight_grad_kernel(  # type: ignore[no-untyped-def]
     first, second, third, hidden, target, tokens, rows, columns,
     COUNT: tl.constexpr, INTERPRETED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_M: tl.constexpr,
