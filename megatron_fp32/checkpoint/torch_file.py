@@ -266,8 +266,10 @@ class TensorUnpickler(RestrictedUnpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         """The storage that a persistent id names."""
-        kind, storage, key, _device, _size = pid
-        if kind != "storage" or not isinstance(key, str):
+        if type(pid) is not tuple or len(pid) != 5 or type(pid[0]) is not str or pid[0] != "storage":
+            raise ValueError("a persistent id that is no storage")
+        _, storage, key, _device, _size = pid
+        if not isinstance(key, str) or not (storage is _Storage or isinstance(storage, torch.dtype)):
             raise ValueError("a persistent id that is no storage")
         return _Storage(key=key, dtype=None if storage is _Storage else storage)
 
