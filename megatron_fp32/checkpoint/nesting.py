@@ -8,22 +8,22 @@ from typing import Any
 
 from megatron_fp32.checkpoint.tensors import CheckpointError
 
-_LEAVES = (str, bytes, int, float, bool, type(None))
+_LEAVES = frozenset({str, bytes, int, float, bool, type(None)})
 
 
 def is_small(value: Any, limit: int) -> bool:
     """Whether a value has at most `limit` parts, those of its parts included, each as often as it is there."""
-    left, pending = limit, [value]
+    left, pending = limit - 1, [value]
     while pending:
         item = pending.pop()
-        left -= 1
         if type(item) in _LEAVES:
             continue
         parts = _parts(item)
-        if left < len(parts):
+        left -= len(parts)
+        if left < 0:
             return False
         pending += parts
-    return left >= 0
+    return True
 
 
 def check_nesting(value: Any, *, most_parts: int, most_levels: int = 100) -> None:
@@ -63,7 +63,7 @@ def check_nesting(value: Any, *, most_parts: int, most_levels: int = 100) -> Non
 
 def _parts(value: Any) -> Collection[Any]:
     """What a value holds."""
-    if isinstance(value, tuple | list | set | frozenset):
+    if isinstance(value, (tuple, list, set, frozenset)):  # noqa: UP038 - twice as fast as a union
         return value
     # A class and a member of an enumeration are the same for everybody.
     attributes = not isinstance(value, type | enum.Enum) and hasattr(value, "__dict__")

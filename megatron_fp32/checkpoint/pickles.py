@@ -66,7 +66,7 @@ class RestrictedUnpickler(pickle._Unpickler):
             for items in arguments:
                 _check_items(function, items)
         else:
-            is_right = is_small((arguments, keywords), _ARGUMENT_PARTS)
+            is_right = is_small((arguments, keywords) if keywords else arguments, _ARGUMENT_PARTS)
         if not is_right:
             raise CheckpointError(f"it calls {_name(function)} with arguments that cannot be meant for it")
 
