@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_fp32.checkpoint.files import read_json
+from megatron_fp32.checkpoint.files import read_json_object
 from megatron_fp32.checkpoint.huggingface import INDEX, CheckpointError, TensorInfo
 from megatron_fp32.checkpoint.sidecar import DIRECTORY, Sidecar, find_sidecar
 from megatron_fp32.checkpoint.torch_dist import TRACKER, find_checkpoint, known_non_model_entries
@@ -49,10 +49,7 @@ def read_config(hf_dir: Path) -> dict[str, Any]:
     path = hf_dir / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {path.name} cannot be read")
-    content = read_json(path, "JSON")
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
+    return read_json_object(path)
 
 
 def sidecar_of(megatron_dir: str | Path, source: str | Path | None = None) -> Sidecar | None:

@@ -214,7 +214,7 @@ def _check_keys(keys: Iterable[Any]) -> None:
     """Raise for what takes long to hash or to compare."""
     for key in keys:
         kind = type(key)
-        if kind is str or kind.__hash__ is object.__hash__:
+        if kind is str or getattr(kind, "__hash__", None) is object.__hash__:
             continue
         # A dictionary of integers that have the same hash takes quadratic time; there are none below.
         if kind is int and not -(2**60) < key < 2**60:

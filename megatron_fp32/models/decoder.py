@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from megatron_fp32.models.bounds import MOST_LAYERS, check_bounds
+
 LINEAR, FULL = "linear_attention", "full_attention"
 """transformers' names for a layer with a gated delta net and for one with softmax attention over the whole context."""
 
@@ -223,7 +225,7 @@ def text_config(config: Any, family: str, model_types: Collection[str]) -> dict[
         raise ValueError(f"config.json must hold an object, got {type(text or config).__name__}")
     if text.get("model_type") not in model_types:
         wanted = " or ".join(map(repr, model_types))
-        raise ValueError(f"{family}: expected model_type {wanted}, got {text.get('model_type')!r}")
+        raise ValueError(f"{family}: expected model_type {wanted}, got {_shown(text.get('model_type'))}")
     rope = _rope(text)
     wrong = [
         f"{name} must be {kind}, got {str(value[name])[:100]!r}"
@@ -233,6 +235,7 @@ def text_config(config: Any, family: str, model_types: Collection[str]) -> dict[
     ]
     if wrong:
         raise ValueError(f"config.json: {'; '.join(wrong)}")
+    check_bounds(text)
     return text
 
 
@@ -252,8 +255,7 @@ _KINDS: dict[str, _Kind] = {
     **dict.fromkeys((*LINEAR_ATTENTION_FIELDS, "decoder_sparse_step"), _integer(1)),
     **dict.fromkeys(("head_dim", "full_attention_interval", "num_experts_per_tok"), _integer(0)),
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), _integer(0)),
-    # One mapping or more is made for each; far above every model.
-    "num_hidden_layers": _integer(1, 4096),
+    "num_hidden_layers": _integer(1, MOST_LAYERS),
     **dict.fromkeys(("num_experts", "num_local_experts"), _integer(0, 65536)),
     "rms_norm_eps": _NUMBER,
     **dict.fromkeys(("norm_topk_prob", "tie_word_embeddings"), _TRUTH),
@@ -264,6 +266,10 @@ _ROPE_KINDS = {
     name: _NUMBER
     for name in ("rope_theta", "partial_rotary_factor", *(f.name for f in dataclasses.fields(Llama3RopeScaling)))
 }
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:200]
 
 
 def _is_list(value: Any, kind: type) -> bool:
@@ -277,10 +283,10 @@ def require(text: dict[str, Any], family: str, *, rope_types: Sequence[str] = ("
         ValueError: naming every field that has another value.
     """
     rope = _rope(text)
-    wrong = [f"{k}={text[k]!r} (expected {want!r})" for k, want in expected.items() if text.get(k, want) != want]
+    wrong = [f"{k}={_shown(text[k])} (expected {want!r})" for k, want in expected.items() if text.get(k, want) != want]
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in rope_types:
-        wrong.append(f"rope_type={rope_type!r} (expected {' or '.join(map(repr, rope_types))})")
+        wrong.append(f"rope_type={_shown(rope_type)} (expected {' or '.join(map(repr, rope_types))})")
     if wrong:
         raise ValueError(f"this {family} config is not supported: " + ", ".join(wrong))
 
@@ -323,7 +329,7 @@ def decoder_fields(
 
 def dense_layers(text: dict[str, Any]) -> tuple[int, ...]:
     """Layers without experts, from `mlp_only_layers` and `decoder_sparse_step`."""
-    step, dense = text.get("decoder_sparse_step") or 1, text.get("mlp_only_layers") or ()
+    step, dense = text.get("decoder_sparse_step") or 1, set(text.get("mlp_only_layers") or ())
     return tuple(i for i in range(text["num_hidden_layers"]) if i in dense or (i + 1) % step != 0)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
+from megatron_fp32.checkpoint.files import read_json_object
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models.decoder import LINEAR_ATTENTION_FIELDS, DecoderConfig
 from megatron_fp32.models.families import find_family
@@ -28,7 +28,10 @@ def read_hf_config(hf_dir: str | Path) -> DecoderConfig:
         FileNotFoundError: when there is none.
         ValueError: for a family or a variant that is not supported.
     """
-    hf_config = json.loads((Path(hf_dir) / "config.json").read_text())
+    path = Path(hf_dir) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    hf_config = read_json_object(path)
     return find_family(hf_config).parse(hf_config)
 
 
