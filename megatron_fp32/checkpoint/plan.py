@@ -103,7 +103,8 @@ def plan_model(
         config = family.parse(hf_config)
         check_presence(config, hf, shapes)
     except ValueError as error:
-        raise CheckpointError(str(error)) from error
+        # A value of any length may be in it.
+        raise CheckpointError(str(error)[:2000]) from error
     naming = Naming.of(hf, shapes)
     mappings: Iterable[models.Mapping] = family.mappings(config, naming)
     if config.is_homogeneous if stacked is None else stacked:

@@ -225,7 +225,7 @@ def text_config(config: Any, family: str, model_types: Collection[str]) -> dict[
         raise ValueError(f"config.json must hold an object, got {type(text or config).__name__}")
     if text.get("model_type") not in model_types:
         wanted = " or ".join(map(repr, model_types))
-        raise ValueError(f"{family}: expected model_type {wanted}, got {_shown(text.get('model_type'))}")
+        raise ValueError(f"{family}: expected model_type {wanted}, got {text.get('model_type')!r}")
     rope = _rope(text)
     wrong = [
         f"{name} must be {kind}, got {str(value[name])[:100]!r}"
@@ -268,10 +268,6 @@ _ROPE_KINDS = {
 }
 
 
-def _shown(value: Any) -> str:
-    return repr(value)[:200]
-
-
 def _is_list(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(type(item) is kind for item in value)
 
@@ -283,10 +279,10 @@ def require(text: dict[str, Any], family: str, *, rope_types: Sequence[str] = ("
         ValueError: naming every field that has another value.
     """
     rope = _rope(text)
-    wrong = [f"{k}={_shown(text[k])} (expected {want!r})" for k, want in expected.items() if text.get(k, want) != want]
+    wrong = [f"{k}={text[k]!r} (expected {want!r})" for k, want in expected.items() if text.get(k, want) != want]
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in rope_types:
-        wrong.append(f"rope_type={_shown(rope_type)} (expected {' or '.join(map(repr, rope_types))})")
+        wrong.append(f"rope_type={rope_type!r} (expected {' or '.join(map(repr, rope_types))})")
     if wrong:
         raise ValueError(f"this {family} config is not supported: " + ", ".join(wrong))
 

@@ -69,4 +69,4 @@ def find_family(hf_config: Any) -> Family:
         if found in family.model_types:
             return family
     known = ", ".join(repr(kind) for family in FAMILIES for kind in family.model_types)
-    raise ValueError(f"expected a model_type of {known}, got {repr(found)[:200]}")
+    raise ValueError(f"expected a model_type of {known}, got {found!r}")
