@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_fp32.checkpoint.nesting import check_nesting
 from megatron_fp32.checkpoint.pickles import enum_member
 from megatron_fp32.checkpoint.tensors import CheckpointError, unfilled
 from megatron_fp32.checkpoint.torch_file import StoredTensor, TensorUnpickler, TorchFile, open_torch_file
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from megatron_fp32.checkpoint.torch_dist import TorchDistReader
 
 _OBJECT = "common_state/shard_0_1"
+
+_STAND_INS = 4096
+"""Classes that may be stood in for: each takes a kilobyte or two."""
+
+_LEAST_PARTS = 2**16
 
 _KINDS = {
     ("argparse", "Namespace"): Namespace,
@@ -96,7 +102,7 @@ def read_common_state(reader: TorchDistReader) -> dict[str, Any]:
     elif _OBJECT in reader.objects:
         path, offset, length = reader.place_of_object(_OBJECT)
         found = _read(path, offset, length)
-        if not isinstance(found, list) or len(found) != 1:
+        if type(found) is not list or len(found) != 1:
             raise CheckpointError(f"{path}: {_OBJECT!r} is no list of one")
         found = found[0]
     else:
@@ -108,28 +114,41 @@ def read_common_state(reader: TorchDistReader) -> dict[str, Any]:
 
 def _read(path: Path, offset: int, length: int | None) -> Any:
     with open_torch_file(path, "the common state", offset, length) as file:
-        return _ObjectUnpickler(file).load()
+        found = _ObjectUnpickler(file).load()
+        # Much may be there more than once; what is there once takes a byte or more.
+        check_nesting(found, most_parts=_LEAST_PARTS + 16 * file.size)
+    return found
 
 
 class _Dtype:
     """A dtype of numpy's, by name: numpy's own takes any state and believes it."""
 
     def __init__(self, name: Any, *_: Any) -> None:
-        self.name, self.order = str(name), "<"
+        self.name, self.order = _text(name), "<"
 
     def __setstate__(self, state: Any) -> None:
-        self.order = str(state[1])
+        self.order = _text(state[1])
 
 
-def _numpy_scalar(dtype: _Dtype, content: bytes) -> Any:
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 40:
+        raise ValueError("a dtype of numpy's without a name")
+    return value
+
+
+def _numpy_scalar(dtype: Any, content: Any) -> Any:
+    if not isinstance(dtype, _Dtype) or not isinstance(content, bytes):
+        raise TypeError("a number of numpy's without a dtype or without bytes")
     if dtype.name not in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"):
         raise ValueError(f"a number of dtype {dtype.name[:40]!r}")
     (value,) = np.frombuffer(content, ("=" if dtype.order == "|" else dtype.order) + dtype.name)
     return value
 
 
-def _bytes(text: str, encoding: str) -> bytes:
+def _bytes(text: Any, encoding: Any) -> bytes:
     """Stands for `_codecs.encode`: old protocols pickle bytes as text."""
+    if not isinstance(text, str) or not isinstance(encoding, str):
+        raise TypeError("bytes from something else than text")
     if encoding != "latin1":
         raise ValueError(f"bytes as text in {encoding[:40]!r}")
     return text.encode(encoding)
@@ -174,10 +193,20 @@ class _ObjectUnpickler(TensorUnpickler):
         except CheckpointError:
             return self._stand_in(module, name)
 
-    def _member(self, owner: Any, name: str) -> Any:
+    def takes_state(self, instance: Any) -> bool:
+        """Plain namespaces, and stand-ins."""
+        return isinstance(instance, Namespace | SimpleNamespace | Opaque | _Dtype) or super().takes_state(instance)
+
+    def is_inert(self, kind: type) -> bool:
+        """Stand-ins are."""
+        return issubclass(kind, Opaque)
+
+    def _member(self, owner: Any, name: Any) -> Any:
         return owner(name) if isinstance(owner, type) and issubclass(owner, Opaque) else enum_member(owner, name)
 
     def _stand_in(self, module: str, name: str) -> type[Opaque]:
         if (module, name) not in self._stand_ins:
+            if len(self._stand_ins) == _STAND_INS:
+                raise CheckpointError(f"it asks for more than {_STAND_INS} classes")
             self._stand_ins[module, name] = type(name, (Opaque,), {"__module__": module})
         return self._stand_ins[module, name]

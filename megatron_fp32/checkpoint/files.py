@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
+import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +16,15 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.tensors import CheckpointError, summary
+
+JSON_LIMIT = 2**29
+"""Most bytes of a JSON file; an index of a million tensors has a quarter of that."""
+
+_DIGITS = 300
+_JSON_LEVELS = 100
+
+_LONG_NUMBER = re.compile(rb"[0-9]{%d}" % _DIGITS)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 _BLOCK = 2**22
 """Bytes that are read at a time where a whole tensor would not fit, or not into caches."""
@@ -131,19 +142,31 @@ def to_disk(path: Path) -> None:
 
 
 def parse_json(content: bytes) -> Any:
-    """JSON without duplicate keys.
+    """JSON that every reader understands alike and that can be printed: UTF-8 without halves of surrogate pairs, no key
+    twice, finite numbers of at most 300 digits, at most 100 levels of objects and lists.
 
     Raises:
         ValueError: when it is none.
     """
+    options: dict[str, Any] = {"parse_int": _integer} if _LONG_NUMBER.search(content) else {}
     try:
-        return json.loads(content.decode(), object_pairs_hook=_without_duplicates)
+        value = json.loads(
+            content.decode(),
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_finite,
+            parse_float=_finite,
+            **options,
+        )
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    _check_levels(value)
+    if _SURROGATE.search(content):
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def read_json(path: Path, what: str) -> Any:
-    """A JSON file without duplicate keys.
+    """A JSON file; see `parse_json`.
 
     Args:
         path: of the file.
@@ -153,9 +176,52 @@ def read_json(path: Path, what: str) -> Any:
         CheckpointError: naming the file, when it cannot be read.
     """
     try:
+        size = path.stat().st_size
+        if size > JSON_LIMIT:
+            raise ValueError(f"it has {size} bytes, expected at most {JSON_LIMIT}")
         return parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no {what}: {summary(error)}") from error
+
+
+def read_json_object(path: Path, what: str = "JSON object") -> dict[str, Any]:
+    """As `read_json`, of a file that holds an object.
+
+    Raises:
+        CheckpointError: naming the file, when it cannot be read or holds something else.
+    """
+    content = read_json(path, what)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _check_levels(value: Any) -> None:
+    level = [value]
+    for _ in range(_JSON_LEVELS + 1):
+        level = [part for item in level for part in _inner(item) if type(part) in (dict, list)]
+        if not level:
+            return
+    raise ValueError(f"nested too deeply: more than {_JSON_LEVELS} levels")
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is no finite number")
+    return value
 
 
 def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -81,9 +82,9 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
         files: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             files.setdefault(file, set()).add(name)
-        outside = [file for file in files if Path(file).name != file]
+        outside = [file for file in files if Path(file).name != file or len(file) > 255]
         if outside:
-            raise CheckpointError(f"{index} names files outside of its directory: {sorted(outside)}")
+            raise CheckpointError(f"{index} names files outside of its directory: {_shown(outside)}")
         return [(self.directory / file, names) for file, names in sorted(files.items())]
 
     def _open(self, path: Path, expected: set[str] | None) -> None:
@@ -96,7 +97,7 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
         header = read_header(path)
         names = header.tensors.keys()
         if expected is not None and expected - names:
-            raise CheckpointError(f"{path} lacks tensors that the index promises: {sorted(expected - names)}")
+            raise CheckpointError(f"{path} lacks tensors that the index promises: {_shown(expected - names)}")
         for name, info in sorted(header.tensors.items()):
             if name in self.tensors:
                 raise CheckpointError(f"tensor {name!r} is in more than one file of {self.directory}")
@@ -104,8 +105,13 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
             self._headers[name] = header
         if expected is not None and names - expected:
             raise CheckpointError(
-                f"{path} holds tensors that the index does not place there: {sorted(names - expected)}"
+                f"{path} holds tensors that the index does not place there: {_shown(names - expected)}"
             )
+
+
+def _shown(names: Collection[str]) -> str:
+    """Names for a message: they may be many, and long."""
+    return str(sorted(names))[:2000]
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

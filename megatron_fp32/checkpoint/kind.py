@@ -15,7 +15,7 @@ from megatron_fp32.checkpoint.directory import (
     why_no_config,
     why_no_weights,
 )
-from megatron_fp32.checkpoint.files import read_json
+from megatron_fp32.checkpoint.files import read_json_object
 from megatron_fp32.checkpoint.huggingface import INDEX, CheckpointError, TensorInfo
 from megatron_fp32.checkpoint.sidecar import DIRECTORY, Sidecar, find_sidecar
 from megatron_fp32.checkpoint.torch_dist import TRACKER, find_checkpoint, known_non_model_entries
@@ -116,10 +116,7 @@ def read_config(hf_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(why_no_config(hf_dir))
     refuse_pointers([path])
-    content = read_json(path, "JSON")
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
+    return read_json_object(path)
 
 
 def sidecar_of(megatron_dir: str | Path, source: str | Path | None = None) -> Sidecar | None:

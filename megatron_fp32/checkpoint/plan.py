@@ -19,6 +19,7 @@ from megatron_fp32.checkpoint.huggingface import CheckpointError, TensorInfo
 from megatron_fp32.checkpoint.tensors import FLOAT4
 from megatron_fp32.checkpoint.vocabulary import PADDED_VOCABULARY
 from megatron_fp32.models import mapping as models
+from megatron_fp32.models.bounds import check_presence
 from megatron_fp32.models.decoder import DecoderConfig
 from megatron_fp32.models.families import Family, find_family
 from megatron_fp32.models.layout import extra_states, has_stacked_layers, stack_layers
@@ -94,11 +95,18 @@ def plan_model(
         stacked: whether the Megatron checkpoint stacks its layers; None for what megatron-core does by default.
 
     Raises:
-        ValueError: for a model that is not supported.
+        CheckpointError: for a configuration that is not supported.
+        ValueError: for tensors that are not.
     """
-    family = find_family(hf_config)
     shapes = {name: info.shape for name, info in hf.items()} if isinstance(hf, Mapping) else {}
-    config, naming = family.parse(hf_config), Naming.of(hf, shapes)
+    try:
+        family = find_family(hf_config)
+        config = family.parse(hf_config)
+        check_presence(config, hf, shapes)
+    except ValueError as error:
+        # A value of any length may be in it.
+        raise CheckpointError(str(error)[:2000]) from error
+    naming = Naming.of(hf, shapes)
     mappings: Iterable[models.Mapping] = family.mappings(config, naming)
     if config.is_homogeneous if stacked is None else stacked:
         mappings = stack_layers(mappings, config.num_layers)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
@@ -22,6 +23,7 @@ from torch import Tensor
 from megatron_fp32.checkpoint.assets import assets_of, copy_files, sidecar_assets_of
 from megatron_fp32.checkpoint.digests import Digests, compare, digest
 from megatron_fp32.checkpoint.directory import refuse_pointers
+from megatron_fp32.checkpoint.files import read_json_object
 from megatron_fp32.checkpoint.huggingface import (
     DTYPE_NAMES,
     DTYPES,
@@ -32,9 +34,12 @@ from megatron_fp32.checkpoint.huggingface import (
 from megatron_fp32.checkpoint.plan import ImportPlan
 from megatron_fp32.checkpoint.safetensors_writer import HuggingFaceWriter
 from megatron_fp32.checkpoint.staging import Staging
+from megatron_fp32.checkpoint.tensors import is_possible_shape
 from megatron_fp32.checkpoint.torch_dist import find_checkpoint
 
 DIRECTORY = "hf_source"
+
+_DIGEST = re.compile("[0-9a-f]{32}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,11 +66,7 @@ class Sidecar:
         """The source's `config.json`, parsed."""
         path = self.directory / "assets" / "config.json"
         refuse_pointers([path])
-        try:
-            config: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        return config
+        return read_json_object(path)
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise where `source.json` gives a tensor another shape than the config beside it.
@@ -238,30 +239,47 @@ def _places(megatron_dir: Path) -> list[Path]:
 
 
 def _read_sidecar(directory: Path) -> Sidecar:
-    refuse_pointers([directory / "source.json"])
+    path = directory / "source.json"
+    refuse_pointers([path])
+    content = read_json_object(path)
+    version = content.get("version")
+    if type(version) is not int:
+        raise CheckpointError(f"{path} is damaged: it has no version")
+    if version != 2:
+        raise CheckpointError(f"{path}: unknown version {version}, expected 2")
+    left_out = content.get("left_out")
+    if not isinstance(left_out, list) or not all(isinstance(name, str) for name in left_out):
+        raise CheckpointError(f"{path} is damaged: left_out must be a list of names of tensors")
     try:
-        content = json.loads((directory / "source.json").read_text())
-        if content["version"] != 2:
-            raise CheckpointError(f"{directory}: unknown version {content['version']!r} of source.json")
         return Sidecar(
             directory=directory,
-            tensors=_unlisted(content["tensors"]),
-            carried=_unlisted(content["carried"]),
-            left_out=tuple(content["left_out"]),
+            tensors=_unlisted(content, "tensors"),
+            carried=_unlisted(content, "carried"),
+            left_out=tuple(left_out),
         )
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{directory / 'source.json'} is damaged: {error!r}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def _unlisted(listed: dict[str, Any]) -> dict[str, SourceTensor]:
-    return {
-        name: SourceTensor(
-            info=TensorInfo(dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"])), digest=entry["xxh3_128"]
-        )
-        for name, entry in listed.items()
-    }
+def _unlisted(content: dict[str, Any], part: str) -> dict[str, SourceTensor]:
+    """Raises ValueError, naming the tensor, for what `_listed` does not write."""
+    listed = content.get(part)
+    if not isinstance(listed, dict):
+        raise ValueError(f"{part} must be an object with the names of tensors")
+    return {name: _source_tensor(f"{part}: {name[:200]!r}", entry) for name, entry in listed.items()}
+
+
+def _source_tensor(what: str, entry: Any) -> SourceTensor:
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "xxh3_128"}:
+        raise ValueError(f"{what} has no dtype, shape and xxh3_128")
+    dtype, shape, value = entry["dtype"], entry["shape"], entry["xxh3_128"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{what} has the unknown dtype {str(dtype)[:40]!r}")
+    if not isinstance(shape, list) or not is_possible_shape(shape, DTYPES[dtype]):
+        raise ValueError(f"{what} cannot have the shape {str(shape)[:200]}")
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise ValueError(f"{what} has the digest {str(value)[:40]!r}, expected 32 hexadecimal digits")
+    return SourceTensor(info=TensorInfo(dtype=DTYPES[dtype], shape=tuple(shape)), digest=value)
 
 
 def fits(tensor: Tensor, dtype: torch.dtype) -> bool:

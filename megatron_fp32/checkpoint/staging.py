@@ -16,9 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from megatron_fp32.checkpoint.files import read_json_object
 from megatron_fp32.checkpoint.huggingface import CheckpointError
 
 _UNFINISHED = ".unfinished-"
+
+_AFTER_DAMAGE = "what was done so far is deleted; run the same command again"
 
 
 class Staging:
@@ -47,14 +52,23 @@ class Staging:
             path.unlink(missing_ok=True)
 
     def record(self, part: int) -> dict[str, Any] | None:
-        """What was noted of a part; None when it is not complete."""
+        """What was noted of a part; None when it is not complete.
+
+        Raises:
+            CheckpointError: naming the file, when it is not what was noted.
+        """
         path = self._record(part)
-        content: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        noted = read_json_object(path, "record of a part")
+        content = noted.get("content")
+        if not isinstance(content, dict) or noted.get("xxh3_128") != _digest(content):
+            raise CheckpointError(f"{path} is damaged: {_AFTER_DAMAGE}")
         return content
 
     def note(self, part: int, content: dict[str, Any]) -> None:
         """Say that a part is complete."""
-        _write_at_once(self._record(part), json.dumps(content))
+        _write_at_once(self._record(part), json.dumps({"content": content, "xxh3_128": _digest(content)}))
 
     def publish(self) -> None:
         """Give the output its name."""
@@ -67,6 +81,10 @@ class Staging:
 
     def _record(self, part: int) -> Path:
         return self._parts / f"{part:06d}.json"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
 
 
 def staging_directory(out: Path) -> Path:
@@ -147,7 +165,7 @@ def _begin(root: Path, job: dict[str, Any]) -> None:
     text = json.dumps(job, indent=1, sort_keys=True)
     if not path.is_file():
         _write_at_once(path, text)
-    elif path.read_text() != text:
+    elif path.read_bytes() != text.encode():
         raise CheckpointError(
             f"{root} holds parts of another conversion: the source, the options or the versions were others. Delete it "
             "to begin anew"

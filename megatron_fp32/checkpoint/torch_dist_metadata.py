@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 from pathlib import Path
@@ -48,6 +49,14 @@ class _MetadataUnpickler(RestrictedUnpickler):
             return super().find_class(module, name)
         return getattr(__import__(module, fromlist=[name]), name)
 
+    def takes_state(self, instance: Any) -> bool:
+        """The classes of a checkpoint's metadata are dataclasses."""
+        return dataclasses.is_dataclass(instance) or super().takes_state(instance)
+
+
+_LIMIT = 2**30
+"""Bytes of the file. A chunk of a tensor takes some hundred."""
+
 
 def read_metadata(path: Path) -> metadata.Metadata:
     """Read and check the file.
@@ -56,10 +65,15 @@ def read_metadata(path: Path) -> metadata.Metadata:
         CheckpointError: naming the file, when it is no metadata, or says what cannot be.
     """
     try:
+        size = path.stat().st_size
+        if size > _LIMIT:
+            raise CheckpointError(f"{path} has {size} bytes; no metadata has more than {_LIMIT}")
         value = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
         if not isinstance(value, metadata.Metadata):
             raise CheckpointError(f"{path} holds a {type(value).__name__}, not the metadata of a checkpoint")
-        _check_entries(value)
+        if type(value.state_dict_metadata) is not dict or type(value.storage_data) is not dict:
+            raise CheckpointError(f"{path} is damaged: its lists of tensors and of places are no dictionaries")
+        _check_entries(value, size)
         _check_places(value)
     except CheckpointError as error:
         raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
@@ -68,8 +82,14 @@ def read_metadata(path: Path) -> metadata.Metadata:
     return value
 
 
-def _check_entries(value: metadata.Metadata) -> None:
-    """Touch everything that reading will need, so that damage shows here. Raises whatever the damage raises."""
+def _check_entries(value: metadata.Metadata, size: int) -> None:
+    """Touch everything that reading will need, so that damage shows here. Raises whatever the damage raises.
+
+    Args:
+        value: what was read.
+        size: bytes of the file.
+    """
+    count = 0
     for name, entry in value.state_dict_metadata.items():
         if not isinstance(name, str):
             raise TypeError(f"a tensor's name is a {type(name).__name__}")
@@ -77,6 +97,10 @@ def _check_entries(value: metadata.Metadata) -> None:
             continue
         if not isinstance(entry, metadata.TensorStorageMetadata):
             raise TypeError(f"{name!r} is a {type(entry).__name__}")
+        # Tensors can share a list of chunks, and a list holds one chunk many times, at a byte or two each.
+        count += len(entry.chunks)
+        if type(entry.chunks) is not list or count > size:
+            raise ValueError(f"the chunks of {name!r} are no list, or there are more of them than the file has bytes")
         dtype = entry.properties.dtype
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"the dtype of {name!r} is a {type(dtype).__name__}")

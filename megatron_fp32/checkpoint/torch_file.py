@@ -266,10 +266,13 @@ class TensorUnpickler(RestrictedUnpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         """The storage that a persistent id names."""
-        kind, storage, key, _device, _size = pid
-        if kind != "storage" or not isinstance(key, str):
+        if type(pid) is not tuple or len(pid) != 5 or type(pid[0]) is not str or pid[0] != "storage":
             raise ValueError("a persistent id that is no storage")
-        return _Storage(key=key, dtype=None if storage is _Storage else storage)
+        _, storage, key, _device, _size = pid
+        dtype = None if storage is _Storage else storage
+        if not isinstance(key, str) or not isinstance(dtype, torch.dtype | None):
+            raise ValueError("a persistent id that is no storage")
+        return _Storage(key=key, dtype=dtype)
 
     def _rebuild_tensor_v2(
         self, storage: _Storage, offset: Any, size: Any, stride: Any, _grad: Any, hooks: Any, metadata: Any = None

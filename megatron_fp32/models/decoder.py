@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from megatron_fp32.models.bounds import MOST_LAYERS, check_bounds
 from megatron_fp32.models.rotary import SCALING_FIELDS, Llama3RopeScaling, rope_parameters, rotary_fields
 from megatron_fp32.models.sizes import LINEAR_ATTENTION_FIELDS, impossible_sizes
 
@@ -225,6 +226,7 @@ def text_config(config: Any, family: str, model_types: Collection[str]) -> dict[
     ]
     if wrong:
         raise ValueError(f"config.json: {'; '.join(wrong)}")
+    check_bounds(text)
     return text
 
 
@@ -245,8 +247,7 @@ _KINDS: dict[str, _Kind] = {
     **dict.fromkeys((*LINEAR_ATTENTION_FIELDS, "decoder_sparse_step", "head_dim"), _integer(1)),
     **dict.fromkeys(("full_attention_interval", "num_experts_per_tok"), _integer(0)),
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), _integer(0)),
-    # One mapping or more is made for each; far above every model.
-    "num_hidden_layers": _integer(1, 4096),
+    "num_hidden_layers": _integer(1, MOST_LAYERS),
     **dict.fromkeys(("num_experts", "num_local_experts"), _integer(0, 65536)),
     "rms_norm_eps": _NUMBER,
     **dict.fromkeys(("norm_topk_prob", "tie_word_embeddings"), _TRUTH),
@@ -330,7 +331,7 @@ def decoder_fields(
 
 def dense_layers(text: dict[str, Any]) -> tuple[int, ...]:
     """Layers without experts, from `mlp_only_layers` and `decoder_sparse_step`."""
-    step, dense = text.get("decoder_sparse_step") or 1, text.get("mlp_only_layers") or ()
+    step, dense = text.get("decoder_sparse_step") or 1, set(text.get("mlp_only_layers") or ())
     return tuple(i for i in range(text["num_hidden_layers"]) if i in dense or (i + 1) % step != 0)
 
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import resource
 import shutil
+import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,8 +29,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_fp32.checkpoint.common_state import read_common_state
+from megatron_fp32.checkpoint.files import parse_json
 from megatron_fp32.checkpoint.huggingface import INDEX, HuggingFaceReader
 from megatron_fp32.checkpoint.plan import plan_import
+from megatron_fp32.checkpoint.sidecar import find_sidecar
 from megatron_fp32.checkpoint.tensors import CheckpointError, TensorInfo
 from megatron_fp32.checkpoint.torch_dist import TRACKER, TorchDistReader
 from megatron_fp32.checkpoint.torch_dist_writer import TorchDistWriter
@@ -65,9 +69,32 @@ _TEXTS = [
     b'"',
     b"}",
     b"[" * 50,
+    b"[" * 200_000,
+    b"[" * 120 + b"]" * 120,
+    b"9" * 5000,
+    b"1e999",
+    b"NaN",
+    b"-Infinity",
+    b'"\\ud800"',
     b"\xff",
     b"/",
 ]
+_NESTED = [
+    pickle.TUPLE1 * 150_000,
+    pickle.EMPTY_LIST * 3000 + pickle.APPEND * 2999,
+    b"".join(pickle.LONG_BINPUT + bytes([i, 9, 0, 0]) + pickle.LONG_BINGET + bytes([i, 9, 0, 0]) + pickle.TUPLE2
+             for i in range(50)),
+    b"".join(pickle.DUP + pickle.TUPLE2 for _ in range(50)),
+    pickle.EMPTY_DICT + pickle.BUILD,
+    pickle.EMPTY_TUPLE + pickle.REDUCE,
+    pickle.EMPTY_TUPLE + pickle.NEWOBJ,
+    pickle.TUPLE1 + pickle.REDUCE,
+    pickle.MARK + pickle.DUP,
+    pickle.EMPTY_SET + pickle.MARK + pickle.BINGET + b"\0" + pickle.ADDITEMS,
+    pickle.LONG_BINPUT + b"\xff" * 4,
+    pickle.LONG4 + b"\xff\xff\xff\x7f",
+]  # fmt: skip
+"""Operations of pickles."""
 
 
 @st.composite
@@ -95,6 +122,7 @@ def _steps() -> st.SearchStrategy[Mutation]:
         st.builds(_copy, place, place, size),
         st.builds(_number, place, st.sampled_from([2, 4, 8]), st.sampled_from(_NUMBERS)),
         st.builds(_digits, place, st.sampled_from(_TEXTS) | st.integers(-5, 10**6).map(lambda n: str(n).encode())),
+        st.builds(_replace, place, st.integers(0, 2), st.sampled_from(_NESTED)),
         st.builds(_truncate, place),
         st.builds(lambda tail: lambda content: content + tail, st.binary(min_size=1, max_size=64)),
     )
@@ -349,6 +377,35 @@ def test_common_state(megatron_dirs: dict[bool, Path], tmp_path: Path, checksums
         assert repr(found) == repr(read_common_state(TorchDistReader(megatron_dirs[True])))
 
 
+@fuzzed
+@given(mutate=mutations())
+def test_pickles_beside_their_checksums(megatron_dirs: dict[bool, Path], tmp_path: Path, mutate: Mutation) -> None:
+    """The pickle itself is changed, in a file that is whole."""
+    shutil.copytree(megatron_dirs[True], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "iter_0000007" / "common.pt"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, mutate(content) if name.endswith("data.pkl") else content)
+    found = outcome(lambda: read_common_state(TorchDistReader(tmp_path)), str(path))
+    if found is not None:
+        repr(found)
+
+
+@fuzzed
+@given(mutate=mutations())
+def test_a_listing(tmp_path: Path, mutate: Mutation) -> None:
+    entry = {"dtype": "BF16", "shape": [4, 2], "xxh3_128": "0123456789abcdef" * 2}
+    listing = {"version": 2, "tensors": {"a": entry, "b": entry}, "carried": {"c": entry}, "left_out": ["d"]}
+    path = tmp_path / "source.json"
+    path.write_bytes(mutate(json.dumps(listing).encode()))
+    found = outcome(lambda: find_sidecar(tmp_path, tmp_path), str(path), "holds no hf_source")
+    for tensor in () if found is None else (*found.tensors.values(), *found.carried.values()):
+        assert all(type(size) is int and size >= 0 for size in tensor.info.shape)
+        assert len(bytes.fromhex(tensor.digest)) == 16
+
+
 @pytest.fixture(scope="module")
 def configurations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes, dict[str, TensorInfo]]]:
     """`config.json` and the tensors beside it."""
@@ -371,7 +428,7 @@ def test_a_configuration(
     content, tensors = configurations[name]
     try:
         with little_memory():
-            plan = plan_import(json.loads(mutate(content)), tensors, vision="drop")
+            plan = plan_import(parse_json(mutate(content)), tensors, vision="drop")
     except ValueError as error:
         _check_message(error, ("",))
     else:

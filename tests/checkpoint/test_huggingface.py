@@ -252,7 +252,7 @@ class TestReaderRefuses:
     @pytest.mark.parametrize("file", ["", ".", "..", "x" * 5000, "a\0b", "\ud800"])
     def test_an_index_that_names_no_file(self, sharded: Path, file: str) -> None:
         _index(sharded, {"a": "one.safetensors", "b": file})
-        with pytest.raises(CheckpointError, match=r"is missing|outside of its directory"):
+        with pytest.raises(CheckpointError, match=r"is missing|outside of its directory|surrogates not allowed"):
             HuggingFaceReader(sharded)
 
     @pytest.mark.parametrize("file", ["../outside.safetensors", "sub/in.safetensors"])

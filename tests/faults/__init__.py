@@ -3,6 +3,7 @@
 from faults.checkpoints import CHECKPOINTS
 from faults.files import FILES
 from faults.fp8 import FP8
+from faults.hostile import CONTENTS
 from faults.layers import LAYERS
 from faults.messages import ENTRANCES
 from faults.models import MODELS
@@ -13,4 +14,4 @@ from faults.tokens import TOKENS
 
 __all__ = ["MUTANTS", "Mutant"]
 
-MUTANTS = [*NUMERICS, *TOKENS, *LAYERS, *OPTIMIZERS, *CHECKPOINTS, *FILES, *FP8, *ENTRANCES, *MODELS]
+MUTANTS = [*NUMERICS, *TOKENS, *LAYERS, *OPTIMIZERS, *CHECKPOINTS, *FILES, *CONTENTS, *FP8, *ENTRANCES, *MODELS]

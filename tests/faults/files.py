@@ -110,13 +110,6 @@ FILES = [
         test=f"{TORCH_FILE}::TestDamage",
     ),
     Mutant(
-        name="set the state of a class",
-        file="checkpoint/pickles.py",
-        old="if callable(self.stack[-2]):",
-        new="if False:",
-        test=f"{TORCH_FILE}::TestDamage",
-    ),
-    Mutant(
         name="run what a common state asks for",
         file="checkpoint/common_state.py",
         old="            return self._stand_in(module, name)\n",

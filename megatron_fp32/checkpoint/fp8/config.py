@@ -122,49 +122,86 @@ def scheme_from_config(config: Mapping[str, Any]) -> Fp8Scheme:
     Raises:
         CheckpointError: for a config that describes none of the known schemes.
     """
-    method = config.get("quant_method")
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"a description of a quantization must be an object, got {_shown(config)}")
+    method, producer = config.get("quant_method"), _part(config, "producer")
     if method == "fp8":
         return _blockwise(config)
     if method == "compressed-tensors":
         return _channelwise(config)
-    if method == "modelopt" or (config.get("producer") or {}).get("name") == "modelopt":
-        quantization = config.get("quantization", config)
+    if method == "modelopt" or producer.get("name") == "modelopt":
+        quantization = _part(config, "quantization") if "quantization" in config else config
         _expect(quantization, {"quant_algo": (_MODELOPT_ALGORITHM,)})
-        listed = quantization.get("exclude_modules", quantization.get("ignore"))
-        return named_scheme("modelopt", skip=tuple(listed or ()))
-    raise CheckpointError(f"unknown quantization method {method!r}; known are 'fp8', 'compressed-tensors', 'modelopt'")
+        return named_scheme("modelopt", skip=_names(quantization, "exclude_modules", "ignore"))
+    raise CheckpointError(
+        f"unknown quantization method {_shown(method)}; known are 'fp8', 'compressed-tensors', 'modelopt'"
+    )
 
 
 def _blockwise(config: Mapping[str, Any]) -> Fp8Scheme:
     _expect(config, {"activation_scheme": ("dynamic",), "fmt": ("e4m3", None), "scale_fmt": ("float", "ue8m0", None)})
-    block = config.get("weight_block_size")
-    if not (isinstance(block, list | tuple) and len(block) == 2):
-        raise CheckpointError(f"weight_block_size must be two numbers, got {block}: without, scales are per tensor")
-    listed = config.get("modules_to_not_convert") or config.get("ignored_layers") or ()
+    block: Any = config.get("weight_block_size")
+    is_pair = isinstance(block, list | tuple) and len(block) == 2
+    if not is_pair or not all(type(size) is int and 0 < size < 2**31 for size in block):
+        raise CheckpointError(
+            f"weight_block_size must be two numbers above 0, got {_shown(block)}: without, scales are per tensor"
+        )
     power_of_two = config.get("scale_fmt") == "ue8m0"
     return Fp8Scheme(
         layout="blockwise",
         scale_format="ue8m0" if power_of_two else "fp32",
-        block=(int(block[0]), int(block[1])),
-        skip=tuple(listed),
+        block=(block[0], block[1]),
+        skip=_expressions(_names(config, "modules_to_not_convert", "ignored_layers")),
     )
 
 
 def _channelwise(config: Mapping[str, Any]) -> Fp8Scheme:
     _expect(config, {"format": ("float-quantized", "naive-quantized"), "kv_cache_scheme": (None,)})
-    groups = config.get("config_groups") or {}
+    groups = _part(config, "config_groups")
     if len(groups) != 1:
-        raise CheckpointError(f"expected one group of quantized modules, got {sorted(groups)}")
-    (group,) = groups.values()
+        raise CheckpointError(f"expected one group of quantized modules, got {_shown(sorted(groups))}")
+    group = _part(groups, *groups)
     common = {"num_bits": (8,), "type": ("float",), "symmetric": (True, None)}
     _expect(group, {"targets": (["Linear"],), "output_activations": (None,)})
-    _expect(group.get("weights") or {}, {**common, "strategy": ("channel",), "dynamic": (False, None)})
-    _expect(group.get("input_activations") or {}, {**common, "strategy": ("token",), "dynamic": (True,)})
-    return named_scheme("channelwise", skip=tuple(config.get("ignore") or ()))
+    _expect(_part(group, "weights"), {**common, "strategy": ("channel",), "dynamic": (False, None)})
+    _expect(_part(group, "input_activations"), {**common, "strategy": ("token",), "dynamic": (True,)})
+    return named_scheme("channelwise", skip=_expressions(_names(config, "ignore")))
+
+
+def _part(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    """An object in an object; empty where there is none."""
+    found = config.get(field)
+    if found is not None and not isinstance(found, Mapping):
+        raise CheckpointError(f"{field[:100]} must be an object, got {_shown(found)}")
+    return found or {}
+
+
+def _names(config: Mapping[str, Any], *fields: str) -> tuple[str, ...]:
+    """The list of names in the first of the fields that has any."""
+    for field in fields:
+        found = config.get(field)
+        if found is not None and not (isinstance(found, list | tuple) and all(isinstance(n, str) for n in found)):
+            raise CheckpointError(f"{field} must be a list of names of modules, got {_shown(found)}")
+        if found:
+            return tuple(found)
+    return ()
+
+
+def _expressions(entries: tuple[str, ...]) -> tuple[str, ...]:
+    """Raise for regular expressions that can take exponential time to match: a repetition that is repeated, or many."""
+    for entry in entries:
+        if len(entry) > 1000 or re.search(r"\)[*+{]", entry) or len(re.findall(r"[*+{]", entry)) > 4:
+            raise CheckpointError(f"{_shown(entry)} in a list of modules has too many repetitions to be matched")
+    return entries
 
 
 def _expect(config: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]]) -> None:
     for field, values in expected.items():
         if config.get(field) not in values:
             known = " or ".join(repr(value) for value in values)
-            raise CheckpointError(f"unknown float8 scheme: {field} is {config.get(field)!r}, expected {known}")
+            raise CheckpointError(f"unknown float8 scheme: {field} is {_shown(config.get(field))}, expected {known}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_fp32.checkpoint.directory import existing_directory, refuse_pointers
+from megatron_fp32.checkpoint.files import read_json_object
 from megatron_fp32.checkpoint.fp8.config import MODELOPT_FILE, scheme_from_config
 from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, Layout
 from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader, TensorInfo
@@ -87,22 +87,20 @@ def read_quantization_config(directory: Path) -> dict[str, Any] | None:
         CheckpointError: when they are no JSON objects.
     """
     main = _read_json(directory / "config.json") or {}
-    text = main.get("text_config") or {}
+    text = main.get("text_config")
+    text = text if isinstance(text, dict) else {}
     # compressed-tensors wrote the second before its 0.8.
     entries = [part.get(key) for part in (main, text) for key in ("quantization_config", "compression_config")]
-    return next((entry for entry in entries if entry), None) or _read_json(directory / MODELOPT_FILE)
+    found = next((entry for entry in entries if entry), None)
+    if found is not None and not isinstance(found, dict):
+        raise CheckpointError(f"{directory / 'config.json'}: the quantization_config must be an object")
+    return found or _read_json(directory / MODELOPT_FILE)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no JSON object")
-    return content
+    return read_json_object(path)
 
 
 def _scale_of(name: str, tensors: Mapping[str, TensorInfo]) -> tuple[str, TensorInfo]:
