@@ -83,7 +83,7 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
         files: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             files.setdefault(file, set()).add(name)
-        outside = [file for file in files if Path(file).name != file]
+        outside = [file for file in files if file in ("", "..") or Path(file).name != file]
         if outside:
             raise CheckpointError(f"{index} names files outside of its directory: {sorted(outside)}")
         return [(self.directory / file, names) for file, names in sorted(files.items())]
