@@ -16,7 +16,7 @@ from megatron.core.models.T5.t5_spec import (
 )
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -370,7 +370,38 @@ class TestInitialization:
         assert not list(kept_parameters(model))
         apply_fp32(model, Fp32Config(vocab_size=rows), weights="initialized")
 
-    def test_ranks_draw_from_megatrons_tracker(self) -> None:
+    def test_chunks_that_are_built_after_a_converted_one_start_as_stock_ones(self) -> None:
+        """A model provider that converts what it returns is called once for each virtual stage."""
+
+        def chunks(*, convert: bool) -> list[Any]:
+            torch.manual_seed(5)
+            model_parallel_cuda_manual_seed(5)
+            built = []
+            for _ in range(2):
+                built.append(stock_model(model={"layer_types": ("linear_attention",) * 2}))
+                if convert:
+                    apply_fp32(built[-1], weights="initialized")
+            return [dict(chunk.named_parameters()) for chunk in built]
+
+        a_logs = set()
+        for ours, again, stock in zip(chunks(convert=True), chunks(convert=True), chunks(convert=False), strict=True):
+            for name, parameter in stock.items():
+                assert torch.equal(ours[name], again[name]), name
+                if name.endswith("A_log"):
+                    a_logs.add(tuple(ours[name].tolist()))
+                else:
+                    assert torch.equal(ours[name].to(parameter.dtype), parameter), name
+        assert len(a_logs) == 4  # each layer of each chunk has its own
+
+    def test_the_tracker_is_as_it_was(self) -> None:
+        model = stock_model()
+        before = {name: state.clone() for name, state in get_cuda_rng_tracker().get_states().items()}
+        apply_fp32(model, weights="initialized")
+        assert before
+        for name, state in get_cuda_rng_tracker().get_states().items():
+            assert torch.equal(state, before[name]), name
+
+    def test_the_default_generator_is_as_it_was(self) -> None:
         state = torch.get_rng_state()
         apply_fp32(stock_model(), weights="initialized")
         before = torch.get_rng_state()

@@ -22,8 +22,10 @@ from megatron_fp32.models.decoder import DecoderConfig
 from megatron_fp32.models.families import find_family
 from megatron_fp32.models.sizes import LINEAR_ATTENTION_FIELDS
 from megatron_fp32.models.specs import decoder_block_spec, mtp_block_spec
+from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
 from megatron_fp32.tensor_parallel.fused_loss import set_fused_loss
 from megatron_fp32.tensor_parallel.output_layer import to_fp32_output_layer
+from megatron_fp32.transformer.keep_in_fp32 import kept_parameters
 from megatron_fp32.validation import check_count, check_flag, check_path
 
 
@@ -213,6 +215,10 @@ def model_provider(hf_dir: str | Path, *, fp32: Fp32Config | None = None, **over
 
     The last three are optional; `config`, which newer releases may give, wins over `overrides`.
 
+    A provider that has built a model with kept parameters also installs the optimizer repairs, because the optimizer of
+    such a model is built next and could not save. `provider.optimizer_repairs` is their handle then, and None before:
+    `undo()` it after the run.
+
     Args:
         hf_dir: directory with the model's `config.json`.
         fp32: what to keep in fp32.
@@ -232,7 +238,7 @@ def model_provider(hf_dir: str | Path, *, fp32: Fp32Config | None = None, **over
         config: TransformerConfig | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> GPTModel:
-        return build_model(
+        built = build_model(
             model,
             config if config is not None else transformer_config(model, **overrides),
             fp32,
@@ -241,5 +247,9 @@ def model_provider(hf_dir: str | Path, *, fp32: Fp32Config | None = None, **over
             vp_stage=vp_stage,
             pg_collection=pg_collection,
         )
+        if provider.optimizer_repairs is None and any(kept_parameters(built)):  # type: ignore[attr-defined]
+            provider.optimizer_repairs = install_optimizer_repairs()  # type: ignore[attr-defined]
+        return built
 
+    provider.optimizer_repairs = None  # type: ignore[attr-defined]
     return provider

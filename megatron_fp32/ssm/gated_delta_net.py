@@ -11,6 +11,7 @@ from megatron_fp32 import needs_megatron  # noqa: F401
 # isort: split
 import copy
 import dataclasses
+import hashlib
 from typing import Any
 
 import torch
@@ -110,22 +111,32 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
         with get_cuda_rng_tracker().fork():
             return _generator(self.get_parameter("A_log").device).get_state()
 
-    def _draw_a_log(self, start: Tensor | None = None) -> None:
-        """Draw `A_log` in fp32; from `start`, the tracker's state before the parent drew, it takes the parent's place.
+    def _state_for_another_a_log(self) -> Tensor:
+        """A random state for an `A_log` that was drawn in 16 bits, when the state before that draw is gone.
 
-        The tracker then ends where it would have ended without us, so that later layers start as stock ones do.
+        It follows from the tracker, the values that were drawn and the layer's number: ranks that hold the same part of
+        the layer get the same one, and other parts, layers and seeds get others.
+        """
+        a_log = self.get_parameter("A_log").detach()
+        known = [a_log.float().cpu().numpy().tobytes(), self._tracker_state().numpy().tobytes(), str(self.layer_number)]
+        digest = hashlib.sha256(b"".join(part.encode() if isinstance(part, str) else part for part in known)).digest()
+        # 63 bits: manual_seed takes no larger number on every device.
+        return torch.Generator(a_log.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1).get_state()
+
+    def _draw_a_log(self, start: Tensor) -> None:
+        """Draw `A_log` in fp32 from the random state `start`.
+
+        The tracker ends where it was, so that what is drawn later (other layers, other chunks, dropout) is stock's.
         """
         a_log = self.get_parameter("A_log")
         with get_cuda_rng_tracker().fork(), torch.no_grad():
             generator = _generator(a_log.device)
             end = generator.get_state()
-            if start is not None:
-                generator.set_state(start)
-                if self.conv_init is not None:
-                    torch.empty_like(self.conv1d.weight).uniform_()  # the parent draws it before A_log
+            generator.set_state(start)
+            if self.conv_init is not None:
+                torch.empty_like(self.conv1d.weight).uniform_()  # the parent draws it before A_log
             a_log.uniform_(*self.A_init_range).log_()
-            if start is not None:
-                generator.set_state(end)
+            generator.set_state(end)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the parent; counts the pass when every kept parameter is fp32."""
@@ -216,7 +227,7 @@ def to_fp32_gated_delta_net(
     a_log = found.get("A_log")
     drawn_in_16_bits = a_log is not None and a_log.previous_dtype != torch.float32 and not layer.A_log.is_meta
     if weights == "initialized" and drawn_in_16_bits and layer.config.perform_initialization:
-        layer._draw_a_log()
+        layer._draw_a_log(layer._state_for_another_a_log())
         found["A_log"] = dataclasses.replace(found["A_log"], redrawn=True)
     return tuple(found.values())
 

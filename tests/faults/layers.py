@@ -62,10 +62,10 @@ LAYERS = [
         test=f"{GDN}::TestConstruction",
     ),
     Mutant(
-        name="draw A_log twice from the tracker",
+        name="draw A_log from random numbers that the next layer gets too",
         file="ssm/gated_delta_net.py",
         old="self._draw_a_log(start)",
-        new="self._draw_a_log()",
+        new="self._draw_a_log(self._tracker_state())",
         test=f"{GDN}::TestConstruction",
     ),
     Mutant(
@@ -83,6 +83,13 @@ LAYERS = [
         test="tests/test_hooks.py",
     ),
     Mutant(
+        name="train by a provider without the optimizer repairs",
+        file="models/provider.py",
+        old="if provider.optimizer_repairs is None and any(kept_parameters(built)):",
+        new="if False:",
+        test="tests/models/test_provider.py",
+    ),
+    Mutant(
         name="run every hook around the loss again",
         file="tensor_parallel/fused_loss.py",
         old="for key, hook in hooks.items() if _is_fsdp_hook(hook))",
@@ -94,6 +101,20 @@ LAYERS = [
         file="tensor_parallel/output_layer.py",
         old="if fp32.vocab_size is not None and fp32.vocab_size > layer.output_size:",
         new="if False:",
+        test="tests/test_apply.py::TestInitialization",
+    ),
+    Mutant(
+        name="leave the tracker behind a second draw of A_log",
+        file="ssm/gated_delta_net.py",
+        old="            generator.set_state(end)\n",
+        new="",
+        test="tests/test_apply.py::TestInitialization",
+    ),
+    Mutant(
+        name="draw every A_log again from one state",
+        file="ssm/gated_delta_net.py",
+        old='int.from_bytes(digest[:8], "little") >> 1',
+        new="1",
         test="tests/test_apply.py::TestInitialization",
     ),
     Mutant(

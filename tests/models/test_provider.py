@@ -3,7 +3,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +20,7 @@ from megatron_fp32.models import provider, specs
 from megatron_fp32.models.decoder import FULL, LINEAR, DecoderConfig
 from megatron_fp32.models.families import find_family
 from megatron_fp32.models.rotary import Llama3RopeScaling
+from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
 from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
 from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
 from megatron_fp32.testing.cpu import model_parallel
@@ -84,6 +85,34 @@ def hf_dir(tmp_path: Path) -> Path:
         rope_parameters={"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5},
     ).save_pretrained(tmp_path)  # fmt: skip
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _stock_optimizers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Providers install the optimizer repairs for the rest of the process; here they are taken back after each test."""
+    with contextlib.ExitStack() as undo:
+        monkeypatch.setattr(
+            provider, "install_optimizer_repairs", lambda: undo.enter_context(install_optimizer_repairs())
+        )
+        yield
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_provider_that_keeps_parameters_installs_the_optimizer_repairs(hf_dir: Path) -> None:
+    options = {**provider.cpu_overrides(), "bf16": True}
+    nothing = provider.model_provider(hf_dir, fp32=Fp32Config(gated_delta_net=()), **options)
+    nothing()
+    assert nothing.optimizer_repairs is None
+    provide = provider.model_provider(hf_dir, **options)
+    assert provide.optimizer_repairs is None  # nothing is patched before a model is built
+    for _ in range(2):
+        provide()
+        with install_optimizer_repairs() as others:
+            assert others.installed == ()
+    assert "float16-id-map" in provide.optimizer_repairs.installed
+    provide.optimizer_repairs.undo()
+    with install_optimizer_repairs() as again:
+        assert again.installed == provide.optimizer_repairs.installed
 
 
 @pytest.mark.usefixtures("megatron")

@@ -52,6 +52,15 @@ class TestConstruction:
         # The range itself is uniform, not its logarithm: half of the draws lie above 8.5.
         assert 0.25 < (a_log.exp() > 8.5).float().mean() < 0.75
 
+    def test_a_log_is_what_a_stock_layer_draws_in_fp32(self) -> None:
+        """From the same random numbers, and not from those that megatron-core draws next."""
+        drawn = []
+        for cls, dtype in ((GatedDeltaNet, torch.float32), (Fp32GatedDeltaNet, torch.bfloat16)):
+            torch.manual_seed(3)
+            model_parallel_cuda_manual_seed(7)
+            drawn.append(build(cls, params_dtype=dtype).A_log)
+        assert torch.equal(*drawn)
+
     def test_another_range(self) -> None:
         a_log = build(Fp32GatedDeltaNet, A_init_range=(2, 3)).A_log
         assert math.log(2) <= a_log.min()
