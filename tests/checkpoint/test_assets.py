@@ -179,7 +179,7 @@ def test_an_output_that_cannot_be_made_is_refused_before_the_source_is_read(
         lambda: export_checkpoint(nothing, out),
         lambda: quantize_checkpoint(nothing, out, "blockwise"),
     ):
-        with pytest.raises(CheckpointError, match="exists already|does not exist|a directory") as refusal:
+        with pytest.raises(CheckpointError, match=r"exists already|does not exist|a directory") as refusal:
             run()
         assert str(nothing) not in str(refusal.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
