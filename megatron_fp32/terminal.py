@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,7 +111,8 @@ def _operating_system(error: OSError, output: Path | None) -> str:
         message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
         if error.errno in _REMEDIES:
             message += f". What to do: {_REMEDIES[error.errno]}"
-    if output is not None and not output.exists() and (partial := staging_directory(output)).exists():
+    # Unlike those of Path, these take any text, such as a name that is too long.
+    if output is not None and not os.path.exists(output) and os.path.exists(partial := staging_directory(output)):
         message += f". What is finished stays in {partial}: run the same command again to go on from there"
     return message
 

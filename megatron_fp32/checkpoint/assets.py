@@ -9,12 +9,14 @@ then be published with the export.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePath
 
-from megatron_fp32.checkpoint.directory import refuse_pointers
+from megatron_fp32.checkpoint.directory import is_adapter_file, link_target, refuse_pointers
+from megatron_fp32.checkpoint.quantization_claims import CLAIM_FILES
 from megatron_fp32.checkpoint.tensors import CheckpointError
 from megatron_fp32.checkpoint.torch_dist import TRACKER
 
@@ -23,8 +25,10 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json",
 
 _MEGATRON = (".metadata", "metadata.json", TRACKER)
 
-_GENERATED = ("config.json", "hf_quant_config.json")
-"""Files that an export may write itself."""
+_ITERATION = re.compile(r"iter_\d{7,}")
+
+_GENERATED = ("config.json", *CLAIM_FILES)
+"""Files that a conversion may write or take away itself."""
 
 
 def assets_of(directory: Path) -> list[PurePath]:
@@ -57,12 +61,10 @@ def sidecar_assets_of(directory: Path) -> list[PurePath]:
     for path, _, files in os.walk(directory, onerror=_raise):
         parts = Path(path).relative_to(directory).parts
         wrong = [name for name in (*parts, *files) if name.lower().endswith(WEIGHTS)]
-        wrong += [name for name in parts[:1] if name.lower() in _GENERATED]
-        wrong += [name for name in files if name.startswith(".unfinished-")]
+        wrong += [name for name in files if name.startswith(".unfinished-") or is_adapter_file(name)]
         if wrong:
             raise CheckpointError(
-                f"{path} holds {wrong[0]!r}: an import puts no weights among the assets, and an export writes its own. "
-                "Delete it"
+                f"{path} holds {wrong[0]!r}: an import puts neither weights nor an adapter among the assets. Delete it"
             )
     return sorted(_found(directory, [directory.resolve()]))
 
@@ -84,12 +86,14 @@ def _found(directory: Path, allowed: list[Path]) -> list[PurePath]:
             folders.clear()
             continue
         # Hidden folders are those of git and of download caches.
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and not n.lower().endswith(WEIGHTS))
         for name in folders:
+            if is_top and name.lower() in _GENERATED:
+                raise CheckpointError(f"{here / name} is a directory with the name of a file: rename or remove it")
             if (here / name).is_symlink():
                 raise CheckpointError(f"{here / name} is a link to a directory: remove it, or put a copy in its place")
         for name in files:
-            if name.endswith((*WEIGHTS, ".distcp")) or (name in _MEGATRON and _is_megatron(here, files)):
+            if name.lower().endswith((*WEIGHTS, ".distcp")) or (name in _MEGATRON and _is_megatron(here, files)):
                 continue
             _check(here / name, allowed)
             places.append((here / name).relative_to(directory))
@@ -99,8 +103,12 @@ def _found(directory: Path, allowed: list[Path]) -> list[PurePath]:
 
 def _is_megatron(directory: Path, files: Collection[str]) -> bool:
     """It holds a `torch_dist` checkpoint, names one, or is what an import left beside one."""
-    is_checkpoint = ".metadata" in files or TRACKER in files or any(name.endswith(".distcp") for name in files)
-    return is_checkpoint or (directory.name == "hf_source" and "source.json" in files)
+    if ".metadata" in files or TRACKER in files or any(name.endswith(".distcp") for name in files):
+        return True
+    # The second is one that has lost its metadata, or never had any.
+    return (directory.name == "hf_source" and "source.json" in files) or _ITERATION.fullmatch(
+        directory.name
+    ) is not None
 
 
 def _check(path: Path, allowed: list[Path]) -> None:
@@ -109,7 +117,8 @@ def _check(path: Path, allowed: list[Path]) -> None:
         real = path.resolve(strict=True)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path} is a link to {_target(path)}, which does not exist: download the file again, or remove the link"
+            f"{path} is a link to {link_target(path)}, which does not exist: download the file again, or remove the "
+            "link"
         ) from None
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read: {str(error)[:200]}") from None
@@ -118,15 +127,12 @@ def _check(path: Path, allowed: list[Path]) -> None:
     if not any(real.is_relative_to(place) for place in allowed):
         if path.is_symlink():
             raise CheckpointError(
-                f"{path} is a link to {_target(path)}, outside of the directory: put a copy of the file in its place"
+                f"{path} is a link to {link_target(path)}, outside of the directory: put a copy of the file in its "
+                "place"
             )
         raise CheckpointError(f"{path} lies outside of {allowed[0]}")
     if not os.access(path, os.R_OK):
         raise CheckpointError(f"{path} cannot be read: permission denied")
-
-
-def _target(path: Path) -> str:
-    return str(path.readlink())[:200] if path.is_symlink() else str(path)
 
 
 def _raise(error: OSError) -> None:

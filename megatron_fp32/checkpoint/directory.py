@@ -62,6 +62,31 @@ def is_pointer(path: Path) -> bool:
         return file.read(len(_POINTER)) == _POINTER
 
 
+def link_target(path: Path) -> str:
+    """What a link names, at most 200 characters of it; the path itself where it is not a link."""
+    return os.readlink(path)[:200] if path.is_symlink() else str(path)
+
+
+def is_adapter_file(name: str) -> bool:
+    """Whether a file has a name that PEFT gives to an adapter's, and that transformers looks for."""
+    return name == "adapter_config.json" or name.startswith("adapter_model")
+
+
+def refuse_no_file(path: Path) -> None:
+    """Raise for a path that is there and cannot be read as a file; nothing is opened.
+
+    Raises:
+        CheckpointError: for a link that leads nowhere, with what it names; a directory, a pipe, a socket or a device.
+    """
+    if os.path.isfile(path) or not os.path.lexists(path):
+        return
+    if os.path.exists(path):
+        raise CheckpointError(f"{path} must be a regular file, got a directory, a pipe, a socket or a device")
+    raise CheckpointError(
+        f"{path} is a link to {link_target(path)}, which cannot be reached: download the file again, or remove the link"
+    )
+
+
 def refuse_pointers(paths: Iterable[Path]) -> None:
     """Raise where a file is only a Git LFS pointer.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_fp32.checkpoint.directory import refuse_pointers, why_no_weights
+from megatron_fp32.checkpoint.directory import refuse_no_file, refuse_pointers, why_no_weights
 from megatron_fp32.checkpoint.files import read_json
 from megatron_fp32.checkpoint.safetensors_file import Header, read_header, read_tensor
 from megatron_fp32.checkpoint.tensors import DTYPE_NAMES, DTYPES, CheckpointError, TensorInfo
@@ -61,6 +61,8 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
     def _files(self) -> list[tuple[Path, set[str] | None]]:
         index = self.directory / INDEX
         single = self.directory / "model.safetensors"
+        for path in (index, single):
+            refuse_no_file(path)
         if index.is_file():
             files = self._indexed_files(index)
             if single.is_file() and single not in [path for path, _ in files]:
@@ -82,12 +84,13 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
         files: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             files.setdefault(file, set()).add(name)
-        outside = [file for file in files if Path(file).name != file or len(file) > 255]
+        outside = [f for f in files if f in ("", "..") or Path(f).name != f or len(f) > 255]
         if outside:
             raise CheckpointError(f"{index} names files outside of its directory: {_shown(outside)}")
         return [(self.directory / file, names) for file, names in sorted(files.items())]
 
     def _open(self, path: Path, expected: set[str] | None) -> None:
+        refuse_no_file(path)
         if not os.path.isfile(path):  # unlike Path.is_file, for any text in the index
             raise CheckpointError(
                 f"{path} is missing; {self.directory / INDEX} names it. If its download was interrupted, run hf "

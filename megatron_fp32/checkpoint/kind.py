@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from megatron_fp32.checkpoint.directory import (
     existing_directory,
+    is_adapter_file,
     is_legacy,
     refuse_pointers,
     saved_iterations,
@@ -89,7 +90,7 @@ def model_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
 def adapter_files(hf_dir: Path) -> list[str]:
     """Names of an adapter's files in a directory, such as PEFT writes them."""
     names = sorted(path.name for path in hf_dir.glob("adapter_*"))
-    return [name for name in names if name == "adapter_config.json" or name.startswith("adapter_model")]
+    return [name for name in names if is_adapter_file(name)]
 
 
 def refuse_adapter(hf_dir: Path) -> None:

@@ -12,7 +12,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def open_staging(out: Path, job: dict[str, Any]) -> Iterator[Staging]:
     new_parents = [parent for parent in out.absolute().parents if not parent.exists()]
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root):
+        _refuse_others_files(root.rglob("*"))
         # Another process may have made it in the meantime.
         check_output(out)
         _begin(root, job)
@@ -136,6 +138,8 @@ def check_output(out: Path) -> Path:
         CheckpointError: when `out` exists, be it as a link that leads nowhere; when it cannot be made in its place; or
             when something else has the name of its staging directory.
     """
+    if out.name in ("", ".."):
+        raise CheckpointError(f"{str(out)!r} must end in the name of a directory that does not exist")
     root = staging_directory(out)
     if root.is_symlink() or (root.exists() and not root.is_dir()):
         raise CheckpointError(f"{root} must be a directory, in which {out} grows: remove what has its name")
@@ -178,9 +182,21 @@ def _remove_unfinished(root: Path) -> None:
         left.unlink(missing_ok=True)
 
 
+def _refuse_others_files(paths: Iterable[Path]) -> None:
+    """No conversion puts links or pipes there: a link would be written through, a pipe waited for."""
+    for path in paths:
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise CheckpointError(
+                f"{path} must be a regular file or a directory, got a link, a pipe or a device: remove it"
+            )
+
+
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    with (root / "lock").open("w") as file:
+    lock = root / "lock"
+    _refuse_others_files([lock] if os.path.lexists(lock) else [])
+    with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
@@ -43,6 +44,8 @@ def megatron(hf: Path, tmp_path: Path) -> Path:
         "model.safetensors/file",
         "pytorch_model.bin",
         "hf_quant_config.json/file",
+        "quantize_config.json/file",
+        "adapter_config.json",
     ],
 )
 def test_weights_among_the_assets_are_refused(name: str, hf: Path, megatron: Path, tmp_path: Path) -> None:
@@ -200,3 +203,84 @@ def test_an_output_beside_or_inside_the_source(inside: str, hf: Path, tmp_path: 
     export_checkpoint(hf / "megatron", tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.distcp"))
     assert all(tree(hf)[name] == bits for name, bits in before.items())
+
+
+def _invoke(side: str, source: Path, out: Path) -> Result:
+    options = ["--scheme", "modelopt"] if side == "quantize" else []
+    return CliRunner().invoke(main, [side, str(source), str(out), *options])
+
+
+@pytest.mark.parametrize("name", ["MODEL.SAFETENSORS", "model-00001-of-00001.safetensors/a", "iter_0000010/args.yaml"])
+def test_what_an_export_would_refuse_is_not_imported(name: str, hf: Path, tmp_path: Path) -> None:
+    (hf / name).parent.mkdir(exist_ok=True)
+    (hf / name).write_text("{}")
+    import_checkpoint(hf, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+    quantize_checkpoint(hf, tmp_path / "fp8", "blockwise")
+    for directory in (tmp_path / "megatron" / "hf_source" / "assets", tmp_path / "out", tmp_path / "fp8"):
+        assert (directory / "config.json").is_file()
+        assert not (directory / name).exists()
+
+
+@pytest.mark.parametrize("side", ["import", "quantize"])
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json", "recipe.yaml"])
+def test_a_directory_with_the_name_of_a_file(name: str, side: str, hf: Path, tmp_path: Path) -> None:
+    (hf / name).mkdir()
+    result = _invoke(side, hf, tmp_path / "out")
+    assert result.exit_code == 1
+    assert f"{hf / name} is a directory with the name of a file" in result.output
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("side", ["import", "quantize"])
+@pytest.mark.parametrize("make", [_dangling, _loop, _pipe, _device])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.safetensors.index.json", "model-00001-of-00001.safetensors"]
+)
+def test_weights_that_are_no_file(name: str, make: object, side: str, hf: Path, tmp_path: Path) -> None:
+    if name == "model-00001-of-00001.safetensors":
+        names = load_file(hf / "model.safetensors")
+        (hf / "model.safetensors").unlink()
+        (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
+    (hf / name).unlink(missing_ok=True)
+    make(hf / name, tmp_path)  # type: ignore[operator]
+    result = _invoke(side, hf, tmp_path / "out")
+    assert result.exit_code == 1
+    linked = make in (_dangling, _loop)
+    expected = f"is a link to {(hf / name).readlink()}, which cannot be reached" if linked else "must be a regular file"
+    assert f"{hf / name} {expected}" in result.output
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("side", ["import", "quantize", "export"])
+@pytest.mark.parametrize("place", ["output", "parts", "lock", "output/config.json", "a pipe as lock"])
+def test_nothing_is_written_through_what_lies_in_the_staging_directory(
+    place: str, side: str, hf: Path, megatron: Path, tmp_path: Path
+) -> None:
+    staging, elsewhere = tmp_path / ".out.partial", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("precious")
+    planted = staging / ("lock" if place == "a pipe as lock" else place)
+    planted.parent.mkdir(parents=True)
+    if place == "a pipe as lock":
+        os.mkfifo(planted)
+    else:
+        planted.symlink_to(elsewhere if place in ("output", "parts") else elsewhere / "precious")
+    result = _invoke(side, megatron if side == "export" else hf, tmp_path / "out")
+    assert result.exit_code == 1
+    assert f"{planted} must be" in result.output
+    assert tree(elsewhere).keys() == {"precious"}
+    assert (elsewhere / "precious").read_text() == "precious"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["none/..", "n" * 250, "n" * 300])
+@pytest.mark.parametrize("side", ["import", "quantize", "export"])
+def test_a_name_that_no_output_can_have(name: str, side: str, hf: Path, megatron: Path, tmp_path: Path) -> None:
+    before = sorted(path.name for path in tmp_path.iterdir())
+    result = _invoke(side, megatron if side == "export" else hf, tmp_path / name)
+    assert result.exit_code == 1
+    assert ("must end in the name of a directory" if name == "none/.." else "File name too long") in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
