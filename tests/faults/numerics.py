@@ -143,7 +143,7 @@ NUMERICS = [
         file="ops/logprobs/topk.py",
         old="min(k, order.shape[1])",
         new="min(1, order.shape[1])",
-        test="tests/ops/test_logprobs.py::TestTopK",
+        test="tests/ops/test_topk.py",
     ),
     Mutant(
         name="combine each rank's blocks before the gather",
@@ -178,7 +178,7 @@ NUMERICS = [
         file="ops/logprobs/statistics.py",
         old="keep.tops.gather(0, block).maximum(own)",
         new="keep.tops.gather(0, block)",
-        test="tests/ops/test_logprobs.py::TestTopK",
+        test="tests/ops/test_topk.py",
     ),
     Mutant(
         name="multiply as many rows as there are",

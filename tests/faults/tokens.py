@@ -153,14 +153,14 @@ TOKENS = [
         file="ops/logprobs/topk.py",
         old="return 4 * columns + 24 * blocks + _BYTES_OF_A_CANDIDATE * BLOCK * min(k, blocks)",
         new="return 4 * columns",
-        test="tests/ops/test_logprobs.py::TestTopK",
+        test="tests/ops/test_topk.py",
     ),
     Mutant(
         name="cut by the free memory under deterministic algorithms",
         file="ops/logprobs/workspace.py",
         old=" or torch.are_deterministic_algorithms_enabled()",
         new="",
-        test="tests/ops/test_logprobs.py::test_deterministic_algorithms_cut_alike_in_every_run",
+        test="tests/ops/test_logprobs_arguments.py::test_deterministic_algorithms_cut_alike_in_every_run",
     ),
     Mutant(
         name="let the compiler know that there is one token",

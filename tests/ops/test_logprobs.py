@@ -9,15 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, distribute_tensor
 
 from megatron_fp32.ops.logits.reference import relative_error
-from megatron_fp32.ops.logprobs import linear_cross_entropy, linear_logprobs, weighted_cross_entropy, workspace
+from megatron_fp32.ops.logprobs import linear_logprobs
 from megatron_fp32.ops.logprobs.statistics import KeptLogits
-from megatron_fp32.ops.logprobs.topk import bytes_of_a_token
-from megatron_fp32.testing.cpu import single_process
-from tests.ops.live_bytes import LiveBytes
 from tests.ops.logprobs_cases import HIDDEN, ROWS, TOKENS, VOCAB, Case, case, rounded_error, with_main_grad
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -128,70 +123,6 @@ class TestAgainstFloat64:
         assert (out.logprobs.detach() - truth.logprobs).abs().max() < 1e-6 * (1 + size)
         assert (c.hidden.grad - dx).abs().max() < 1e-5 * (1 + size) * max(u.abs().max() for u in upstream)
         assert (c.weight.grad - dw).abs().max() < 1e-4 * (1 + size)
-
-
-class TestTopK:
-    @pytest.mark.parametrize("chunk_size", [None, 64])
-    @pytest.mark.parametrize("backward", ["recompute", "saved"])
-    @pytest.mark.parametrize("k", [1, 5, 200, VOCAB])
-    def test_the_most_probable_tokens(self, k: int, backward: Any, chunk_size: int | None) -> None:
-        c = case()
-        out = linear_logprobs(c.hidden, c.weight, c.labels, top_k=k, backward=backward, chunk_size=chunk_size, **BENT)
-        truth, dx, _ = c.truth([torch.ones(TOKENS)], **BENT)
-        exact = truth.logits.log_softmax(1)
-        values, _ = exact.topk(k, 1)
-        assert out.top_logprobs is not None
-        assert out.top_tokens is not None
-        known = c.labels >= 0
-        assert relative_error(out.top_logprobs[known], values[known]) < FP32
-        assert relative_error(out.top_logprobs[known], exact[known].gather(1, out.top_tokens[known])) < FP32
-        assert all(len(set(row)) == k for row in out.top_tokens[known].tolist())
-        assert not out.top_logprobs.requires_grad
-        out.logprobs.sum().backward()
-        assert relative_error(c.hidden.grad, dx) < 6e-3
-
-    def test_the_label_itself_is_one_of_them(self) -> None:
-        c = case()
-        known = c.labels >= 0
-        x = torch.where(known[:, None], 30 * c.weight.detach()[c.labels.clamp(min=0)].float(), 0.0).bfloat16()
-        out = linear_logprobs(x, c.weight, c.labels, top_k=2, **PLAIN)
-        assert out.top_tokens is not None
-        assert torch.equal(out.top_tokens[known, 0], c.labels[known])
-
-    def test_of_equals_the_smaller_index(self) -> None:
-        out = linear_logprobs(torch.zeros(2, 8), torch.randn(500, 8), torch.zeros(2, dtype=torch.long), top_k=3)
-        assert out.top_tokens.tolist() == [[0, 1, 2]] * 2
-
-    @pytest.mark.parametrize(("vocab", "k"), [(4000, 3), (4000, 4000), (40000, 10)])
-    def test_memory_for_a_token(self, vocab: int, k: int) -> None:
-        """What the chunks are cut by is what the candidates take."""
-        w = torch.randn(vocab, 8)
-
-        def peak(tokens: int) -> int:
-            x, y = torch.randn(tokens, 8), torch.zeros(tokens, dtype=torch.long)
-            with LiveBytes() as live:
-                linear_logprobs(x, w, y, top_k=k)
-            return live.peak
-
-        # Results, too, have 12 bytes for each of the k tokens, twice.
-        of_a_token = (peak(128) - peak(64)) / 64 - 24 * k
-        assert of_a_token < bytes_of_a_token(vocab, k) < 4 * of_a_token
-
-    def test_chunks_for_many_candidates(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        c, vocab = case(), 40000
-        monkeypatch.setattr(workspace, "BYTES", 2**22)
-        w = torch.randn(vocab, HIDDEN).bfloat16()
-        with LiveBytes() as few:
-            linear_logprobs(c.hidden, w, c.labels, top_k=1)
-        with LiveBytes() as many:
-            linear_logprobs(c.hidden, w, c.labels, top_k=2000)
-        results = TOKENS * 2000 * 24
-        assert many.peak < few.peak + results + 2**22
-
-    def test_more_than_there_are(self) -> None:
-        c = case()
-        with pytest.raises(ValueError, match="top_k must be 0 to 650"):
-            linear_logprobs(c.hidden, c.weight, c.labels, top_k=651, **PLAIN)
 
 
 class TestAdversarial:
@@ -400,79 +331,3 @@ class TestAutograd:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = linear_logprobs(c.hidden, c.weight, c.labels, **PLAIN)
         assert torch.equal(out.logprobs, linear_logprobs(c.hidden, c.weight, c.labels, **PLAIN).logprobs)
-
-
-class TestRefusals:
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"vocab_size": 701}, "vocab_size must be 1 to 700"),
-            ({"vocab_size": 0}, "vocab_size must be at least 1"),
-            ({"temperature": 0.0}, "temperature must be positive"),
-            ({"temperature": -1.0}, "temperature must be positive"),
-            ({"temperature": math.inf}, "temperature must be positive and finite"),
-            ({"temperature": math.nan}, "temperature must be positive and finite"),
-            ({"scale": math.nan}, "scale must be finite"),
-            ({"softcap": math.inf}, "softcap must be positive and finite"),
-            ({"top_k": -1}, "top_k must be at least 0"),
-            ({"temperature": torch.ones(3)}, "labels' shape"),
-            ({"softcap": 0.0}, "softcap must be positive"),
-            ({"ignore_index": 5}, "ignore_index must not be a token"),
-            ({"chunk_size": 0}, "chunk_size must be at least 1"),
-            ({"backward": "never"}, "backward must be one of"),
-            ({"grad_precision": "fp8"}, "grad_precision must be one of"),
-            ({"labels": torch.zeros(3, dtype=torch.long)}, r"expected labels \(150,\)"),
-            ({"hidden": torch.zeros(TOKENS, 3).bfloat16()}, "expected hidden"),
-        ],
-    )
-    def test_values(self, changes: dict[str, Any], message: str) -> None:
-        c = case()
-        arguments = {"hidden": c.hidden, "weight": c.weight, "labels": c.labels} | changes
-        with pytest.raises(ValueError, match=message):
-            linear_logprobs(**arguments)
-
-    def test_types(self) -> None:
-        c = case()
-        with pytest.raises(TypeError, match="labels must be int64 or int32"):
-            linear_logprobs(c.hidden, c.weight, c.labels.float())
-        with pytest.raises(TypeError, match="hidden and weight must both be"):
-            linear_logprobs(c.hidden.half(), c.weight, c.labels)
-        wrong: dict[str, Any] = {"temperature": "1", "scale": None, "softcap": True, "top_k": 2.0, "chunk_size": 8.0}
-        for name, value in wrong.items():
-            with pytest.raises(TypeError, match=f"{name} must be"):
-                linear_logprobs(c.hidden, c.weight, c.labels, **{name: value})
-
-    @pytest.mark.parametrize("name", ["hidden", "weight", "labels", "temperature", "loss_weights"])
-    def test_dtensors(self, name: str) -> None:
-        c = case(torch.float32)
-        arguments = {"hidden": c.hidden, "weight": c.weight, "labels": c.labels, "temperature": torch.ones(TOKENS)}
-        arguments["loss_weights"] = torch.ones(TOKENS)
-        with single_process():
-            mesh = DeviceMesh("cpu", [0])
-            arguments[name] = distribute_tensor(arguments[name].detach(), mesh, [Replicate()])
-            with pytest.raises(TypeError, match=f"{name} must be a plain tensor beside an explicit tp_group"):
-                weighted_cross_entropy(**arguments)
-            if name != "loss_weights":
-                del arguments["loss_weights"]
-                for operator in (linear_logprobs, linear_cross_entropy):
-                    with pytest.raises(TypeError, match=f"{name} must be a plain tensor"):
-                        operator(**arguments)
-
-    def test_invariance_that_cannot_be_kept(self) -> None:
-        c = case(torch.float32)
-        with pytest.raises(ValueError, match="invariant=True cannot be kept here: hidden and weight must both be bf"):
-            linear_logprobs(c.hidden, c.weight, c.labels, invariant=True)
-
-
-def test_ranks_cut_alike_whatever_memory_they_have() -> None:
-    """Asked of a CUDA device that is not there: the answer must not look at one."""
-    assert workspace.workspace_bytes(torch.device("cuda", 7), parallel=True) == workspace.BYTES
-    assert workspace.workspace_bytes(torch.device("cpu"), parallel=False) == workspace.BYTES
-
-
-def test_deterministic_algorithms_cut_alike_in_every_run() -> None:
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert workspace.workspace_bytes(torch.device("cuda", 7), parallel=False) == workspace.BYTES
-    finally:
-        torch.use_deterministic_algorithms(False)
