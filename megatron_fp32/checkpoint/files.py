@@ -141,20 +141,25 @@ def to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: bytes, *, finite: bool = True) -> Any:
     """JSON that every reader understands alike and that can be printed: UTF-8 without halves of surrogate pairs, no key
     twice, finite numbers of at most 300 digits, at most 100 levels of objects and lists.
+
+    Args:
+        content: of the file.
+        finite: False admits Infinity and NaN, which Python writes and released configs hold (`time_step_limit` of
+            models with Mamba 2).
 
     Raises:
         ValueError: when it is none.
     """
     options: dict[str, Any] = {"parse_int": _integer} if _LONG_NUMBER.search(content) else {}
+    if finite:
+        options |= {"parse_constant": _finite, "parse_float": _finite}
     try:
         value = json.loads(
             content.decode(),
             object_pairs_hook=_without_duplicates,
-            parse_constant=_finite,
-            parse_float=_finite,
             **options,
         )
     except RecursionError as error:
@@ -165,12 +170,13 @@ def parse_json(content: bytes) -> Any:
     return value
 
 
-def read_json(path: Path, what: str) -> Any:
+def read_json(path: Path, what: str, *, finite: bool = True) -> Any:
     """A JSON file; see `parse_json`.
 
     Args:
         path: of the file.
         what: it should be, for the message.
+        finite: as for `parse_json`.
 
     Raises:
         CheckpointError: naming the file, when it cannot be read.
@@ -179,18 +185,18 @@ def read_json(path: Path, what: str) -> Any:
         size = path.stat().st_size
         if size > JSON_LIMIT:
             raise ValueError(f"it has {size} bytes, expected at most {JSON_LIMIT}")
-        return parse_json(path.read_bytes())
+        return parse_json(path.read_bytes(), finite=finite)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no {what}: {summary(error)}") from error
 
 
-def read_json_object(path: Path, what: str = "JSON object") -> dict[str, Any]:
+def read_json_object(path: Path, what: str = "JSON object", *, finite: bool = True) -> dict[str, Any]:
     """As `read_json`, of a file that holds an object.
 
     Raises:
         CheckpointError: naming the file, when it cannot be read or holds something else.
     """
-    content = read_json(path, what)
+    content = read_json(path, what, finite=finite)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content

@@ -117,7 +117,7 @@ def read_config(hf_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(why_no_config(hf_dir))
     refuse_pointers([path])
-    return read_json_object(path)
+    return read_json_object(path, finite=False)
 
 
 def sidecar_of(megatron_dir: str | Path, source: str | Path | None = None) -> Sidecar | None:

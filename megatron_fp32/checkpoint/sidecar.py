@@ -66,7 +66,7 @@ class Sidecar:
         """The source's `config.json`, parsed."""
         path = self.directory / "assets" / "config.json"
         refuse_pointers([path])
-        return read_json_object(path)
+        return read_json_object(path, finite=False)
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise where `source.json` gives a tensor another shape than the config beside it.

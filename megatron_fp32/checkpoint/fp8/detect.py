@@ -100,7 +100,7 @@ def read_quantization_config(directory: Path) -> dict[str, Any] | None:
 def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    return read_json_object(path)
+    return read_json_object(path, finite=False)
 
 
 def _scale_of(name: str, tensors: Mapping[str, TensorInfo]) -> tuple[str, TensorInfo]:
