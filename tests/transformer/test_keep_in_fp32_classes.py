@@ -159,7 +159,7 @@ class TestAllOrNothing:
                 ValueError,
                 r"it is parametrized; keep 'parametrizations.weight.original",
             ),
-            (nn.Linear(2, 2), 3, TypeError, "expected parameter names, got 3"),
+            (nn.Linear(2, 2), 3, TypeError, "keep_in_fp32 takes names"),
             ([nn.Linear(2, 2)], "weight", TypeError, "expected a module, got list"),
         ],
     )
