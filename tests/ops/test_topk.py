@@ -11,7 +11,7 @@ from megatron_fp32.ops.logits.reference import relative_error
 from megatron_fp32.ops.logprobs import linear_logprobs, workspace
 from megatron_fp32.ops.logprobs.topk import bytes_of_a_token
 from tests.ops.live_bytes import LiveBytes
-from tests.ops.logprobs_cases import HIDDEN, TOKENS, VOCAB, case
+from tests.ops.logprobs_cases import TOKENS, VOCAB, case
 
 PLAIN: dict[str, Any] = {"vocab_size": VOCAB}
 BENT: dict[str, Any] = {"vocab_size": VOCAB, "softcap": 5.0, "scale": 1.3, "temperature": 0.7}
@@ -66,15 +66,16 @@ class TestTopK:
         assert of_a_token < bytes_of_a_token(vocab, k) < 4 * of_a_token
 
     def test_chunks_for_many_candidates(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        c, vocab = case(), 40000
-        monkeypatch.setattr(workspace, "BYTES", 2**22)
-        w = torch.randn(vocab, HIDDEN).bfloat16()
+        tokens, vocab, k = 48, 6000, 2000
+        monkeypatch.setattr(workspace, "BYTES", 2**21)
+        x, w = torch.randn(tokens, 32).bfloat16(), torch.randn(vocab, 32).bfloat16()
+        y = torch.zeros(tokens, dtype=torch.long)
         with LiveBytes() as few:
-            linear_logprobs(c.hidden, w, c.labels, top_k=1)
+            linear_logprobs(x, w, y, top_k=1)
         with LiveBytes() as many:
-            linear_logprobs(c.hidden, w, c.labels, top_k=2000)
-        results = TOKENS * 2000 * 24
-        assert many.peak < few.peak + results + 2**22
+            linear_logprobs(x, w, y, top_k=k)
+        results = tokens * k * 24
+        assert many.peak < few.peak + results + workspace.BYTES
 
     def test_more_than_there_are(self) -> None:
         c = case()
