@@ -114,8 +114,9 @@ def pre_wrap_hook(config: Fp32Config | None = None, *, weights: Weights) -> Call
     For `pre_wrap_hooks` of megatron-core's model configurations (HybridModel >= 0.18, GPTModel >= 0.19), and for
     Megatron-Bridge's `register_pre_wrap_hook(hook, prepend=True)`. What was done is logged.
 
-    A hook that kept parameters also installs the optimizer repairs, because the optimizer of such a model is built
-    next and could not save. `hook.optimizer_repairs` is their handle then, and None before: `undo()` it after the run.
+    A hook that is to keep parameters also installs the optimizer repairs, on every rank, because the optimizer of such
+    a model is built next and could not save. `hook.optimizer_repairs` is their handle then, and None before: `undo()`
+    it after the run.
 
     Args:
         config: see `apply_fp32`.
@@ -131,7 +132,8 @@ def pre_wrap_hook(config: Fp32Config | None = None, *, weights: Weights) -> Call
     def hook(chunks: list[Any]) -> list[Any]:
         report = apply_fp32(chunks, config, weights=weights)
         logger.info("megatron_fp32:\n%s", report)
-        if report.parameters and hook.optimizer_repairs is None:  # type: ignore[attr-defined]
+        # By the configuration: a pipeline stage without such a layer must save and load as the others do.
+        if config.gated_delta_net and hook.optimizer_repairs is None:  # type: ignore[attr-defined]
             hook.optimizer_repairs = install_optimizer_repairs()  # type: ignore[attr-defined]
         return chunks
 

@@ -56,7 +56,8 @@ def check_fp32(
         problems += _gated_delta_net_problems(chunks, config, after_forward, kept)
     problems += _problems_of_kept_by_hand(chunks, kept)
     if optimizer is not None:
-        problems += _optimizer_problems(kept, optimizer)
+        elsewhere = bool(config.gated_delta_net) and _has_gated_delta_nets(chunks)
+        problems += _optimizer_problems(kept, optimizer, elsewhere=elsewhere)
     problems += communication_problems([chunk for _, chunk in chunks], optimizer)
     if problems:
         raise RuntimeError("not in fp32 as configured:\n" + "\n".join(f"- {problem}" for problem in problems))
@@ -133,9 +134,16 @@ def _parameter_problems(name: str, parameter: nn.Parameter) -> Iterator[str]:
         yield f"{name}.main_grad is {main_grad.dtype}"
 
 
-def _optimizer_problems(kept: dict[str, nn.Parameter], optimizer: Any) -> Iterator[str]:
+def _has_gated_delta_nets(chunks: Chunks) -> bool:
+    """Whether the whole model has such layers, be they on other pipeline stages."""
+    configs = [getattr(chunk, "config", None) for _, chunk in chunks]
+    return any(getattr(c, "experimental_attention_variant", None) == "gated_delta_net" for c in configs)
+
+
+def _optimizer_problems(kept: dict[str, nn.Parameter], optimizer: Any, *, elsewhere: bool) -> Iterator[str]:
     trained = {name: p for name, p in kept.items() if p.requires_grad}
-    if not trained:
+    # The repairs must be on every stage or on none: they change what is saved.
+    if not trained and not elsewhere:
         return
     for inner in getattr(optimizer, "chained_optimizers", None) or [optimizer]:
         for repair in pending_repairs(inner):

@@ -78,6 +78,10 @@ class TestHooks:
         hook.optimizer_repairs.undo()
         with install_optimizer_repairs() as repairs:
             assert "float16-id-map" in repairs.installed
+        elsewhere: Any = pre_wrap_hook(weights="initialized")
+        elsewhere([stock_model(experimental_attention_variant=None, linear_attention_freq=None)])
+        assert elsewhere.optimizer_repairs is not None, "a pipeline stage without such a layer saves with the others"
+        elsewhere.optimizer_repairs.undo()
         nothing: Any = pre_wrap_hook(Fp32Config(gated_delta_net=()), weights="initialized")
         nothing([stock_model()])
         assert nothing.optimizer_repairs is None

@@ -45,7 +45,7 @@ def assets_of(directory: Path) -> list[PurePath]:
             regular one; a file that cannot be read; a Git LFS pointer, which would be carried as if it were the file.
     """
     root = directory.resolve()
-    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    allowed = [root, (root.parent.parent / "blobs").resolve()] if root.parent.name == "snapshots" else [root]
     return sorted(_found(directory, allowed))
 
 
@@ -61,7 +61,7 @@ def sidecar_assets_of(directory: Path) -> list[PurePath]:
     for path, _, files in os.walk(directory, onerror=_raise):
         parts = Path(path).relative_to(directory).parts
         wrong = [name for name in (*parts, *files) if name.lower().endswith(WEIGHTS)]
-        wrong += [name for name in files if name.startswith(".unfinished-") or is_adapter_file(name)]
+        wrong += [name for name in files if name.startswith(".unfinished-") or (not parts and is_adapter_file(name))]
         if wrong:
             raise CheckpointError(
                 f"{path} holds {wrong[0]!r}: an import puts neither weights nor an adapter among the assets. Delete it"

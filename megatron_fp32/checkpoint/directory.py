@@ -69,7 +69,7 @@ def link_target(path: Path) -> str:
 
 def is_adapter_file(name: str) -> bool:
     """Whether a file has a name that PEFT gives to an adapter's, and that transformers looks for."""
-    return name == "adapter_config.json" or name.startswith("adapter_model")
+    return name == "adapter_config.json" or name.startswith(("adapter_model.", "adapter_model-"))
 
 
 def refuse_no_file(path: Path) -> None:

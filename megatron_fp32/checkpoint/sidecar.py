@@ -98,6 +98,10 @@ class Sidecar:
     def open_carried(self) -> Iterator[CarriedTensors]:
         """What was kept, for reading one tensor at a time."""
         if not self.carried:
+            if (self.directory / "carried").exists():
+                raise CheckpointError(
+                    f"{self.directory / 'source.json'} is damaged: it does not list what carried/ holds"
+                )
             yield CarriedTensors(self, None)
             return
         with HuggingFaceReader(self.directory / "carried") as reader:

@@ -328,7 +328,9 @@ class _OfTwoKinds:
             return
         info = TensorInfo(dtype=tensor.dtype, shape=tuple(tensor.shape))
         note = f"{rows.rows} rows of {spec.name} above the vocabulary of {spec.shape[0]} are not zero"
-        note += "; they are alike, as a softmax over padding leaves them" if rows.alike else ""
+        if rows.alike:
+            note += "; they are alike, as a softmax over padding leaves them"
+        note += f". --vocab-size {spec.shape[0]} compares without them"
         for hf in mapping.hf:
             if hf.name in self._hf.tensors:
                 self._shape(hf.name, info, note)

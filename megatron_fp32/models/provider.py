@@ -18,14 +18,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron_fp32.checkpoint.directory import why_no_config, why_no_directory
 from megatron_fp32.checkpoint.kind import read_config
 from megatron_fp32.config import Fp32Config, config_or_default
-from megatron_fp32.models.decoder import DecoderConfig
+from megatron_fp32.models.decoder import LINEAR, DecoderConfig
 from megatron_fp32.models.families import find_family
 from megatron_fp32.models.sizes import LINEAR_ATTENTION_FIELDS
 from megatron_fp32.models.specs import decoder_block_spec, mtp_block_spec
 from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
 from megatron_fp32.tensor_parallel.fused_loss import set_fused_loss
 from megatron_fp32.tensor_parallel.output_layer import to_fp32_output_layer
-from megatron_fp32.transformer.keep_in_fp32 import kept_parameters
 from megatron_fp32.validation import check_count, check_flag, check_path
 
 
@@ -215,9 +214,9 @@ def model_provider(hf_dir: str | Path, *, fp32: Fp32Config | None = None, **over
 
     The last three are optional; `config`, which newer releases may give, wins over `overrides`.
 
-    A provider that has built a model with kept parameters also installs the optimizer repairs, because the optimizer of
-    such a model is built next and could not save. `provider.optimizer_repairs` is their handle then, and None before:
-    `undo()` it after the run.
+    A provider of a model with kept parameters also installs the optimizer repairs, on every rank, because the optimizer
+    of such a model is built next and could not save. `provider.optimizer_repairs` is their handle then, and None
+    before: `undo()` it after the run.
 
     Args:
         hf_dir: directory with the model's `config.json`.
@@ -230,6 +229,9 @@ def model_provider(hf_dir: str | Path, *, fp32: Fp32Config | None = None, **over
     model = read_hf_config(hf_dir)
     dtype = torch.bfloat16 if overrides.get("bf16") else torch.float16 if overrides.get("fp16") else torch.float32
     overrides = {"params_dtype": dtype, **overrides}
+
+    # By the configuration: a pipeline stage without such a layer must save and load as the others do.
+    keeps = bool(fp32.gated_delta_net) and LINEAR in model.layer_types
 
     def provider(
         pre_process: bool = True,
@@ -247,7 +249,7 @@ def model_provider(hf_dir: str | Path, *, fp32: Fp32Config | None = None, **over
             vp_stage=vp_stage,
             pg_collection=pg_collection,
         )
-        if provider.optimizer_repairs is None and any(kept_parameters(built)):  # type: ignore[attr-defined]
+        if provider.optimizer_repairs is None and keeps:  # type: ignore[attr-defined]
             provider.optimizer_repairs = install_optimizer_repairs()  # type: ignore[attr-defined]
         return built
 

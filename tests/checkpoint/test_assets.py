@@ -141,6 +141,31 @@ def test_what_is_no_file_of_the_directory_is_refused(
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_an_adapter_in_a_folder_of_its_own_is_an_asset_on_both_sides(hf: Path, tmp_path: Path) -> None:
+    (hf / "lora").mkdir()
+    (hf / "lora" / "adapter_config.json").write_text("{}")
+    (hf / "adapter_model_card.md").write_text("")
+    import_checkpoint(hf, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+    assert (tmp_path / "out" / "lora" / "adapter_config.json").is_file()
+    assert (tmp_path / "out" / "adapter_model_card.md").is_file()
+
+
+def test_blobs_of_a_cache_that_was_moved(hf: Path, tmp_path: Path) -> None:
+    cache, moved = tmp_path / "models--a--b", tmp_path / "other disk"
+    snapshot = cache / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    moved.mkdir()
+    (cache / "blobs").symlink_to(moved)
+    for name in sorted(n for n in tree(hf) if (hf / n).is_file()):
+        shutil.copyfile(hf / name, moved / name)
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    import_checkpoint(snapshot, tmp_path / "megatron")
+    assert (tmp_path / "megatron" / "hf_source" / "assets" / "config.json").read_bytes() == (
+        hf / "config.json"
+    ).read_bytes()
+
+
 def test_a_link_within_the_directory_is_copied(hf: Path, tmp_path: Path) -> None:
     (hf / "linked.json").symlink_to("config.json")
     import_checkpoint(hf, tmp_path / "megatron")

@@ -105,7 +105,17 @@ class TestStoredFrequencies:
         assert stored_tensors(tmp_path / "out") == stored_tensors(hf)
         assert verify_checkpoints(hf, tmp_path / "megatron").agrees()
 
-    @pytest.mark.parametrize("stored", [torch.ones(6), torch.ones(5), torch.ones(6, dtype=torch.int64)])
+    @pytest.mark.parametrize(
+        "stored",
+        [
+            torch.ones(6),
+            torch.ones(5),
+            torch.ones(6, dtype=torch.int64),
+            torch.ones(6, dtype=torch.uint8).view(torch.float8_e8m0fnu),
+            torch.ones(6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        ],
+        ids=["values", "shape", "integers", "F8", "F4"],
+    )
     def test_others_come_back_and_are_named(self, stored: Tensor, write: Write, tmp_path: Path) -> None:
         name = "model.layers.0.self_attn.rotary_emb.inv_freq"
         hf = rewrite(write("Llama without scaling"), lambda tensors: {**tensors, name: stored})

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_fp32.checkpoint.digests import digest
 from megatron_fp32.checkpoint.huggingface import CheckpointError
 from megatron_fp32.checkpoint.sidecar import find_sidecar, fits
 from tests.checkpoint.conftest import Source
 from tests.checkpoint.support import stored_tensors
+from tests.families import case
 
 
 def _f32(*patterns: int) -> Tensor:
@@ -131,3 +133,13 @@ def test_a_listing_of_a_later_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "source.json").write_text('{"version": 3}')
     with pytest.raises(CheckpointError, match="unknown version 3"):
         find_sidecar(tmp_path, tmp_path)
+
+
+def test_carried_tensors_that_are_not_listed_are_not_dropped(tmp_path: Path) -> None:
+    case("Qwen3.5-VL").write(tmp_path / "hf")
+    import_checkpoint(tmp_path / "hf", tmp_path / "megatron", vision="carry")
+    path = tmp_path / "megatron" / "hf_source" / "source.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "carried": {}}))
+    with pytest.raises(CheckpointError, match="does not list what carried/ holds"):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))

@@ -217,7 +217,7 @@ FILES = [
     Mutant(
         name="put an adapter of a sidecar into an export",
         file="checkpoint/assets.py",
-        old=" or is_adapter_file(name)]",
+        old=" or (not parts and is_adapter_file(name))]",
         new="]",
         test="tests/checkpoint/test_assets.py::test_weights_among_the_assets_are_refused",
     ),

@@ -74,7 +74,7 @@ TOKENS = [
     Mutant(
         name="take a temperature of 0",
         file="ops/logprobs/options.py",
-        old="torch.where(each > 0, each.reciprocal(), torch.nan)",
+        old="torch.where((each > 0) & each.isfinite(), each.reciprocal(), torch.nan)",
         new="each.reciprocal()",
         test=HOSTILE,
     ),
@@ -123,7 +123,7 @@ TOKENS = [
     Mutant(
         name="take shards of different sizes",
         file="ops/logprobs/even.py",
-        old="if (rows != rows[0]).any():",
+        old="if any(number != rows for number in numbers):",
         new="if False:",
         test="tests/ops/test_logprobs_ranks.py::test_shards_of_different_sizes",
     ),

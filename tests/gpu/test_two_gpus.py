@@ -172,30 +172,25 @@ def test_kept_parameters_have_the_gradients_of_one_rank(
         assert relative_error(two[name], gradient) < 0.05, name
 
 
-def uneven_shards(operator: str) -> tuple[bool, str]:
-    """Whether all results are NaN, and what the backward pass raises, for shards of 151 and 150 rows."""
+def uneven_shards(operator: str) -> str:
+    """What this rank raises for shards of 151 and 150 rows."""
     import torch.distributed as dist
 
     torch.manual_seed(0)
     hidden = torch.randn(8, 64, device="cuda").bfloat16().requires_grad_()
     weight = torch.randn(301, 64, device="cuda").bfloat16().chunk(2)[dist.get_rank()].clone().requires_grad_()
     labels = torch.arange(8, device="cuda")
-    if operator == "weighted":
-        total, results = weighted_cross_entropy(
-            hidden, weight, labels, torch.ones(8, device="cuda"), tp_group=dist.group.WORLD
-        )
-    else:
-        results = linear_logprobs(hidden, weight, labels, tp_group=dist.group.WORLD).logprobs
-        total = results.sum()
     try:
-        total.backward()
+        if operator == "weighted":
+            weighted_cross_entropy(hidden, weight, labels, torch.ones(8, device="cuda"), tp_group=dist.group.WORLD)
+        else:
+            linear_logprobs(hidden, weight, labels, tp_group=dist.group.WORLD)
     except ValueError as error:
-        return bool(results.isnan().all()), str(error)
-    return bool(results.isnan().all()), "no error"
+        return str(error)
+    return "no error"
 
 
 @pytest.mark.parametrize("operator", ["logprobs", "weighted"])
 def test_shards_of_different_sizes(pool: RankPool, operator: str) -> None:
-    for nan, error in pool.run(uneven_shards, operator):
-        assert nan
+    for error in pool.run(uneven_shards, operator):
         assert "equally many rows on every rank of tp_group, got [151, 150] rows" in error

@@ -254,8 +254,8 @@ def impossible_labels(head: Head) -> None:
 def impossible_temperatures(head: Head) -> None:
     """They make that token's results NaN, and no others'."""
     clean, p = head.problem().run(head), head.problem()
-    bad = [2, 9, 33]
-    p.temperature[bad] = torch.tensor([0.0, -1.0, NAN], device=head.device)
+    bad = [2, 9, 33, 34]
+    p.temperature[bad] = torch.tensor([0.0, -1.0, NAN, math.inf], device=head.device)
     result = p.run(head)
     for name, value in result.values.items():
         assert name == "top_tokens" or value[bad].isnan().all(), name

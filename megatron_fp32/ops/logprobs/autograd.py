@@ -123,8 +123,7 @@ def linear_logprobs(
     Raises:
         TypeError: for operand dtypes that `fp32_logits` refuses, or labels that are no integers.
         ValueError: for shapes that do not match, values outside of what an argument allows, `invariant` where it
-            cannot be kept, or ranks with different numbers of rows of the weight. On CUDA these make all results NaN,
-            and the backward pass raises, because the host does not wait for the device.
+            cannot be kept, or ranks with different numbers of rows of the weight.
     """
     check_flag("mean_logit", mean_logit)
     options = head_options(
@@ -174,7 +173,6 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.weight_owner = options, weight
-        heat = options.even_shards.poison(heat)
         flat = labels.reshape(-1)
         x = whole_hidden(hidden, weight, flat, options)
         needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
@@ -195,7 +193,6 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, heat, logits, *saved = ctx.saved_tensors
         options: HeadOptions = ctx.options
-        options.even_shards.check()
         # TF32 may have been switched on since the forward pass.
         check_operands(hidden, weight, names=("hidden", "weight"))
         flat = [None if g is None else g.reshape(-1).float() for g in upstream[:4]]

@@ -14,7 +14,7 @@ from megatron_fp32.ops.logits.autograd import PIECES
 from megatron_fp32.ops.logits.fixed_order import check_fixed_order
 from megatron_fp32.ops.logits.gemm import check_operands, check_plain
 from megatron_fp32.ops.logits.ranks import gather_first_dim
-from megatron_fp32.ops.logprobs.even import EvenShards, compare_shards
+from megatron_fp32.ops.logprobs.even import check_even_shards
 from megatron_fp32.ops.logprobs.statistics import BLOCK, Mean, Shard
 from megatron_fp32.validation import check_choice, check_count, check_finite, check_flag
 
@@ -27,7 +27,6 @@ class HeadOptions:
     """Arguments of the operators of this folder, checked and put in order by `head_options`."""
 
     shard: Shard
-    even_shards: EvenShards
     sequence_parallel: bool
     reduce_hidden_grad: bool
     pieces: int
@@ -77,7 +76,7 @@ def head_options(
     check_count("ignore_index", ignore_index, least=-(2**63))
     group = tp_group if tp_group is not None and dist.get_world_size(tp_group) > 1 else None
     # Before anything that one rank may refuse and another not.
-    even_shards = compare_shards(weight.shape[0], group, weight.device)
+    check_even_shards(weight, group)
     ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     first = hidden.shape[0] * (ranks if sequence_parallel else 1)
     if tuple(labels.shape) != (first, *hidden.shape[1:-1]):
@@ -118,7 +117,6 @@ def head_options(
     )
     return HeadOptions(
         shard=shard,
-        even_shards=even_shards,
         sequence_parallel=sequence_parallel and group is not None,
         reduce_hidden_grad=reduce_hidden_grad and group is not None and not sequence_parallel,
         pieces=PIECES[grad_precision],
@@ -153,9 +151,11 @@ def inverse_temperature(temperature: float | Tensor, labels: Tensor, ignore_inde
             )
         check_plain(temperature=temperature)
         each = temperature.to(labels.device, torch.float32)
-        each = torch.where(each > 0, each.reciprocal(), torch.nan)
+        each = torch.where((each > 0) & each.isfinite(), each.reciprocal(), torch.nan)
         return torch.where(labels == ignore_index, 1.0, each).reshape(-1)
     check_finite("temperature", temperature, positive=True)
+    if temperature < torch.finfo(torch.float32).tiny:
+        raise ValueError(f"temperature must be at least 2^-126, got {temperature}")
     return torch.full((labels.numel(),), 1 / temperature, dtype=torch.float32, device=labels.device)
 
 

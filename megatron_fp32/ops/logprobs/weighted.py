@@ -115,12 +115,18 @@ def weighted_cross_entropy(
             f"{tuple(loss_weights.shape)}, requires_grad={loss_weights.requires_grad}"
         )
     # A masked token is an ignored one from here on.
-    labels = torch.where(loss_weights.to(labels.device) == 0, ignore_index, labels)
+    labels = torch.where(loss_weights.to(labels.device, torch.float32) == 0, ignore_index, labels)
     heat = inverse_temperature(temperature, labels, ignore_index)
     if not isinstance(grad_scale, Tensor):
         check_finite("grad_scale", grad_scale)
         # A tensor made from a number on the host would make the host wait.
         grad_scale = torch.full((), grad_scale, dtype=torch.float32, device=hidden.device)
+    elif grad_scale.numel() != 1 or not grad_scale.is_floating_point() or grad_scale.requires_grad:
+        raise ValueError(
+            "grad_scale must be a number, or a floating-point tensor of one number without gradient, got "
+            f"{tuple(grad_scale.shape)} of {grad_scale.dtype}, requires_grad={grad_scale.requires_grad}"
+        )
+    grad_scale = grad_scale.reshape(())
     return WeightedLoss(*_eager(hidden, weight, labels, loss_weights, heat, grad_scale.float(), options, loss))
 
 
@@ -153,8 +159,6 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         loss: TokenLoss,
         wanted: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.even_shards = options.even_shards
-        heat = options.even_shards.poison(heat)
         flat = labels.reshape(-1)
         ignored = flat == options.shard.ignore_index
         weights = torch.where(ignored, 0.0, loss_weights.reshape(-1).float())
@@ -199,7 +203,6 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_scale = ctx.saved_tensors
-        ctx.even_shards.check()
         if ctx.in_main_grad and ctx.handed_out:
             raise RuntimeError(
                 "weighted_cross_entropy has added dW to main_grad in its forward pass: a second backward pass would "
