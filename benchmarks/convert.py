@@ -24,10 +24,10 @@ import click
 import numpy as np
 import torch
 
-from megatron_fp32.checkpoint.huggingface import HuggingFaceReader, TensorInfo
-from megatron_fp32.checkpoint.plan import plan_model
-from megatron_fp32.checkpoint.safetensors_writer import HuggingFaceWriter
-from megatron_fp32.models.mapping import TensorSpec
+from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader, TensorInfo
+from megatron_fp32.checkpoint.formats.safetensors_writer import HuggingFaceWriter
+from megatron_fp32.weights.mapping import TensorSpec
+from megatron_fp32.weights.model_map import plan_model
 
 CONFIG = {
     "model_type": "llama",

@@ -13,13 +13,13 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_fp32 import Fp32Config, install_optimizer_repairs, model_provider
-from megatron_fp32.checkpoint.digests import digest
-from megatron_fp32.checkpoint.export_job import exact_hf_tensors
-from megatron_fp32.checkpoint.plan import plan_model
+from megatron_fp32.checkpoint.formats.digests import digest
+from megatron_fp32.checkpoint.jobs.export_job import exact_hf_tensors
 from megatron_fp32.checkpoint.sidecar import find_sidecar
 from megatron_fp32.models.provider import cpu_overrides, read_hf_config
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.training import Batch, Trainer, TrainerConfig
+from megatron_fp32.weights.model_map import plan_model
 
 TENSOR_PARALLEL = 2
 KEPT = ("A_log", "out_norm.weight")
