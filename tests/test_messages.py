@@ -21,9 +21,10 @@ from click.testing import CliRunner, Result
 from megatron.core.models.gpt import gpt_layer_specs
 
 from megatron_fp32 import cli
-from megatron_fp32.checkpoint import convert
+from megatron_fp32.checkpoint import convert, inspect
 from megatron_fp32.checkpoint.convert import import_checkpoint
 from megatron_fp32.checkpoint.formats.torch_dist_writer import DataFile
+from megatron_fp32.cli import inspect_text
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.extras import MissingPackageError
 from megatron_fp32.models.provider import read_hf_config, transformer_config
@@ -234,13 +235,22 @@ class TestWhatIsInTheDirectory:
 class TestHubId:
     @pytest.mark.parametrize("given", ["Qwen/Qwen3-8B", "https://huggingface.co/Qwen/Qwen3-8B", "hf://Qwen/Qwen3-8B"])
     @pytest.mark.parametrize("command", ["import", "quantize", "inspect", "verify"])
-    def test_on_the_command_line(self, given: str, command: str, tmp_path: Path, original: Path) -> None:
+    def test_on_the_command_line_without_huggingface_hub(
+        self, given: str, command: str, tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
         more = {"import": [tmp_path / "out"], "quantize": [tmp_path / "out", "--scheme", "blockwise"]}
         message = _refused(
             command, given, *more.get(command, []), *([original] if command == "verify" else []), status=2
         )
         assert "does not exist" in message
         assert "hf download Qwen/Qwen3-8B --local-dir Qwen3-8B" in message
+        assert "Or let this command download it: huggingface_hub is not installed. Install it: pip install " in message
+        assert "'megatron_fp32[hub]'" in message
+
+    def test_of_a_checkpoint_that_is_not_fetched(self, tmp_path: Path) -> None:
+        message = _refused("export", "Qwen/Qwen3-8B@v1", tmp_path / "out", status=2)
+        assert "hf download Qwen/Qwen3-8B --revision v1 --local-dir Qwen3-8B" in message
 
     def test_in_python(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
@@ -315,7 +325,7 @@ class TestOperatingSystem:
             (errno.ENOSPC, "make room on that disk"),
             (errno.EDQUOT, "quota"),
             (errno.EMFILE, "ulimit -n"),
-            (errno.EFBIG, "--max-shard-bytes"),
+            (errno.EFBIG, "lower --max-part-bytes, or raise the limit"),
         ],
     )
     def test_an_error_that_names_no_file(
@@ -393,14 +403,21 @@ class TestInterruption:
         message = _refused(target.split("_")[0], source, tmp_path / "out", status=130)
         assert f"interrupted before anything of {tmp_path / 'out'} was written" in message
 
-    @pytest.mark.parametrize("function", ["inspect_checkpoint", "console"])
+    @pytest.mark.parametrize("function", ["inspect_checkpoint", "HuggingFaceReader"])
     def test_of_a_command_that_writes_nothing(
         self, original: Path, monkeypatch: pytest.MonkeyPatch, function: str
     ) -> None:
         def interrupted(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(cli.cli_compare, function, interrupted)
+        monkeypatch.setattr(inspect, function, interrupted)
+        assert _refused("inspect", original, status=130) == "megatron-fp32: interrupted\n"
+
+    def test_while_it_prints(self, original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupted(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(inspect_text, "print_inspection", interrupted)
         assert _refused("inspect", original, status=130) == "megatron-fp32: interrupted\n"
 
     def test_of_all_processes_while_workers_start(self, original: Path, tmp_path: Path) -> None:
@@ -422,7 +439,11 @@ class TestInterruption:
             return "libtorch" in Path(f"/proc/{process}/maps").read_text()
 
         status, stderr = _interrupt(["import", str(original), str(tmp_path / "out")], when=is_importing)
-        assert (status, stderr) == (130, "megatron-fp32: interrupted before anything was done\n")
+        assert status == 130
+        assert stderr == (
+            f"megatron-fp32: interrupted before anything of {tmp_path / 'out'} was written. Run the same command again to "
+            "begin\n"
+        )
         assert list(tmp_path.iterdir()) == []
 
 

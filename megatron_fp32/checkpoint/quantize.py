@@ -24,6 +24,7 @@ from megatron_fp32.checkpoint.jobs.staging import Staging, check_output
 from megatron_fp32.checkpoint.quantization_claims import RECIPE, find_claims
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.validation import check_callable, check_count, check_path
+from megatron_fp32.weights.choices import SHARD_BYTES
 from megatron_fp32.weights.fp8.scheme import LAYOUTS, Fp8Scheme, named_scheme
 from megatron_fp32.weights.fp8.tensors import fp8_infos, infos_of, partial_blocks, quantize_tensor
 
@@ -53,7 +54,7 @@ def quantize_checkpoint(
     scheme: Fp8Scheme | str,
     *,
     device: torch.device | str = "cpu",
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = SHARD_BYTES,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Fp8Report:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 from argparse import Namespace
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from megatron_fp32.checkpoint.formats.huggingface import TensorInfo
 from megatron_fp32.errors import CheckpointError, listing
 from megatron_fp32.weights import mapping as models
+from megatron_fp32.weights.choices import Mtp, Vision
 from megatron_fp32.weights.families.registry import Family, find_family
 from megatron_fp32.weights.hf_config.bounds import check_presence
 from megatron_fp32.weights.hf_config.decoder import DecoderConfig
@@ -23,12 +24,6 @@ from megatron_fp32.weights.naming import MTP, VISION, Naming, is_rotary_frequenc
 from megatron_fp32.weights.stacking import extra_states, has_stacked_layers, stack_layers
 from megatron_fp32.weights.tensors import FLOAT4
 from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY
-
-Vision = Literal["refuse", "carry", "drop"]
-"""Tensors of the vision part: none may be there, or they are kept beside the checkpoint, or left out."""
-
-Mtp = Literal["convert", "carry", "drop"]
-"""Tensors of multi-token prediction: they become a Megatron MTP layer, or as above."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

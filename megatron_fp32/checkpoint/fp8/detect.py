@@ -14,7 +14,8 @@ from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader, Tens
 from megatron_fp32.checkpoint.fp8.config import MODELOPT_FILE, scheme_from_config
 from megatron_fp32.errors import CheckpointError, checkpoint_named
 from megatron_fp32.ops.fp8.scales import ScaleFormat
-from megatron_fp32.weights.fp8.scheme import Fp8Scheme, Layout
+from megatron_fp32.weights.choices import Layout
+from megatron_fp32.weights.fp8.scheme import Fp8Scheme
 
 SCALES = (".weight_scale_inv", ".weight_scale")
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +24,12 @@ from megatron_fp32.checkpoint.quantization_claims import find_claims, remove_cla
 from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, find_sidecar, fits
 from megatron_fp32.errors import CheckpointError, checkpoint_named, listing
 from megatron_fp32.weights import mapping as models
+from megatron_fp32.weights.choices import ExportDtype
 from megatron_fp32.weights.families.registry import find_family
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
 from megatron_fp32.weights.fp8.tensors import fp8_infos, infos_of, quantize_element
 from megatron_fp32.weights.model_map import Plan, plan_export
 from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY, CutRows, rows_above, with_vocab_size
-
-ExportDtype = Literal["trained", "source"]
-"""What a parameter that was trained in fp32 from a 16-bit source leaves as: F32, or rounded to what it came as."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,9 +30,10 @@ from megatron_fp32.checkpoint.jobs.staging import Staging
 from megatron_fp32.checkpoint.quantization_claims import find_claims
 from megatron_fp32.checkpoint.sidecar import SourceTensor, write_sidecar
 from megatron_fp32.errors import CheckpointError, checkpoint_named
+from megatron_fp32.weights.choices import Mtp, Vision
 from megatron_fp32.weights.hf_config.rotary import inverse_frequencies
 from megatron_fp32.weights.mapping import Mapping
-from megatron_fp32.weights.model_map import ImportPlan, Mtp, Vision, plan_import
+from megatron_fp32.weights.model_map import ImportPlan, plan_import
 
 RELEASE = "release"
 """Directory of a checkpoint that no trainer has touched: Megatron then asks for no optimizer state."""

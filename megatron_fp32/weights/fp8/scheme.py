@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
 from megatron_fp32.checkpoint.formats.huggingface import TensorInfo
 from megatron_fp32.ops.fp8.scales import SCALE_FORMATS, ScaleFormat, scale_dtype
 from megatron_fp32.validation import check_choice
-
-Layout = Literal["blockwise", "channelwise", "modelopt"]
+from megatron_fp32.weights.choices import Layout
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
