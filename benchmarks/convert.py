@@ -26,8 +26,8 @@ import torch
 
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fp32.checkpoint.formats.safetensors_writer import HuggingFaceWriter
-from megatron_fp32.weights.mapping import TensorSpec
 from megatron_fp32.weights.model_map import plan_model
+from megatron_fp32.weights.spec import TensorSpec
 
 CONFIG = {
     "model_type": "llama",

@@ -15,10 +15,10 @@ import torch
 
 from megatron_fp32.checkpoint.formats.huggingface import TensorInfo
 from megatron_fp32.errors import CheckpointError, listing
-from megatron_fp32.weights import mapping as models
 from megatron_fp32.weights.families.registry import Family, find_family
 from megatron_fp32.weights.hf_config.bounds import check_presence
 from megatron_fp32.weights.hf_config.decoder import DecoderConfig
+from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.naming import MTP, VISION, Naming, is_rotary_frequencies
 from megatron_fp32.weights.stacking import extra_states, has_stacked_layers, stack_layers
 from megatron_fp32.weights.tensors import FLOAT4
@@ -39,7 +39,7 @@ class Plan:
     config: DecoderConfig
     naming: Naming
     """Of the Hugging Face checkpoint."""
-    mappings: tuple[models.Mapping, ...]
+    mappings: tuple[TensorMapping, ...]
 
     @property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -106,7 +106,7 @@ def plan_model(
         # A value of any length may be in it.
         raise CheckpointError(str(error)[:2000]) from error
     naming = Naming.of(hf, shapes)
-    mappings: Iterable[models.Mapping] = family.mappings(config, naming)
+    mappings: Iterable[TensorMapping] = family.mappings(config, naming)
     if config.is_homogeneous if stacked is None else stacked:
         mappings = stack_layers(mappings, config.num_layers)
     return Plan(family=family, config=config, naming=naming, mappings=tuple(mappings))

@@ -27,9 +27,10 @@ from megatron_fp32.checkpoint.sidecar import Sidecar, fits
 from megatron_fp32.errors import listing
 from megatron_fp32.validation import check_callable, check_flag, check_path
 from megatron_fp32.weights.families.registry import find_family
-from megatron_fp32.weights.mapping import Mapping, TensorSpec
+from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.model_map import Plan, plan_model
 from megatron_fp32.weights.naming import MTP, VISION, is_rotary_frequencies
+from megatron_fp32.weights.spec import TensorSpec
 from megatron_fp32.weights.stacking import has_stacked_layers, is_stack_of_layers, name_in_layer
 from megatron_fp32.weights.tensors import FLOAT4
 from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY, check_vocab_size, rows_above
@@ -280,7 +281,7 @@ class _OfTwoKinds:
                 for name in sorted(hf.keys() & carried.keys() - converted.keys()):
                     self._compare(TensorSpec(name=name, shape=carried[name].shape), reader.read(name))
 
-    def _compare_mapping(self, mapping: Mapping) -> None:
+    def _compare_mapping(self, mapping: TensorMapping) -> None:
         stored = self._megatron.tensors
         missing = [spec.name for spec in mapping.megatron if spec.name not in stored]
         misshapen = [spec for spec in mapping.megatron if spec.name in stored and not _has_shape(stored, spec)]
@@ -309,7 +310,7 @@ class _OfTwoKinds:
             hf = self._hf.reader.read(spec.name, spec.index)
             self._found.both(spec, *((hf, megatron) if self._is_hf_first else (megatron, hf)))
 
-    def _exported(self, mapping: Mapping) -> tuple[Tensor, ...]:
+    def _exported(self, mapping: TensorMapping) -> tuple[Tensor, ...]:
         """What `export` would write, but that nothing is cast unless the cast keeps every bit."""
         tensors = []
         for spec in mapping.megatron:
@@ -321,7 +322,7 @@ class _OfTwoKinds:
         exported = exact_hf_tensors(mapping, tensors, self._originals_of(mapping))
         return tuple(self._in_source_dtype(spec.name, t) for spec, t in zip(mapping.hf, exported, strict=True))
 
-    def _cut_vocabulary(self, mapping: Mapping, spec: TensorSpec, tensor: Tensor) -> None:
+    def _cut_vocabulary(self, mapping: TensorMapping, spec: TensorSpec, tensor: Tensor) -> None:
         """Note rows above the vocabulary: as padding, or as a difference where they are not zero."""
         rows = rows_above(tensor[: self._vocab_size], spec.shape[0])
         if rows is None:
@@ -336,7 +337,7 @@ class _OfTwoKinds:
             if hf.name in self._hf.tensors:
                 self._shape(hf.name, info, note)
 
-    def _originals_of(self, mapping: Mapping) -> dict[str, Tensor]:
+    def _originals_of(self, mapping: TensorMapping) -> dict[str, Tensor]:
         if mapping.invertible or all(spec.name in self._originals for spec in mapping.hf):
             return self._originals
         hf = self._hf.tensors

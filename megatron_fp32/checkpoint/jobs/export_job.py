@@ -23,10 +23,10 @@ from megatron_fp32.checkpoint.jobs.staging import Staging
 from megatron_fp32.checkpoint.quantization_claims import find_claims, remove_claims, write_config
 from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, find_sidecar, fits
 from megatron_fp32.errors import CheckpointError, checkpoint_named, listing
-from megatron_fp32.weights import mapping as models
 from megatron_fp32.weights.families.registry import find_family
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
 from megatron_fp32.weights.fp8.tensors import fp8_infos, infos_of, quantize_element
+from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.model_map import Plan, plan_export
 from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY, CutRows, rows_above, with_vocab_size
 
@@ -152,7 +152,7 @@ class ExportJob:
             return [(name, index, tensor)]
         return quantize_element(name, self.dtypes.infos[name], index, tensor, self._options.fp8)
 
-    def _hf_tensors(self, mapping: models.Mapping, cut: dict[str, CutRows] | None = None) -> tuple[Tensor, ...]:
+    def _hf_tensors(self, mapping: TensorMapping, cut: dict[str, CutRows] | None = None) -> tuple[Tensor, ...]:
         """The mapping's Hugging Face tensors, in the dtype that the checkpoint holds (or the originals').
 
         `cut` takes in the rows that are left out and not zero.
@@ -203,14 +203,14 @@ class ExportJob:
         return Dtypes(infos=infos, rounded=tuple(rounded), widened=tuple(widened))
 
     def _cut(self) -> list[Part]:
-        sources: list[tuple[list[str], list[models.Mapping], list[str]]] = [
+        sources: list[tuple[list[str], list[TensorMapping], list[str]]] = [
             *((names, mappings, []) for names, mappings in _connected(self.plan.mappings)),
             *(([name], [], [name]) for name in self.sidecar.carried),
         ]
         outputs = [[output for name in names for output in self._outputs(name)] for names, _, _ in sources]
         shards = cut_into_shards(outputs, self.infos, self._options.max_shard_bytes)
         place = {output: index for index, shard in enumerate(shards) for output in shard}
-        mappings: list[list[models.Mapping]] = [[] for _ in shards]
+        mappings: list[list[TensorMapping]] = [[] for _ in shards]
         carried: list[list[str]] = [[] for _ in shards]
         for group, (_, of_group, names) in zip(outputs, sources, strict=True):
             mappings[place[group[0]]] += of_group
@@ -242,7 +242,7 @@ def open_export(options: ExportOptions, dtypes: Dtypes | None = None) -> Iterato
 
 
 def exact_hf_tensors(
-    mapping: models.Mapping, megatron: Sequence[Tensor], originals: dict[str, Tensor]
+    mapping: TensorMapping, megatron: Sequence[Tensor], originals: dict[str, Tensor]
 ) -> tuple[Tensor, ...]:
     """`mapping.to_hf`, or the originals where the Megatron tensors are still what an import made of them.
 
@@ -259,9 +259,9 @@ def exact_hf_tensors(
     return mapping.to_hf(megatron)
 
 
-def _connected(mappings: Sequence[models.Mapping]) -> list[tuple[list[str], list[models.Mapping]]]:
+def _connected(mappings: Sequence[TensorMapping]) -> list[tuple[list[str], list[TensorMapping]]]:
     """Hugging Face tensors that must be in one file because one mapping writes to all of them, and those mappings."""
-    groups: list[tuple[list[str], list[models.Mapping]]] = []
+    groups: list[tuple[list[str], list[TensorMapping]]] = []
     place: dict[str, int] = {}
     for mapping in mappings:
         names = list(dict.fromkeys(spec.name for spec in mapping.hf))

@@ -31,7 +31,7 @@ from megatron_fp32.checkpoint.quantization_claims import find_claims
 from megatron_fp32.checkpoint.sidecar import SourceTensor, write_sidecar
 from megatron_fp32.errors import CheckpointError, checkpoint_named
 from megatron_fp32.weights.hf_config.rotary import inverse_frequencies
-from megatron_fp32.weights.mapping import Mapping
+from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.model_map import ImportPlan, Mtp, Vision, plan_import
 
 RELEASE = "release"
@@ -120,7 +120,7 @@ class ImportJob:
         )
         return tuple(name for name in self.plan.frequencies if not is_about(self.reader.read(name), expected))
 
-    def _megatron_tensors(self, mapping: Mapping, digests: Digests) -> tuple[Tensor, ...]:
+    def _megatron_tensors(self, mapping: TensorMapping, digests: Digests) -> tuple[Tensor, ...]:
         tensors = [self.reader.read(spec.name, spec.index) for spec in mapping.hf]
         for spec, tensor in zip(mapping.hf, tensors, strict=True):
             digests.add(spec.name, tensor, spec.index)
@@ -129,12 +129,12 @@ class ImportJob:
         except ValueError as error:
             raise CheckpointError(f"{self.reader.directory}: {error}") from error
 
-    def _nbytes(self, mapping: Mapping) -> int:
+    def _nbytes(self, mapping: TensorMapping) -> int:
         """Of its Hugging Face tensors."""
         return sum(self.reader.tensors[s.name].dtype.itemsize * torch.Size(s.shape).numel() for s in mapping.hf)
 
     def _cut(self) -> list[Part]:
-        cuts: list[list[Mapping]] = [[]]
+        cuts: list[list[TensorMapping]] = [[]]
         sizes = [0]
         for mapping in self.plan.mappings:
             nbytes = self._nbytes(mapping)

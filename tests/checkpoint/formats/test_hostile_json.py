@@ -207,7 +207,7 @@ class TestSizes:
         directory = case("Qwen3-MoE, a dense layer").write(tmp_path / "hf")
         config = {**config_json(directory), **fields}
         (directory / "config.json").write_text(json.dumps(config))
-        monkeypatch.setattr("megatron_fp32.weights.blocks.Rename", None)
+        monkeypatch.setattr("megatron_fp32.weights.blocks.rename", None)
         with pytest.raises(CheckpointError, match=message) as caught:
             import_checkpoint(directory, tmp_path / "out")
         assert str(directory) in str(caught.value)
