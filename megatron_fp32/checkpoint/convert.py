@@ -19,10 +19,10 @@ from megatron_fp32.checkpoint.jobs.export_job import ExportDtype, ExportOptions,
 from megatron_fp32.checkpoint.jobs.import_job import RELEASE, open_import
 from megatron_fp32.checkpoint.jobs.run import Progress, run_job
 from megatron_fp32.checkpoint.jobs.staging import check_output
+from megatron_fp32.checkpoint.plan import Mtp, Vision
 from megatron_fp32.validation import check_callable, check_choice, check_count, check_flag, check_path
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
 from megatron_fp32.weights.fp8.tensors import partial_blocks
-from megatron_fp32.weights.model_map import Mtp, Vision
 from megatron_fp32.weights.vocabulary import CutRows, check_vocab_size, is_padding
 
 

@@ -24,13 +24,13 @@ from megatron_fp32.checkpoint.assets import assets_of, copy_files, sidecar_asset
 from megatron_fp32.checkpoint.formats.digests import Digests, compare, digest
 from megatron_fp32.checkpoint.formats.directory import refuse_pointers
 from megatron_fp32.checkpoint.formats.files import read_json_object
-from megatron_fp32.checkpoint.formats.huggingface import DTYPE_NAMES, DTYPES, HuggingFaceReader, TensorInfo
+from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.formats.safetensors_writer import HuggingFaceWriter
 from megatron_fp32.checkpoint.formats.torch_dist import find_checkpoint
 from megatron_fp32.checkpoint.jobs.staging import Staging
+from megatron_fp32.checkpoint.plan import ImportPlan
 from megatron_fp32.errors import CheckpointError
-from megatron_fp32.weights.model_map import ImportPlan
-from megatron_fp32.weights.tensors import is_possible_shape
+from megatron_fp32.weights.tensors import DTYPE_NAMES, DTYPES, TensorInfo, is_possible_shape
 
 DIRECTORY = "hf_source"
 

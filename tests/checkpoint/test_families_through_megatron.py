@@ -17,9 +17,9 @@ from torch import Tensor
 
 from megatron_fp32.checkpoint.convert import export_checkpoint
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
+from megatron_fp32.checkpoint.plan import plan_import
 from megatron_fp32.models import provider
 from megatron_fp32.testing.ranks import RankPool
-from megatron_fp32.weights.model_map import plan_import
 from tests.checkpoint.conftest import Families
 from tests.checkpoint.layouts import ONE_RANK, Layout, build, load, logits, on_ranks, pass_through
 from tests.checkpoint.support import assert_parity, stored_tensors

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from megatron_fp32.weights.mapping import TensorMapping
-from megatron_fp32.weights.model_map import Plan
+from megatron_fp32.weights.model_map import ModelMap
 from megatron_fp32.weights.spec import TensorSpec
 from megatron_fp32.weights.tensors import TensorInfo
 
@@ -47,7 +47,7 @@ def note_on_names(name: str, a: Entry, b: Entry) -> str:
     return ", ".join(f"{theirs} in {side}" for side, theirs in own.items() if theirs != name)
 
 
-def under_common_names(a: Entries, b: Entries, plans: Sequence[Plan]) -> tuple[Entries, Entries]:
+def under_common_names(a: Entries, b: Entries, plans: Sequence[ModelMap]) -> tuple[Entries, Entries]:
     """Name the entries of two Hugging Face checkpoints alike where they are the same part of a model.
 
     What has the same name in both keeps it, whatever it is. Fused experts that one of them has transposed are turned.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_fp32.checkpoint.compare.findings import Findings, Progress, VerifiedSide, VerifyReport
 from megatron_fp32.checkpoint.compare.layouts import Entries, Entry, note_on_names, under_common_names
-from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader, TensorInfo
+from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.identify import Kind, kind_of, model_tensors, read_config, sidecar_of
 from megatron_fp32.checkpoint.jobs.export_job import exact_hf_tensors
@@ -28,11 +28,11 @@ from megatron_fp32.errors import listing
 from megatron_fp32.validation import check_callable, check_flag, check_path
 from megatron_fp32.weights.families.registry import find_family
 from megatron_fp32.weights.mapping import TensorMapping
-from megatron_fp32.weights.model_map import Plan, plan_model
+from megatron_fp32.weights.model_map import ModelMap, map_model
 from megatron_fp32.weights.naming import MTP, VISION, is_rotary_frequencies
 from megatron_fp32.weights.spec import TensorSpec
 from megatron_fp32.weights.stacking import has_stacked_layers, is_stack_of_layers, name_in_layer
-from megatron_fp32.weights.tensors import FLOAT4
+from megatron_fp32.weights.tensors import FLOAT4, TensorInfo
 from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY, check_vocab_size, rows_above
 
 _WHOLE_BYTES = 1 << 28
@@ -180,7 +180,7 @@ def _only(side: Literal["a", "b"], entry: Entry, found: Findings) -> None:
     found.only(side, entry.name, entry.info, f"in {entry.origin}" if entry.origin else "")
 
 
-def _plan(side: _Side) -> Plan:
+def _plan(side: _Side) -> ModelMap:
     """Of a Hugging Face checkpoint, with every layer for itself.
 
     Raises:
@@ -188,7 +188,7 @@ def _plan(side: _Side) -> Plan:
     """
     config = read_config(side.path)
     try:
-        return plan_model(config, side.tensors, stacked=False)
+        return map_model(config, side.tensors, stacked=False)
     except ValueError as error:
         raise ValueError(f"{side.path}: {error}") from error
 
@@ -259,7 +259,7 @@ class _OfTwoKinds:
             if not name.startswith(VISION) and (has_mtp or not name.startswith(MTP)) and not is_rotary_frequencies(name)
         }
         stacked = has_stacked_layers(self._megatron.tensors)
-        self._plan = plan_model(read_config(self._hf.path), converted, stacked=stacked)
+        self._plan = map_model(read_config(self._hf.path), converted, stacked=stacked)
 
     def compare(self) -> None:
         hf, megatron, plan = self._hf.tensors, self._megatron.tensors, self._plan

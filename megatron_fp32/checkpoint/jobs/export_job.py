@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.formats.digests import Digests
-from megatron_fp32.checkpoint.formats.huggingface import TensorInfo
 from megatron_fp32.checkpoint.formats.safetensors_writer import cut_into_shards, shard_names, write_index
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader, known_non_model_entries
 from megatron_fp32.checkpoint.fp8.config import described_scheme, write_configs
@@ -27,7 +26,8 @@ from megatron_fp32.weights.families.registry import find_family
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
 from megatron_fp32.weights.fp8.tensors import fp8_infos, infos_of, quantize_element
 from megatron_fp32.weights.mapping import TensorMapping
-from megatron_fp32.weights.model_map import Plan, plan_export
+from megatron_fp32.weights.model_map import ModelMap, map_trained_model
+from megatron_fp32.weights.tensors import TensorInfo
 from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY, CutRows, rows_above, with_vocab_size
 
 ExportDtype = Literal["trained", "source"]
@@ -75,7 +75,9 @@ class ExportJob:
         present = {n: i for n, i in reader.tensors.items() if n not in known_non_model_entries([n])}
         self._hf_config = self._exported_config()
         with checkpoint_named(reader.directory):
-            self.plan: Plan = plan_export(self._hf_config, {n: t.info for n, t in sidecar.tensors.items()}, present)
+            self.plan: ModelMap = map_trained_model(
+                self._hf_config, {n: t.info for n, t in sidecar.tensors.items()}, present
+            )
         self.claims = find_claims(sidecar.directory / "assets", sidecar.hf_config)
         if options.vocab_size is None:
             sidecar.check_shapes(self.plan.hf_shapes)

@@ -27,12 +27,12 @@ from megatron_fp32.checkpoint.identify import check_direction, read_config, refu
 from megatron_fp32.checkpoint.jobs.read_back import ReadBack
 from megatron_fp32.checkpoint.jobs.run import Part, Tell, described
 from megatron_fp32.checkpoint.jobs.staging import Staging
+from megatron_fp32.checkpoint.plan import ImportPlan, Mtp, Vision, megatron_args, plan_import
 from megatron_fp32.checkpoint.quantization_claims import find_claims
 from megatron_fp32.checkpoint.sidecar import SourceTensor, write_sidecar
 from megatron_fp32.errors import CheckpointError, checkpoint_named
 from megatron_fp32.weights.hf_config.rotary import inverse_frequencies
 from megatron_fp32.weights.mapping import TensorMapping
-from megatron_fp32.weights.model_map import ImportPlan, Mtp, Vision, plan_import
 
 RELEASE = "release"
 """Directory of a checkpoint that no trainer has touched: Megatron then asks for no optimizer state."""
@@ -84,7 +84,7 @@ class ImportJob:
 
     def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:
         """Write the objects, the metadata and the sidecar; see `Job`."""
-        common = common_state(self.plan.megatron_args())
+        common = common_state(megatron_args(self.plan.config))
         objects = f"__{len(self.parts)}_0.distcp"
         with staging.file(f"{RELEASE}/{objects}") as path, DataFile(path) as file:
             for key in self.plan.extra_states:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megatron_fp32.checkpoint.compare.layouts import Entry, under_common_names
 from megatron_fp32.checkpoint.compare.verify import verify_checkpoints
-from megatron_fp32.checkpoint.formats.huggingface import TensorInfo
 from megatron_fp32.weights.mapping import TensorMapping, concat_rows, rename, split_rows, zero_centred
-from megatron_fp32.weights.model_map import plan_model
+from megatron_fp32.weights.model_map import map_model
+from megatron_fp32.weights.tensors import TensorInfo
 from tests.checkpoint.compare.comparing import Changes, Tensors, altered, statuses_of, the_only, without_start
 from tests.checkpoint.conftest import Families
 from tests.checkpoint.support import stored_tensors
@@ -170,7 +170,7 @@ class TestCommonNames:
     def _pair(
         a: Tensors, of_a: Sequence[TensorMapping], b: Tensors, of_b: Sequence[TensorMapping]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        plan = plan_model(case("Llama").text_config().to_dict(), ["model.embed_tokens.weight"])
+        plan = map_model(case("Llama").text_config().to_dict(), ["model.embed_tokens.weight"])
         plans = [dataclasses.replace(plan, mappings=tuple(mappings)) for mappings in (of_a, of_b)]
         first, second = under_common_names(_entries(a), _entries(b), plans)
         return {n: e.read(()) for n, e in first.items()}, {n: e.read(()) for n, e in second.items()}
