@@ -441,8 +441,8 @@ class TestInterruption:
         status, stderr = _interrupt(["import", str(original), str(tmp_path / "out")], when=is_importing)
         assert status == 130
         assert stderr == (
-            f"megatron-fp32: interrupted before anything of {tmp_path / 'out'} was written. Run the same command again to "
-            "begin\n"
+            f"megatron-fp32: interrupted before anything of {tmp_path / 'out'} was written. Run the same command "
+            "again to begin\n"
         )
         assert list(tmp_path.iterdir()) == []
 

@@ -13,7 +13,7 @@ import torch
 
 from megatron_fp32.checkpoint.assets import assets_of, copy_files
 from megatron_fp32.checkpoint.formats.digests import Digests
-from megatron_fp32.checkpoint.formats.huggingface import DTYPE_NAMES, HuggingFaceReader, TensorInfo
+from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.formats.safetensors_writer import cut_into_shards, shard_names, write_index
 from megatron_fp32.checkpoint.fp8.config import described_scheme, write_configs
 from megatron_fp32.checkpoint.fp8.detect import SCALES, read_quantization_config
@@ -27,6 +27,7 @@ from megatron_fp32.validation import check_callable, check_count, check_path
 from megatron_fp32.weights.choices import SHARD_BYTES
 from megatron_fp32.weights.fp8.scheme import LAYOUTS, Fp8Scheme, named_scheme
 from megatron_fp32.weights.fp8.tensors import fp8_infos, infos_of, partial_blocks, quantize_tensor
+from megatron_fp32.weights.tensors import DTYPE_NAMES, TensorInfo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

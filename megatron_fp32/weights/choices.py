@@ -11,7 +11,7 @@ Mtp = Literal["convert", "carry", "drop"]
 """Tensors of multi-token prediction: they become a Megatron MTP layer, or as above."""
 
 ExportDtype = Literal["trained", "source"]
-"""What a parameter that was trained in fp32 from a 16-bit source leaves as: F32, or rounded to what it came as."""
+"""A parameter that was trained in fp32 from a 16-bit source is exported as F32, or rounded to the source's dtype."""
 
 Layout = Literal["blockwise", "channelwise", "modelopt"]
 """Formats of float8 checkpoints; see `Fp8Scheme`."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.compare.difference import Comparison, ValueDifference
-from megatron_fp32.checkpoint.formats.huggingface import DTYPE_NAMES, DTYPES, TensorInfo
 from megatron_fp32.checkpoint.identify import Kind
 from megatron_fp32.validation import check_flag
-from megatron_fp32.weights.mapping import TensorSpec
+from megatron_fp32.weights.spec import TensorSpec
+from megatron_fp32.weights.tensors import DTYPE_NAMES, DTYPES, TensorInfo
 
 Status = Literal["only_a", "only_b", "shape", "values", "dtype"]
 """In one checkpoint only; another shape; other values; the same values in another dtype."""

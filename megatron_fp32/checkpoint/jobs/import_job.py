@@ -27,13 +27,14 @@ from megatron_fp32.checkpoint.identify import check_direction, read_config, refu
 from megatron_fp32.checkpoint.jobs.read_back import ReadBack
 from megatron_fp32.checkpoint.jobs.run import Part, Tell, described
 from megatron_fp32.checkpoint.jobs.staging import Staging
+from megatron_fp32.checkpoint.plan import ImportPlan, megatron_args, plan_import
 from megatron_fp32.checkpoint.quantization_claims import find_claims
-from megatron_fp32.checkpoint.sidecar import SourceTensor, write_sidecar
+from megatron_fp32.checkpoint.sidecar import write_sidecar
 from megatron_fp32.errors import CheckpointError, checkpoint_named
 from megatron_fp32.weights.choices import Mtp, Vision
 from megatron_fp32.weights.hf_config.rotary import inverse_frequencies
-from megatron_fp32.weights.mapping import Mapping
-from megatron_fp32.weights.model_map import ImportPlan, plan_import
+from megatron_fp32.weights.mapping import TensorMapping
+from megatron_fp32.weights.source_record import SourceTensor
 
 RELEASE = "release"
 """Directory of a checkpoint that no trainer has touched: Megatron then asks for no optimizer state."""
@@ -85,7 +86,7 @@ class ImportJob:
 
     def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:
         """Write the objects, the metadata and the sidecar; see `Job`."""
-        common = common_state(self.plan.megatron_args())
+        common = common_state(megatron_args(self.plan.config))
         objects = f"__{len(self.parts)}_0.distcp"
         with staging.file(f"{RELEASE}/{objects}") as path, DataFile(path) as file:
             for key in self.plan.extra_states:
@@ -121,7 +122,7 @@ class ImportJob:
         )
         return tuple(name for name in self.plan.frequencies if not is_about(self.reader.read(name), expected))
 
-    def _megatron_tensors(self, mapping: Mapping, digests: Digests) -> tuple[Tensor, ...]:
+    def _megatron_tensors(self, mapping: TensorMapping, digests: Digests) -> tuple[Tensor, ...]:
         tensors = [self.reader.read(spec.name, spec.index) for spec in mapping.hf]
         for spec, tensor in zip(mapping.hf, tensors, strict=True):
             digests.add(spec.name, tensor, spec.index)
@@ -130,12 +131,12 @@ class ImportJob:
         except ValueError as error:
             raise CheckpointError(f"{self.reader.directory}: {error}") from error
 
-    def _nbytes(self, mapping: Mapping) -> int:
+    def _nbytes(self, mapping: TensorMapping) -> int:
         """Of its Hugging Face tensors."""
         return sum(self.reader.tensors[s.name].dtype.itemsize * torch.Size(s.shape).numel() for s in mapping.hf)
 
     def _cut(self) -> list[Part]:
-        cuts: list[list[Mapping]] = [[]]
+        cuts: list[list[TensorMapping]] = [[]]
         sizes = [0]
         for mapping in self.plan.mappings:
             nbytes = self._nbytes(mapping)
