@@ -22,7 +22,7 @@ from megatron.core.models.gpt import gpt_layer_specs
 
 from megatron_fp32 import cli
 from megatron_fp32.checkpoint import convert, inspect
-from megatron_fp32.checkpoint.convert import import_checkpoint
+from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_fp32.checkpoint.formats.torch_dist_writer import DataFile
 from megatron_fp32.cli import inspect_text
 from megatron_fp32.errors import CheckpointError
@@ -202,6 +202,38 @@ class TestWhatIsInTheDirectory:
         message = _refused("export", megatron / "release", tmp_path / "out", "--source", hf)
         assert f"{hf} holds no hf_source" in message
         assert "is a Hugging Face checkpoint: run megatron-fp32 import, and pass what that makes" in message
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+    def test_weights_behind_a_link_that_leads_nowhere(self, hf: Path, original: Path, name: str) -> None:
+        (hf / "model.safetensors").unlink()
+        (hf / name).symlink_to("../../blobs/4d7a2146")
+        for command in (("inspect", hf), ("verify", hf, original), ("verify", original, hf)):
+            message = _refused(*command, status=2)
+            assert f"{hf / name} is a link to ../../blobs/4d7a2146, which cannot be reached: download" in message
+
+    def test_metadata_behind_a_link_that_leads_nowhere(self, megatron: Path) -> None:
+        (megatron / "release" / ".metadata").unlink()
+        (megatron / "release" / ".metadata").symlink_to("gone")
+        message = _refused("inspect", megatron / "release", status=2)
+        assert f"{megatron / 'release' / '.metadata'} is a link to gone, which cannot be reached" in message
+
+    @pytest.mark.parametrize("scheme", ["blockwise", "channelwise"])
+    def test_a_source_that_is_quantized(self, original: Path, tmp_path: Path, scheme: str) -> None:
+        assert _run("quantize", original, tmp_path / "fp8", "--scheme", scheme).exit_code == 0
+        message = _refused("import", tmp_path / "fp8", tmp_path / "out")
+        assert f"{tmp_path / 'fp8'}: " in message
+        assert "weights are quantized to F8_E4M3 and have scales: model.layers.0." in message
+        assert "import the checkpoint that was quantized" in message
+
+    def test_a_source_that_does_not_exist(self, megatron: Path, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"no/such/directory does not exist$"):
+            export_checkpoint(megatron, tmp_path / "out", source="no/such/directory")
+
+    @pytest.mark.parametrize("argument", ["hf_dir", "out"])
+    def test_a_path_with_a_null_byte(self, original: Path, tmp_path: Path, argument: str) -> None:
+        paths = {"hf_dir": str(original), "out": str(tmp_path / "out"), argument: "a\0b"}
+        with pytest.raises(ValueError, match=rf"^{argument} must be a path, got a text with a null byte: 'a\\x00b'$"):
+            import_checkpoint(**paths)
 
     def test_a_config_that_is_not_there(self, hf: Path, tmp_path: Path) -> None:
         (hf / "config.json").unlink()

@@ -115,8 +115,8 @@ def import_checkpoint(
     check_callable("progress", progress)
     if text_only and "carry" in (vision, mtp):
         raise ValueError(
-            f"text_only (--text-only) drops the parts that vision={vision!r} (--vision) and mtp={mtp!r} (--mtp) carry: "
-            "leave it out, or carry nothing"
+            f"text_only=True drops vision and multi-token prediction, but vision={vision!r} and mtp={mtp!r} were "
+            "passed with it: leave out text_only=True, or what carries them"
         )
     if text_only:
         vision = mtp = "drop"

@@ -148,7 +148,7 @@ def inspect_checkpoint(path: str | Path, *, source: str | Path | None = None) ->
     if kind_of(path) == "megatron":
         return _inspect_megatron(path, source)
     if source is not None:
-        raise ValueError(f"a source is for Megatron checkpoints, and {path} is a Hugging Face one: leave --source out")
+        raise ValueError(f"source must be left out, because {path} is not a Megatron checkpoint")
     return _inspect_huggingface(path)
 
 

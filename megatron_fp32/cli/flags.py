@@ -12,29 +12,32 @@ from collections.abc import Mapping
 import click
 
 
+def all_options(group: click.Group) -> dict[str, click.Option]:
+    """The options of all commands by the name of the argument. One name has the same flag in all of them."""
+    params = [param for command in group.commands.values() for param in command.params]
+    return {param.name: param for param in params if isinstance(param, click.Option) and param.name}
+
+
 def with_flags(message: str, options: Mapping[str, click.Option]) -> str:
     """The message with flags in the place of arguments.
 
     `vision='carry'` becomes `--vision carry`, `text_only=True` becomes `--text-only`, and `workers must be` becomes
     `--workers must be`. Arguments that are not among the options stay as they are.
     """
-    if not options:
-        return message
     name = "|".join(map(re.escape, options))
-    message = re.sub(rf"\A({name})(?= must\b)", lambda found: _flag(options[found[1]]), message)
+    message = re.sub(rf"(\A|: )({name})(?= must\b)", lambda found: f"{found[1]}{_flag(options[found[2]])}", message)
     return re.sub(
-        rf"(?<![\w.=])({name})=('[^']*'|\"[^\"]*\"|[\w./*-]*\w)",
+        # Not within a path.
+        rf"(?<![\w.=/-])({name})=('[^']*'|\"[^\"]*\"|\w+)",
         lambda found: _passed(options[found[1]], found[2]),
         message,
     )
 
 
 def _passed(option: click.Option, value: str) -> str:
-    if option.is_flag:
-        # There is no flag for False: it is what holds without the flag.
-        return _flag(option) if value == "True" else f"no {_flag(option)}"
-    return f"{_flag(option)} {value.strip(chr(39) + chr(34))}"
+    # A flag is passed alone, for True.
+    return _flag(option) if option.is_flag else f"{_flag(option)} {value.strip(chr(39) + chr(34))}"
 
 
 def _flag(option: click.Option) -> str:
-    return max(option.opts, key=len)
+    return option.opts[0]

@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 
 from megatron_fp32.checkpoint.formats.directory import staging_directory
-from megatron_fp32.cli.flags import with_flags
+from megatron_fp32.cli.flags import all_options, with_flags
 from megatron_fp32.extras import MissingPackageError
 
 INTERRUPTED = 130
@@ -89,14 +89,15 @@ def errors_exit(status: int, *, output: Path | None = None) -> Iterator[None]:
         click.echo(f"megatron-fp32: {_operating_system(error, output)}", err=True)
         sys.exit(status)
     except (ValueError, MissingPackageError) as error:
-        click.echo(f"megatron-fp32: {with_flags(str(error), _options())}", err=True)
+        click.echo(f"megatron-fp32: {in_flags(str(error))}", err=True)
         sys.exit(status)
 
 
-def _options() -> dict[str, click.Option]:
-    """Options of the command that runs, by the name of the argument that each stands for."""
-    command = click.get_current_context().command
-    return {param.name: param for param in command.params if isinstance(param, click.Option) and param.name}
+def in_flags(message: str) -> str:
+    """A message of the Python functions, with flags in the place of arguments."""
+    group = click.get_current_context().find_root().command
+    assert isinstance(group, click.Group)
+    return with_flags(message, all_options(group))
 
 
 def _interrupted(output: Path | None) -> str:
@@ -123,8 +124,8 @@ def _operating_system(error: OSError, output: Path | None) -> str:
 
 
 def _remedy(number: int) -> str:
-    options = _options()
-    flags = [options[name].opts[0] for name in _FILE_SIZES if name in options]
+    params = click.get_current_context().command.params
+    flags = [param.opts[0] for param in params if param.name in _FILE_SIZES]
     if number == errno.EFBIG and flags:
         return f"lower {flags[0]}, or {_REMEDIES[number]}"
     return _REMEDIES[number]

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from megatron_fp32.checkpoint.compare.findings import TensorDifference, VerifiedSide, VerifyReport
 from megatron_fp32.cli.layers import Layer, split_name
-from megatron_fp32.cli.terminal import console, wide_console
+from megatron_fp32.cli.terminal import console, in_flags, wide_console
 from megatron_fp32.weights.tensors import DTYPE_NAMES
 
 MEANINGS = {
@@ -121,7 +121,7 @@ def _details(difference: TensorDifference) -> Iterator[str]:
             if a or b:
                 yield f"{what}: {a:,} in A, {b:,} in B"
     if difference.note:
-        yield difference.note
+        yield in_flags(difference.note)
 
 
 def _dtypes_and_shapes(difference: TensorDifference) -> str:

@@ -118,7 +118,7 @@ def map_trained_model(
     if missing and all(name.startswith(MTP) for name in missing):
         problems.append(
             "it was trained without its multi-token prediction: import the Hugging Face checkpoint once more, with "
-            "--mtp carry or --mtp drop, and name the result with --source"
+            "mtp='carry' or mtp='drop', and pass the result as source=DIR"
         )
     unknown = found.hf_shapes.keys() ^ hf.keys()
     if unknown:

@@ -102,7 +102,7 @@ def test_a_sidecar_knows_dtypes_shapes_and_originals(source: Source, imported: S
 
 def test_without_a_sidecar_the_message_names_the_option(tmp_path: Path) -> None:
     (tmp_path / ".metadata").touch()
-    with pytest.raises(CheckpointError, match=r"no hf_source beside.*--source"):
+    with pytest.raises(CheckpointError, match=r"no hf_source beside.*source=DIR"):
         find_sidecar(tmp_path)
     with pytest.raises(CheckpointError, match="holds no hf_source"):
         find_sidecar(tmp_path, tmp_path)

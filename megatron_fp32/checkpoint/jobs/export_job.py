@@ -153,7 +153,7 @@ class ExportJob:
         if found.rounded and not self._options.allow_rounded:
             raise CheckpointError(
                 f"{self.reader.directory}: these tensors were rounded, the checkpoint holds fewer bits of them than "
-                f"the source: {listing(list(found.rounded))}. --allow-rounded exports them all the same"
+                f"the source: {listing(list(found.rounded))}. Pass allow_rounded=True to export them nevertheless"
             )
         carried = {name: tensor.info for name, tensor in self.sidecar.carried.items()}
         return dataclasses.replace(found, infos={**found.infos, **carried})
