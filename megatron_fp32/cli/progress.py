@@ -10,15 +10,14 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-Tell = Callable[[str, int, int], None]
-"""Called with an action, the bytes that were just done, and the bytes of the whole job."""
+from megatron_fp32.checkpoint.progress import ProgressCallback
 
 INTERVAL = 30.0
 """Seconds between two lines in a log."""
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Tell]:
+def progress() -> Iterator[ProgressCallback]:
     """Bars where stderr is a terminal. Elsewhere a line every `INTERVAL` seconds: a job that ends sooner has none."""
     stderr = Console(stderr=True)
     if not stderr.is_terminal:
@@ -61,7 +60,7 @@ class LogLines:
         self._slowest_before: int | None = None
 
     def tell(self, action: str, nbytes: int, total: int) -> None:
-        """Take in what was done; see `Tell`."""
+        """Take in what was done; see `ProgressCallback`."""
         self._done[action] = self._done.get(action, 0) + nbytes
         self._total = total
         now = self._clock()

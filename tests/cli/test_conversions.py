@@ -64,7 +64,7 @@ def test_a_refusal_goes_to_stderr_with_status_1(hf: Path, tmp_path: Path) -> Non
     result = _run("import", hf, tmp_path / "megatron")
     assert result.exit_code == 1
     assert "megatron-fp32: " in result.stderr
-    assert "--text-only leaves them out" in result.stderr
+    assert "or --text-only to leave them out" in result.stderr
     assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []
 

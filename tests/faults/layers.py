@@ -147,7 +147,7 @@ LAYERS = [
     ),
     Mutant(
         name="accept a last stage without a head",
-        file="apply.py",
+        file="find_layers.py",
         old="    if missing:\n",
         new="    if False:\n",
         test="tests/test_apply.py::TestNothingMatched",
