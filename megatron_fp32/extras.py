@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 _REMEDIES = {
     "megatron": "pip install 'megatron_fp32[megatron]', or put a Megatron-LM checkout on PYTHONPATH",
-    "einops": "pip install 'megatron_fp32[megatron]', or beside a Megatron-LM checkout: pip install einops",
-    "psutil": "pip install 'megatron_fp32[megatron]', or beside a Megatron-LM checkout: pip install psutil",
+    "einops": "pip install 'megatron_fp32[megatron]', or with a Megatron-LM checkout: pip install einops",
+    "psutil": "pip install 'megatron_fp32[megatron]', or with a Megatron-LM checkout: pip install psutil",
     "transformers": "pip install 'megatron_fp32[transformers]'",
     "fla": "pip install 'megatron_fp32[gpu]'",
     "matplotlib": "pip install 'megatron_fp32[plot]'",

@@ -337,7 +337,9 @@ class TestNames:
         hf = write_small(tmp_path / "hf")
         rewrite(hf, lambda tensors: {**tensors, name: torch.ones(2)})
         message = _refused("import", hf, tmp_path / "out")
-        assert f"{hf}: the tensor {name!r} names no layer: expected mtp.layers.N., where N is a number" in message
+        assert (
+            f"{hf}: the tensor {name!r} does not name a layer: expected mtp.layers.N., where N is a number" in message
+        )
 
     def test_a_shape_in_the_sidecar(self, megatron: Path, tmp_path: Path) -> None:
         path, name = megatron / "hf_source/source.json", "model.layers.0.mlp.gate_proj.weight"

@@ -116,7 +116,7 @@ def read_config(hf_dir: Path) -> dict[str, Any]:
     """The `config.json` of a Hugging Face checkpoint, parsed.
 
     Raises:
-        CheckpointError: when there is none, or it is no JSON object.
+        CheckpointError: when there is none, or it is not a JSON object.
     """
     path = hf_dir / "config.json"
     if not path.is_file():

@@ -206,8 +206,8 @@ def find_sidecar(megatron_dir: str | Path, source: str | Path | None = None) -> 
             f"one{kind}"
         )
     raise CheckpointError(
-        f"there is no {DIRECTORY} beside {megatron_dir}. A checkpoint that a trainer saved does not hold its Hugging "
-        "Face config, tokenizer, names and dtypes: pass the directory that the import made as source=DIR"
+        f"there is no {DIRECTORY} in or next to {megatron_dir}. A checkpoint that a trainer saved does not hold its "
+        "Hugging Face config, tokenizer, names and dtypes: pass the directory that the import made as source=DIR"
     )
 
 

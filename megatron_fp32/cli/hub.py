@@ -55,6 +55,7 @@ def local(source: Path | HubId) -> Path:
     with remedy_named():
         import huggingface_hub
         from huggingface_hub.constants import HF_HUB_CACHE
+        from huggingface_hub.errors import HTTPError
     click.echo(f"megatron-fp32: fetching {source} from the Hugging Face Hub into {HF_HUB_CACHE}", err=True)
     try:
         snapshot = huggingface_hub.snapshot_download(
@@ -65,7 +66,7 @@ def local(source: Path | HubId) -> Path:
         )
     # A bad id is a ValueError. An answer of the Hub and a failed connection are an OSError. A connection that breaks
     # off within a file is an HTTPError of the client that huggingface_hub uses.
-    except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk
         reason = " ".join(str(error).split())[:_LIMIT] or type(error).__name__

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from rich.table import Table
-
 from megatron_fp32.checkpoint.compare.findings import TensorDifference, VerifiedSide, VerifyReport
-from megatron_fp32.cli.layers import Layer, split_name
-from megatron_fp32.cli.terminal import console, in_flags, wide_console
+from megatron_fp32.cli.layers import NO_LAYER, Layer, split_name
+from megatron_fp32.cli.terminal import console, in_flags
 from megatron_fp32.weights.tensors import DTYPE_NAMES
 
 MEANINGS = {
@@ -21,6 +20,8 @@ MEANINGS = {
     "dtype": "same values, other dtype",
 }
 """What each status means, the worst first."""
+
+_IN_SUMMARY = {**MEANINGS, "values": "", "dtype": "other dtype"}
 
 KINDS = {"huggingface": "Hugging Face", "megatron": "Megatron"}
 
@@ -51,7 +52,8 @@ def print_report(report: VerifyReport, *, agrees: bool, limit: int) -> None:
         out.print(f"\nand {len(ordered) - len(shown)} more; --limit 0 lists all of them")
     if ordered:
         out.print("\nby layer, with the largest relative difference and the worst tensor:")
-        wide_console().print(_by_layer(ordered))
+        for line in _by_layer(ordered, width):
+            out.print(line)
     out.print()
     if report.names_only:
         out.print(f"compared by name alone, other layouts were not paired: {report.names_only}")
@@ -136,22 +138,34 @@ def _dtypes_and_shapes(difference: TensorDifference) -> str:
     return f"{dtypes[0]} {shapes[0]} in A, {dtypes[1]} {shapes[1]} in B"
 
 
-def _by_layer(ordered: Sequence[TensorDifference]) -> Table:
-    layers: dict[Layer, list[tuple[str, TensorDifference]]] = {}
+def _by_layer(ordered: Sequence[TensorDifference], width: int) -> Iterator[str]:
+    found: dict[Layer, list[tuple[str, TensorDifference]]] = {}
     for difference in ordered:
         layer, module = split_name(difference.name)
-        layers.setdefault(layer, []).append((module, difference))
-    table = Table(box=None, pad_edge=False)
-    for header in ("layer", "differ", "relative", "worst"):
-        table.add_column(header, overflow="fold", justify="right" if header in ("differ", "relative") else "left")
-    for layer, found in sorted(layers.items()):
-        sizes = [d.values.relative.size for _, d in found if d.values is not None and d.values.relative is not None]
-        module, worst = found[0]
-        what = "NaN or infinity" if differs_in_non_finite(worst) else MEANINGS[worst.status]
-        table.add_row(
-            str(layer),
-            str(len(found)),
-            f"{max(sizes):.3g}" if sizes else "",
-            module if what == MEANINGS["values"] else f"{module}: {what}",
-        )
-    return table
+        found.setdefault(layer, []).append((module, difference))
+    yield _columns("layer", "differ", "relative", "worst", width)
+    for layers, group in itertools.groupby(sorted(found), key=lambda layer: layer.layers):
+        yield f"{layers or NO_LAYER}:"
+        for layer in group:
+            sizes = [d.values.relative.size for _, d in found[layer] if d.values is not None and d.values.relative]
+            module, worst = found[layer][0]
+            what = "NaN or infinity" if differs_in_non_finite(worst) else _IN_SUMMARY[worst.status]
+            yield _columns(
+                str(layer.number) if layers else "",
+                str(len(found[layer])),
+                f"{max(sizes):.3g}" if sizes else "",
+                f"{module}: {what}" if what else module,
+                width,
+            )
+
+
+def _columns(layer: str, differ: str, relative: str, worst: str, width: int) -> str:
+    start = f"{layer:>6}  {differ:>6}  {relative:>9}  "
+    return textwrap.fill(
+        worst,
+        width,
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

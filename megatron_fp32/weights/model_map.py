@@ -122,7 +122,7 @@ def map_trained_model(
         )
     unknown = found.hf_shapes.keys() ^ hf.keys()
     if unknown:
-        problems.append(f"not the same tensors as were imported: {listing(sorted(unknown))}")
+        problems.append(f"other tensors than those that were imported: {listing(sorted(unknown))}")
     if problems:
         raise CheckpointError("this is not the model that was imported: " + "; ".join(problems))
     return found

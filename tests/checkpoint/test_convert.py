@@ -174,7 +174,7 @@ class TestImportRefuses:
 
     def test_a_config_that_is_no_json(self, own: Path, tmp_path: Path) -> None:
         (own / "config.json").write_text("{")
-        with pytest.raises(CheckpointError, match=r"config\.json is no JSON"):
+        with pytest.raises(CheckpointError, match=r"config\.json is not a JSON"):
             import_checkpoint(own, tmp_path / "megatron")
 
 
@@ -207,7 +207,7 @@ class TestExportRefuses:
         listing = json.loads((other / "hf_source" / "source.json").read_text())
         del listing["tensors"][A_LOG]
         (other / "hf_source" / "source.json").write_text(json.dumps(listing))
-        with pytest.raises(CheckpointError, match=f"not the same tensors as were imported: {A_LOG}"):
+        with pytest.raises(CheckpointError, match=f"other tensors than those that were imported: {A_LOG}"):
             export_checkpoint(other, tmp_path / "hf")
 
     def test_a_checkpoint_without_its_source(self, imported: Source, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def _run(*args: str | Path) -> Result:
 def _blocks(text: str) -> dict[str, list[str]]:
     """Names of the tensors that `verify` lists, each with its lines; a line that was wrapped comes whole."""
     found: dict[str, list[str]] = {}
-    for block in re.findall(r"^(\S+)\n((?:  .+\n)+)", text, re.MULTILINE):
+    for block in re.findall(r"^(\S*[^:\s])\n((?:  .+\n)+)", text, re.MULTILINE):
         found[block[0]] = [line.strip() for line in block[1].replace("\n    ", " ").splitlines()]
     return found
 
@@ -200,7 +200,7 @@ class TestVerify:
         shutil.copytree(pair[0], tmp_path / "damaged")
         (tmp_path / "damaged" / "model.safetensors").write_bytes(b"damaged")
         (tmp_path / "empty").mkdir()
-        for path, message in (("damaged", "no readable safetensors file"), ("empty", "holds no checkpoint")):
+        for path, message in (("damaged", "is not a readable safetensors file"), ("empty", "holds no checkpoint")):
             for flags in ([], ["--json"]):
                 result = _run("verify", pair[0], tmp_path / path, *flags)
                 assert (result.exit_code, result.stdout) == (2, "")

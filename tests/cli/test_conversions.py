@@ -82,8 +82,8 @@ def test_an_existing_output_is_refused_and_untouched(hf: Path, tmp_path: Path) -
     ("name", "content", "message"),
     [
         ("config.json", '{"model_type": "gpt2"}', "'gpt2'"),
-        ("config.json", "{", "is no JSON"),
-        ("model.safetensors", "garbage", "no readable safetensors file"),
+        ("config.json", "{", "is not a JSON"),
+        ("model.safetensors", "garbage", "not a readable safetensors file"),
     ],
 )
 def test_a_damaged_source_is_a_message_not_a_traceback(

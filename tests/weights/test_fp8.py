@@ -280,7 +280,7 @@ class TestSchemesRefuse:
             Fp8Scheme(layout="channelwise", scale_format="ue8m0")
         with pytest.raises(ValueError, match="a block must have"):
             Fp8Scheme(layout="blockwise", scale_format="fp32", block=(0, 128))
-        with pytest.raises(ValueError, match=r"'re:\(' .* is no regular expression"):
+        with pytest.raises(ValueError, match=r"'re:\(' .* is not a regular expression"):
             named_scheme("channelwise", skip=("re:(",))
 
 

@@ -69,8 +69,8 @@ def scheme_of_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, An
         dtypes.add(scale.dtype)
         if not possible:
             raise CheckpointError(
-                f"unknown float8 scheme: {name} is {info.shape} and {scale_name} is {scale.shape}, which is no scale "
-                f"for each block of {block} and none for each row, or not what other weights have"
+                f"unknown float8 scheme: {name} is {info.shape} and {scale_name} is {scale.shape}, which is a scale "
+                f"neither for each block of {block} nor for each row, or differs from what other weights have"
             )
     (layout,) = possible
     if named is not None and named.layout != layout:

@@ -168,7 +168,7 @@ def _begin(root: Path, job: dict[str, Any]) -> None:
     elif path.read_bytes() != text.encode():
         raise CheckpointError(
             f"{root} holds parts of another conversion: the source, the options or the versions were others. Delete it "
-            "to begin anew"
+            "to begin again"
         )
     _remove_unfinished(root)
 

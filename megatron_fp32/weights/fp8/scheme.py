@@ -74,7 +74,7 @@ class Fp8Scheme:
                 self._matches(entry, "")
             except re.error as error:
                 raise ValueError(
-                    f"{entry!r} in the list of modules to skip is no regular expression: {error}"
+                    f"{entry!r} in the list of modules to skip is not a regular expression: {error}"
                 ) from error
 
     @property

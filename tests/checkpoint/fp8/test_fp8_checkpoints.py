@@ -214,7 +214,7 @@ class TestDetection:
         with pytest.raises(CheckpointError, match="neither weights nor a config"):
             detect_scheme(tmp_path)
         (tmp_path / "config.json").write_text("[")
-        with pytest.raises(CheckpointError, match=r"config\.json is no JSON"):
+        with pytest.raises(CheckpointError, match=r"config\.json is not a JSON"):
             detect_scheme(tmp_path)
 
 
