@@ -63,11 +63,13 @@ def command(
     HF_DIR is a directory, or the id of a repository on the Hugging Face Hub. MEGATRON_DIR must not exist. The import
     also writes the directory MEGATRON_DIR/hf_source, which `export` needs later: do not delete it.
     """
+    with errors_exit(1, output=megatron_dir):
+        source = local(hf_dir)
     with errors_exit(1, output=megatron_dir), progress() as tell:
         from megatron_fp32.checkpoint import convert
 
         report = convert.import_checkpoint(
-            local(hf_dir),
+            source,
             megatron_dir,
             text_only=text_only,
             vision=vision,

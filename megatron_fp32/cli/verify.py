@@ -59,13 +59,15 @@ def command(
     Exit status: 0 when A and B are equal, 1 when they differ, 2 for a mistake on the command line or a checkpoint that
     cannot be read (the reason is on stderr, nothing on stdout).
     """
-    with errors_exit(2), progress() as tell:
+    with errors_exit(2):
         plots = options.plotting(plot)
+        directories = local(a), local(b)
+    with errors_exit(2), progress() as tell:
         from megatron_fp32.checkpoint.compare.verify import verify_checkpoints
         from megatron_fp32.cli.verify_text import print_report
 
         report = verify_checkpoints(
-            local(a), local(b), source=source, text_only=text_only, vocab_size=vocab_size, progress=tell
+            *directories, source=source, text_only=text_only, vocab_size=vocab_size, progress=tell
         )
         if plots is not None and plot is not None:
             plots.plot_differences(report).savefig(plot)
