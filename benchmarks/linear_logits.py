@@ -19,9 +19,9 @@ import click
 import torch
 from torch import Tensor
 
-from megatron_fp32.config import GradPrecision
 from megatron_fp32.ops.logits import fp32_logits
 from megatron_fp32.ops.logits.reference import relative_error
+from megatron_fp32.ops.products.grad_precision import GradPrecision
 
 
 @click.command()

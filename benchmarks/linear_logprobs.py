@@ -30,9 +30,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fp32.ops.logits import fp32_logits
-from megatron_fp32.ops.logits.fixed_order import fixed_order_product
 from megatron_fp32.ops.logits.reference import relative_error
 from megatron_fp32.ops.logprobs import linear_logprobs, weighted_cross_entropy
+from megatron_fp32.ops.products.fixed_order import fixed_order_product
 
 SHAPES = ("8192,4096,151936", "8192,7168,129280")
 GIB = 2**30

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_fp32.ops.fp8.quantize import quantize_torch
+from megatron_fp32.ops.fp8.quantize_torch import quantize_torch
 from megatron_fp32.ops.fp8.scales import E4M3_MAX, SMALLEST_SCALE, ScaleFormat
 
 LONGEST_ROW = 32768

@@ -15,17 +15,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from megatron_fp32.config import GradPrecision, check_grad_precision
 from megatron_fp32.ops.first_order import first_order_only
 from megatron_fp32.ops.logits import custom_op
-from megatron_fp32.ops.logits.fixed_order import check_fixed_order
-from megatron_fp32.ops.logits.gemm import check_operands, check_plain
-from megatron_fp32.ops.logits.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
-from megatron_fp32.ops.logits.products import accumulate_gradients, bias_grad, logits_product, pieces_of
-from megatron_fp32.ops.logits.ranks import HiddenGrad, gather_first_dim
+from megatron_fp32.ops.products.backward import accumulate_gradients, bias_grad, pieces_of
+from megatron_fp32.ops.products.fixed_order import check_fixed_order
+from megatron_fp32.ops.products.forward import logits_product
+from megatron_fp32.ops.products.grad_precision import PIECES, GradPrecision, check_grad_precision
+from megatron_fp32.ops.products.hidden_grad import HiddenGrad
+from megatron_fp32.ops.products.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
+from megatron_fp32.ops.products.operands import check_operands, check_plain, check_shapes
+from megatron_fp32.ops.products.ranks import gather_first_dim
 from megatron_fp32.validation import check_flag
-
-PIECES: dict[GradPrecision, int] = {"bf16": 1, "bf16x2": 2, "bf16x3": 3}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,11 +136,7 @@ def _check(
 ) -> None:
     check_grad_precision(grad_precision)
     check_plain(hidden=hidden, weight=weight, bias=bias)
-    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            "expected hidden [..., hidden] of 2 or more dimensions and weight [vocab, hidden], "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
+    check_shapes(hidden, weight)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"expected bias [{weight.shape[0]}], got {tuple(bias.shape)}")
     check_operands(hidden, weight, names=("hidden", "weight"))

@@ -32,12 +32,3 @@ def workspace_bytes(device: torch.device, *, parallel: bool) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(BYTES, (free + cached) // 2)
-
-
-def even_chunks(length: int, largest: int) -> list[slice]:
-    """Slices of nearly equal length, multiples of 128 where there are several, none above `largest` or 128."""
-    count = max(1, -(-length // max(1, largest)))
-    step = -(-length // count)
-    if count > 1 and largest >= 128:
-        step = min(-(-step // 128) * 128, largest // 128 * 128)
-    return [slice(start, min(start + step, length)) for start in range(0, length, max(step, 1))]

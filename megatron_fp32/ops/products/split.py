@@ -43,7 +43,7 @@ def split(x: Tensor, count: int, dtype: torch.dtype, *, scale: Tensor | None = N
     assert scale is None or dtype == torch.float16
     assert scale is not None or dtype != torch.float16 or count == 1
     if x.is_cuda:
-        from megatron_fp32.ops.logits.split_triton import split_triton
+        from megatron_fp32.ops.products.split_triton import split_triton
 
         with torch.cuda.device(x.device):
             parts = split_triton(x, count, dtype, scale)
