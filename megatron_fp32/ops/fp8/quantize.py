@@ -37,8 +37,8 @@ def quantize_blockwise(
     """Quantize a weight with a scale for each block.
 
     Args:
-        weight: [N, K] or [experts, N, K], bfloat16, float16 or float32, of any strides; experts are quantized each for
-            itself.
+        weight: [N, K] or [experts, N, K], bfloat16, float16 or float32, of any strides; each expert is quantized on
+            its own.
         block: rows and columns of a block; those at the end may be smaller.
         scale_format: what scales are rounded to, before the weights are divided by them.
         zero_scale: the scale of a block of zeros.
@@ -88,7 +88,7 @@ def dequantize_blockwise(
     """The weights [..., N, K] of `quantize_blockwise`: the product in float32, rounded to `dtype` once.
 
     Raises:
-        ValueError: when the scales are not those of such blocks.
+        ValueError: when the shape of `scale` does not fit the blocks.
     """
     rows, columns = weight.shape[-2:]
     expected = (*weight.shape[:-2], -(-rows // block[0]), -(-columns // block[1]))

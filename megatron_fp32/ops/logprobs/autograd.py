@@ -97,7 +97,7 @@ def linear_logprobs(
     Args:
         hidden: [..., hidden], as for `fp32_logits`.
         weight: [vocab / tp, hidden], as for `fp32_logits`, `main_grad` included.
-        labels: [...], integer: the leading shape of (all ranks') `hidden`; the same on every rank.
+        labels: [...], integer: the leading shape of (all ranks') `hidden`. Every rank passes equal labels.
         temperature: divides the logits: a positive number, or one for every token, in the shape of the labels.
         vocab_parallel: the tensor-parallel ranks, and how much of the vocabulary is padding; None for one process
             without padding. With its `sequence_parallel`, `hidden` is this rank's slice of dimension 0.
@@ -109,8 +109,8 @@ def linear_logprobs(
         invariant: the results, and the gradient with respect to `hidden`, do not change by a bit with the batch, the
             padding or the number of ranks, given hidden states and upstream gradients that do not. The gradient is what
             it is on one rank only where this function sums it over the ranks.
-        mean_logit: return the mean of the logits, too.
-        top_k: return so many of the most probable tokens, too.
+        mean_logit: also return the mean of the logits over the vocabulary.
+        top_k: also return the log-probs of the `top_k` most probable tokens.
         chunk_size: tokens at a time; None chooses by the free memory.
 
     Returns:

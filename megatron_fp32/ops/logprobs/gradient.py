@@ -63,7 +63,7 @@ def gradient_vectors(
     constant = zeros if mean is None else mean / softmax.shard.vocab_size
     if mean is not None and mean_of == "logprob":
         s = s - mean
-    # NaN for logits that are, and for a label outside of the vocabulary, which has no element of its own to say so.
+    # NaN where the logits are NaN, and for a label outside of the vocabulary, which has no element in dY that could be.
     wrong = statistics.log_sum - statistics.log_sum + torch.where(g != 0, statistics.rest - statistics.rest, 0.0)
     of_all = g - s + wrong
     at_label = of_all * statistics.rest + (s + constant)

@@ -61,7 +61,7 @@ def statistics_triton(
 def _combine_kernel(  # type: ignore[no-untyped-def]
     statistics, out, blocks, tokens, MEAN: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of many blocks as those of one.
+    """Combine the statistics of many blocks into the statistics of one.
 
     Block b is added in lane b mod `BLOCKS`, whatever the number of blocks: blocks that are all padding, which are
     zeros at the end, change no bit.
@@ -99,7 +99,7 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
             totals += tl.load(here + 3 * field, mask=mask, other=0.0)
         if MEAN == 2:
             count = tl.load(here + 4 * field, mask=mask, other=0.0)
-            # From each block's maximum to that of all.
+            # From each block's maximum to the maximum of all blocks.
             totals += tl.load(here + 3 * field, mask=mask, other=0.0) + tl.where(count == 0.0, 0.0, count * distance)
             counts += count
     tl.store(out + columns, top, mask=columns < tokens)
@@ -276,7 +276,7 @@ def gradient_triton(
     tokens, columns = raw.shape
     rows, width = (1, triton.next_power_of_2(columns)) if in_place else (_GRADIENT_ROWS, _GRADIENT_COLUMNS)
     if in_place:
-        # Rows have room for a multiple of 8 columns, which keeps the second piece aligned to 16 bytes, too.
+        # Rows have room for a multiple of 8 columns, so the second piece is aligned to 16 bytes as well.
         step = -(-columns // 8) * 8
         assert count == 2
         assert dtype.itemsize == 2

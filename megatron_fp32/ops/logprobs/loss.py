@@ -4,9 +4,9 @@ With log p and logsumexp of `linear_logprobs`, epsilon the label smoothing, and 
 
     loss = -(1 - epsilon) log p[label] - epsilon (mean of log p over the vocabulary) + z_loss * logsumexp^2
 
-The smoothing is that of `torch.nn.functional.cross_entropy`: the label's target is 1 - epsilon + epsilon / K.
+The smoothing is defined as in `torch.nn.functional.cross_entropy`: the label's target is 1 - epsilon + epsilon / K.
 Megatron's `vocab_parallel_cross_entropy` spreads epsilon over the other K - 1: pass epsilon K / (K - 1) for that.
-The z-loss is that of PaLM (arXiv 2204.02311, section 5).
+The z-loss is defined as in PaLM (arXiv 2204.02311, section 5).
 """
 
 from __future__ import annotations

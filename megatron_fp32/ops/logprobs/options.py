@@ -144,7 +144,7 @@ def inverse_temperature_of(temperature: float | Tensor, labels: Tensor, ignore_i
 def whole_hidden(hidden: Tensor, weight: Tensor, labels: Tensor, options: OperatorOptions) -> Tensor:
     """[tokens, hidden] of all ranks, for labels [tokens].
 
-    Where all tokens share a scale, those whose label is ignored are zeros.
+    Where all tokens share a scale, the hidden states of tokens whose label is ignored are replaced by zeros.
     """
     if options.sequence_parallel:
         hidden = gather_first_dim(hidden, options.softmax.shard.group)

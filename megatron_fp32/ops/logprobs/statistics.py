@@ -1,13 +1,13 @@
 """What a softmax needs of its logits, block by block, and how blocks and ranks are put together.
 
-Per token and block of `BLOCK` columns: the maximum m and the sums of e = exp(z - m) and of e * (z - m), all three
-without the label. Such statistics of two blocks combine into those of their union, so the same function serves for the
-blocks of a shard and for the shards of all ranks. Leaving the label out keeps what a confident model is about: 1 - p is
-a sum of small numbers and log p its log1p; taken from p = 0.9999, both would have lost their digits.
+For each token and block of `BLOCK` columns: the maximum m and the sums of e = exp(z - m) and of e * (z - m). The label
+is left out of all three. The statistics of two blocks combine into the statistics of their union, so one function
+serves for the blocks of a shard and for the shards of all ranks. Without the label, 1 - p is a sum of small numbers and
+log p the log1p of one. Taken from p = 0.9999, both would have lost their digits.
 
-On request there is more, for a mean over the vocabulary (`Mean`): of the logits, the sum of z, with the label; of the
-log-probs, the sum of z - m and the number of its terms, without the label. The mean log-prob must not be taken from
-the mean logit: far from zero, its difference to the logsumexp would have lost its digits.
+For a mean over the vocabulary (`Mean`) there is more. For the mean of the logits: the sum of z, with the label. For the
+mean of the log-probs: the sum of z - m and the number of its terms, without the label. The mean log-prob must not be
+taken from the mean logit: far from zero, its difference to the logsumexp would have lost its digits.
 
 A NaN among a token's logits makes these sums NaN, whatever the maximum is, and with them all results of the token.
 """
@@ -53,7 +53,7 @@ class KeptLogits:
         )
 
     def rows(self, tokens: slice) -> KeptLogits:
-        """Those of some of the tokens."""
+        """The logits of some of the tokens."""
         return KeptLogits(values=self.values[tokens], tops=None if self.tops is None else self.tops[:, tokens])
 
 
@@ -97,7 +97,7 @@ def block_statistics(
         labels: [tokens] int32, from `Shard.local_labels`.
         inverse_temperature: [tokens] float32.
         softmax: over the vocabulary, with this rank's columns.
-        mean: take what this mean needs, too.
+        mean: also take the statistics that this mean needs.
         keep: room for the logits; None to forget them.
 
     Returns:
@@ -210,7 +210,7 @@ def combine_torch(statistics: Tensor) -> Tensor:
         if statistics.shape[1] == FIELDS["logit"]:
             lanes[: len(group), 2] += group[:, 3]
         if statistics.shape[1] == FIELDS["logprob"]:
-            # From each block's maximum to that of all.
+            # From each block's maximum to the maximum of all blocks.
             lanes[: len(group), 2] += group[:, 3] + torch.where(group[:, 4] == 0, 0.0, group[:, 4] * distance)
             lanes[: len(group), 3] += group[:, 4]
     while len(lanes) > 1:

@@ -37,7 +37,7 @@ def token_statistics(
         labels: [tokens], indices into the whole vocabulary.
         inverse_temperature: [tokens] float32.
         softmax: over the vocabulary, with this rank's columns.
-        mean: what to average over the vocabulary, too.
+        mean: what else to average over the vocabulary.
         keep: room for the logits of all of them.
         chunk_size: tokens at a time.
     """
@@ -74,7 +74,7 @@ def token_statistics(
 
 
 def join(parts: list[TokenStatistics]) -> TokenStatistics:
-    """Those of all tokens."""
+    """The statistics of all tokens, from the statistics of successive chunks."""
     if len(parts) == 1:
         return parts[0]
     columns = [None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)]

@@ -70,13 +70,14 @@ def weighted_cross_entropy(
 ) -> WeightedLoss:
     """Sum of the weighted losses, its gradients computed in the forward pass: three products, one chunk of memory.
 
-    A softmax needs all of its logits before the first gradient. Who knows the weights of the losses beforehand (a loss
-    mask over a number of tokens, say) can have the gradients while a chunk of logits is still there. dW goes into
-    `weight.main_grad` at once, where there is one, and dX is rounded. Nothing can scale them later without losing bits,
-    so the gradient that `total` will receive must be known, too: it is `grad_scale`, and a backward pass with another
-    one fails. A relative difference of 2^-20 passes, because a caller may divide twice where `grad_scale` is a product.
+    A softmax needs all of its logits before the first gradient. If you know the weights of the losses beforehand (for
+    example a loss mask divided by a number of tokens), the gradients can be computed while a chunk of logits is still
+    in memory. dW goes into `weight.main_grad` at once, where there is one, and dX is rounded. Nothing can scale them
+    later without losing bits. So you pass the gradient that `total` will receive as `grad_scale`, and a backward pass
+    with another gradient raises. A relative difference of 2^-20 is accepted, because a caller may divide twice where
+    `grad_scale` is a product.
 
-    A token with a weight of 0 is one whose label is ignored.
+    A token with a weight of 0 is treated as a token whose label is ignored.
 
     Takes the arguments of `linear_cross_entropy` except `backward`, and:
 
@@ -288,7 +289,7 @@ class _GradientInForward:
             self._dx = torch.empty(tokens, weight.shape[1], dtype=hidden.dtype, device=device)
 
     def room(self, tokens: slice) -> KeptLogits | None:
-        """Room for the chunk's logits; None when nobody asks for gradients."""
+        """Room for the chunk's logits; None when no gradient is needed."""
         return None if self._kept is None else self._kept.rows(slice(0, tokens.stop - tokens.start))
 
     def accumulate(self, tokens: slice, kept: KeptLogits, vectors: Tensor, labels: Tensor) -> None:

@@ -1,6 +1,6 @@
 """dX and dW of one rank, by chunks of the vocabulary.
 
-Chunks serve three ends. dX contracts over the vocabulary, and a tensor core truncates as it accumulates: over 150
+Chunks have three purposes. dX contracts over the vocabulary, and a tensor core truncates as it accumulates: over 150
 thousand terms that costs more bits than a second piece of dY would bring, unless partial sums are added in fp32. The
 16-bit pieces of dY exist for one chunk at a time. And dW of a chunk is complete as soon as it is computed, so that it
 needs no fp32 buffer of its own.
@@ -61,7 +61,7 @@ def accumulate_gradients(
     if hidden_sum is not None:
         chunks = hidden_sum.chunks(weight.shape[0], largest)
     else:
-        # A column's dW knows nothing of the other columns: only memory limits their number.
+        # dW of a column does not depend on the other columns: only memory limits their number.
         chunks = even_chunks(weight.shape[0], chunk or usual) or [slice(0, 0)]
     for rows in chunks:
         dy = grad(rows)

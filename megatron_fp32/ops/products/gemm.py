@@ -2,7 +2,7 @@
 
 The product of two bf16 (or fp16) values is exact in fp32, so all that a 16-bit product loses is the accumulator when it
 is rounded on the way out. On CUDA `torch.mm(out_dtype=float32)` stores it instead; on the CPU, where that overload does
-not exist, the operands are widened first, which is the same sum in another order.
+not exist, the operands are widened first: the terms are equal and the order of the sum differs.
 """
 
 from __future__ import annotations

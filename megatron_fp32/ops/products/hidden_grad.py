@@ -86,7 +86,7 @@ class HiddenGrad:
         """This rank's part for some of the tokens.
 
         Args:
-            tokens: which; nobody asks for one twice.
+            tokens: which. A token is asked for once.
             bounds: gives their [tokens] float32, at least the sum of |dY| over the whole vocabulary, to those who need
                 to know.
         """

@@ -1,10 +1,11 @@
 """dX in an order of summation that neither the batch nor the sharding of the vocabulary changes.
 
 dX contracts over the vocabulary, of which every rank has a part. The vocabulary is cut into groups of columns, counted
-from its beginning, whatever the ranks. Within a group the terms are added one step of the product after another; where
-a group lies on several ranks, each takes up the sums where the one before it ended. The sums of the groups are added as
-integers, units of 2^-61 of a bound that all ranks know: integers add up to the same in any order, and so does their
-reduction over the ranks. A unit is 2^37 times finer than the last bit of an fp32 number as large as the bound.
+from its beginning, whatever the ranks. Within a group the terms are added one step of the product after another. Where
+a group lies on several ranks, each rank continues the sums of the rank before it. The sums of the groups are added as
+integers, in units of 2^-61 of a bound that all ranks know. A sum of integers does not depend on the order, so neither
+does their reduction over the ranks. A unit is 2^37 times finer than the last bit of an fp32 number as large as the
+bound.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def _posted(work: dist.Work | None) -> dist.Work:
 
 
 def _add_on_cpu(chain: Tensor, grads: tuple[Tensor, ...], weight: Tensor, *, begin: bool) -> None:
-    """Products of one fixed shape, as those of `fixed_order_product`; small terms first."""
+    """Products of one fixed shape, as in `fixed_order_product`; small terms first."""
     tokens, hidden_size = chain.shape
     dy = chain.new_empty(ROWS, COLUMNS)
     block = chain.new_empty(COLUMNS, hidden_size)

@@ -65,7 +65,7 @@ def store_statistics(  # type: ignore[no-untyped-def]
 
     `MEAN` is the number of fields beyond these three: 1 for the sum of z, 2 for the sum of z - maximum and the number
     of its terms. The label takes part in the sum of z only: what remains is the probability that it lacks, without the
-    cancellation of 1 - p, and however far the label is above the rest.
+    cancellation of 1 - p, however far the label is above the other logits.
 
     The maximum skips a NaN; the sums do not.
     """
@@ -79,7 +79,7 @@ def store_statistics(  # type: ignore[no-untyped-def]
     top = tl.max(others, 1)
     origin = tl.where(top == float("-inf"), 0.0, top)
     distance = others - origin[:, None]
-    # exp(-150) is 0, and 0 times a finite distance is, too.
+    # exp(-150) is 0, and so is 0 times a finite distance.
     bounded = tl.maximum(distance, -150.0, propagate_nan=tl.PropagateNan.ALL)
     e = _exp_of_distance(bounded, INTERPRETED)
     stride = tl.cast(tokens, tl.int64)
