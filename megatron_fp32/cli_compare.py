@@ -17,9 +17,9 @@ from rich.table import Table
 from megatron_fp32.checkpoint.compare.difference import Largest, ValueDifference
 from megatron_fp32.checkpoint.compare.findings import TensorDifference, VerifiedSide, VerifyReport
 from megatron_fp32.checkpoint.compare.verify import verify_checkpoints
-from megatron_fp32.checkpoint.formats.huggingface import DTYPE_NAMES, TensorInfo
 from megatron_fp32.checkpoint.inspect import Inspection, inspect_checkpoint
 from megatron_fp32.terminal import ExistingDirectory, console, errors_exit, progress
+from megatron_fp32.weights.tensors import DTYPE_NAMES, TensorInfo
 
 _EXISTING = ExistingDirectory()
 

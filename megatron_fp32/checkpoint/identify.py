@@ -17,10 +17,11 @@ from megatron_fp32.checkpoint.formats.directory import (
     why_no_weights,
 )
 from megatron_fp32.checkpoint.formats.files import read_json_object
-from megatron_fp32.checkpoint.formats.huggingface import INDEX, TensorInfo
+from megatron_fp32.checkpoint.formats.huggingface import INDEX
 from megatron_fp32.checkpoint.formats.torch_dist import TRACKER, find_checkpoint, known_non_model_entries
 from megatron_fp32.checkpoint.sidecar import DIRECTORY, Sidecar, find_sidecar
 from megatron_fp32.errors import CheckpointError
+from megatron_fp32.weights.tensors import TensorInfo
 
 Kind = Literal["huggingface", "megatron"]
 

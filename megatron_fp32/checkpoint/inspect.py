@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_fp32.checkpoint.formats.huggingface import DTYPE_NAMES, HuggingFaceReader, TensorInfo
+from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.fp8.detect import read_quantization_config, scheme_of_tensors
 from megatron_fp32.checkpoint.identify import Kind, adapter_files, kind_of, model_tensors, read_config, sidecar_of
@@ -21,6 +21,7 @@ from megatron_fp32.validation import check_path
 from megatron_fp32.weights.families.registry import find_family
 from megatron_fp32.weights.naming import MTP, VISION
 from megatron_fp32.weights.stacking import has_stacked_layers
+from megatron_fp32.weights.tensors import DTYPE_NAMES, TensorInfo
 
 _ITERATION = re.compile(r"iter_(\d+)")
 

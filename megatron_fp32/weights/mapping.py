@@ -1,177 +1,244 @@
-"""How tensors of one layout become tensors of another: the vocabulary that family files are written in.
+"""How Hugging Face's tensors and Megatron's hold the same values: rows of one are rows of the other.
 
-A `Mapping` joins one or more Hugging Face tensors to one or more Megatron tensors that hold the same values. Both
-directions are pure functions of plain tensors, so that a converter can stream them, one mapping in memory at a time.
-Names are full checkpoint keys; shapes are global (not per rank).
+A `TensorMapping` joins one or more Hugging Face tensors to one or more Megatron tensors. It is data: runs of rows, and
+a rule for the values. Both directions, and which rows a shard holds, follow from the runs. Family files make mappings
+with the functions of this module (`rename`, `concat_rows`, ...). Names are full checkpoint keys, and shapes are global
+(not per rank).
 
-Where a checkpoint stacks many tensors into one (experts, and layers that are all alike), each element of the stack is a
-tensor of its own here: what is in memory is then one expert, not all of a layer's.
+Where a checkpoint stacks many tensors into one (experts, and layers that are all alike), each element of the stack has
+a mapping of its own, so that a converter has one expert in memory instead of all experts of a layer.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-Shape = tuple[int, ...]
+from megatron_fp32.weights.spec import Shape, TensorSpec
+
+ValueRule = Literal["same", "transposed", "minus_one"]
+"""What Megatron stores: the same matrix, its transpose, or w - 1 in fp32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TensorSpec:
-    """A tensor, or one element of a stack of tensors that a checkpoint holds under one name."""
+class RowRun:
+    """Rows that follow each other in a Hugging Face tensor and in a Megatron tensor.
 
-    name: str
-    shape: Shape
-    """Of the tensor itself, without the axes of the stack."""
-    index: Shape = ()
-    """Which element it is: one number for each axis of the stack. Empty where nothing is stacked."""
-    stack: Shape = ()
-    """Sizes of the stack's axes, which come first in the checkpoint's tensor."""
+    Rows are the first axis of the Megatron tensor. A transposed Hugging Face tensor is transposed before it is cut.
+    """
 
-    @property
-    def stored_shape(self) -> Shape:
-        """Shape of what the checkpoint holds under `name`."""
-        return (*self.stack, *self.shape)
-
-    def __str__(self) -> str:
-        """The name, and which element: `experts.down_proj[3]`."""
-        return f"{self.name}{list(self.index)}" if self.index else self.name
-
-    def in_stack(self, index: int, size: int, name: str | None = None) -> TensorSpec:
-        """As element `index` of a stack of `size`, outside of the stacks that it is in already."""
-        return dataclasses.replace(self, name=name or self.name, index=(index, *self.index), stack=(size, *self.stack))
+    hf: int
+    """Which of `TensorMapping.hf`."""
+    hf_start: int
+    megatron: int
+    """Which of `TensorMapping.megatron`."""
+    megatron_start: int
+    rows: int
 
 
-class Mapping(ABC):
-    """The tensors of one mapping on both sides, and the functions between them."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorMapping:
+    """Hugging Face tensors and Megatron tensors that hold the same rows.
+
+    Raises:
+        ValueError: when the runs do not fill every tensor of both sides.
+    """
 
     hf: tuple[TensorSpec, ...]
     megatron: tuple[TensorSpec, ...]
+    runs: tuple[RowRun, ...]
+    """Two runs over the same Megatron rows are copies of each other on the Hugging Face side, such as tied weights."""
+    rule: ValueRule = "same"
 
-    invertible: bool = True
-    """`to_hf(to_megatron(x))` equals x bit for bit, for every x."""
+    def __post_init__(self) -> None:
+        axis = -1 if self.rule == "transposed" else 0
+        for at, spec in enumerate(self.hf):
+            _check_filled(spec, spec.shape[axis], [(r.hf_start, r.rows) for r in self.runs if r.hf == at])
+        for at, spec in enumerate(self.megatron):
+            _check_filled(spec, spec.shape[0], {(r.megatron_start, r.rows) for r in self.runs if r.megatron == at})
+
+    @property
+    def invertible(self) -> bool:
+        """`to_hf(to_megatron(x))` equals x bit for bit, for every x.
+
+        `minus_one` is not: fl(fl(w - 1) + 1) differs from w for most fp32 values below 0.5, so a converter keeps the
+        original next to the checkpoint.
+        """
+        return self.rule != "minus_one"
 
     def place(
         self,
         *,
         hf: Callable[[TensorSpec], TensorSpec] | None = None,
         megatron: Callable[[TensorSpec], TensorSpec] | None = None,
-    ) -> Mapping:
-        """The same functions between tensors that lie somewhere else, such as in a stack."""
-        moved = copy.copy(self)
-        moved.hf = tuple(map(hf, self.hf)) if hf else self.hf
-        moved.megatron = tuple(map(megatron, self.megatron)) if megatron else self.megatron
-        return moved
+    ) -> TensorMapping:
+        """The same rows of tensors that lie somewhere else, such as in a stack."""
+        return dataclasses.replace(
+            self,
+            hf=tuple(map(hf, self.hf)) if hf else self.hf,
+            megatron=tuple(map(megatron, self.megatron)) if megatron else self.megatron,
+        )
 
-    @abstractmethod
     def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The Megatron tensors, in the order of `megatron`, from those of `hf`."""
+        """The Megatron tensors, in the order of `megatron`, from the tensors of `hf`.
 
-    @abstractmethod
+        A tensor that is one run of rows is a view of its source, or the source itself.
+
+        Raises:
+            ValueError: when copies on the Hugging Face side have different bits.
+        """
+        if self.rule == "minus_one":
+            tensors = [tensor.float() - 1 for tensor in tensors]
+        elif self.rule == "transposed":
+            tensors = [tensor.t() for tensor in tensors]
+        found = []
+        for at in range(len(self.megatron)):
+            pieces: dict[tuple[int, int], Tensor] = {}
+            for run in self.runs:
+                if run.megatron == at:
+                    place, rows = (run.megatron_start, run.rows), _rows(tensors[run.hf], run.hf_start, run.rows)
+                    if not _same_bits(pieces.setdefault(place, rows), rows):
+                        raise ValueError(self._different_copies(at, run))
+            found.append(_joined(pieces))
+        return tuple(tensor.contiguous() for tensor in found) if self.rule == "transposed" else tuple(found)
+
     def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The Hugging Face tensors, in the order of `hf`, from those of `megatron`."""
+        """The Hugging Face tensors, in the order of `hf`, from the tensors of `megatron`; views as in `to_megatron`."""
+        found = [
+            _joined(
+                {
+                    (run.hf_start, run.rows): _rows(tensors[run.megatron], run.megatron_start, run.rows)
+                    for run in self.runs
+                    if run.hf == at
+                }
+            )
+            for at in range(len(self.hf))
+        ]
+        if self.rule == "minus_one":
+            return tuple(tensor.float() + 1 for tensor in found)
+        return tuple(tensor.t().contiguous() for tensor in found) if self.rule == "transposed" else tuple(found)
+
+    def runs_in_shard(self, megatron: int, start: int, stop: int) -> tuple[RowRun, ...]:
+        """The runs that rows `start` to `stop` of a Megatron tensor hold, such as a tensor-parallel rank has.
+
+        Args:
+            megatron: which of `TensorMapping.megatron`.
+            start, stop: rows of the whole tensor.
+
+        Returns:
+            Runs whose `megatron_start` counts from the first row of the shard.
+        """
+        found = []
+        for run in self.runs:
+            first, last = max(run.megatron_start, start), min(run.megatron_start + run.rows, stop)
+            if run.megatron == megatron and first < last:
+                hf_start = run.hf_start + first - run.megatron_start
+                cut = dataclasses.replace(run, hf_start=hf_start, megatron_start=first - start, rows=last - first)
+                found.append(cut)
+        return tuple(found)
+
+    def _different_copies(self, megatron: int, run: RowRun) -> str:
+        first = next(r for r in self.runs if (r.megatron, r.megatron_start) == (megatron, run.megatron_start))
+        return (
+            f"{self.hf[run.hf].name} and {self.hf[first.hf].name} have other values, and config.json ties them; set "
+            "tie_word_embeddings to false there to convert both"
+        )
 
 
-class Rename(Mapping):
+def _check_filled(spec: TensorSpec, rows: int, runs: Iterable[tuple[int, int]]) -> None:
+    end = 0
+    for start, count in sorted(runs):
+        if start != end or count < 0:
+            raise ValueError(f"{spec}: a run of {count} rows starts at row {start}, expected row {end}")
+        end += count
+    if end != rows:
+        raise ValueError(f"{spec}: the runs have {end} rows, expected {rows}")
+
+
+def _rows(tensor: Tensor, start: int, rows: int) -> Tensor:
+    return tensor if rows == tensor.shape[0] else tensor.narrow(0, start, rows)
+
+
+def _joined(pieces: dict[tuple[int, int], Tensor]) -> Tensor:
+    """Pieces by (first row, rows), one after another; a single piece is not copied."""
+    ordered = [pieces[place] for place in sorted(pieces)]
+    return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a is b or torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+# The vocabulary of the family files
+
+
+def rename(hf: str, megatron: str, shape: Shape) -> TensorMapping:
     """One tensor on each side, the same values."""
-
-    def __init__(self, hf: str, megatron: str, shape: Shape) -> None:
-        self.hf = (TensorSpec(name=hf, shape=shape),)
-        self.megatron = (TensorSpec(name=megatron, shape=shape),)
-
-    def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Unchanged."""
-        return (tensors[0],)
-
-    def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Unchanged."""
-        return (tensors[0],)
+    return _one_to_one(hf, megatron, shape, shape, "same")
 
 
-class Shared(Mapping):
-    """Several Hugging Face tensors that are one Megatron tensor, such as a tied embedding that is stored as head too.
+def transposed(hf: str, megatron: str, shape: tuple[int, int]) -> TensorMapping:
+    """A matrix that Hugging Face stores transposed; `shape` is the Megatron tensor's."""
+    return _one_to_one(hf, megatron, shape[::-1], shape, "transposed")
+
+
+def zero_centred(hf: str, megatron: str, shape: Shape) -> TensorMapping:
+    """A norm weight w that Megatron stores as w - 1, in fp32. `to_hf` returns w in fp32."""
+    return _one_to_one(hf, megatron, shape, shape, "minus_one")
+
+
+def _one_to_one(hf: str, megatron: str, hf_shape: Shape, shape: Shape, rule: ValueRule) -> TensorMapping:
+    return TensorMapping(
+        hf=(TensorSpec(name=hf, shape=hf_shape),),
+        megatron=(TensorSpec(name=megatron, shape=shape),),
+        runs=(RowRun(hf=0, hf_start=0, megatron=0, megatron_start=0, rows=shape[0]),),
+        rule=rule,
+    )
+
+
+def shared(hf: Sequence[str], megatron: str, shape: Shape) -> TensorMapping:
+    """Hugging Face tensors that are one Megatron tensor, such as a tied embedding that is stored as head too.
 
     Args:
         hf: names.
         megatron: name.
         shape: of all of them.
     """
-
-    def __init__(self, hf: Sequence[str], megatron: str, shape: Shape) -> None:
-        self.hf = tuple(TensorSpec(name=name, shape=shape) for name in hf)
-        self.megatron = (TensorSpec(name=megatron, shape=shape),)
-
-    def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The first. Raises ValueError when another has other values."""
-        first = tensors[0].contiguous().view(torch.uint8)
-        for spec, tensor in zip(self.hf[1:], tensors[1:], strict=True):
-            if not torch.equal(tensor.contiguous().view(torch.uint8), first):
-                raise ValueError(
-                    f"{spec.name} and {self.hf[0].name} have other values, and config.json ties them; set "
-                    "tie_word_embeddings to false there to convert both"
-                )
-        return (tensors[0],)
-
-    def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The same tensor for every name."""
-        return tuple(tensors[0] for _ in self.hf)
+    return TensorMapping(
+        hf=tuple(TensorSpec(name=name, shape=shape) for name in hf),
+        megatron=(TensorSpec(name=megatron, shape=shape),),
+        runs=tuple(RowRun(hf=at, hf_start=0, megatron=0, megatron_start=0, rows=shape[0]) for at in range(len(hf))),
+    )
 
 
-class Transposed(Mapping):
-    """A matrix that Hugging Face stores transposed.
-
-    Args:
-        hf, megatron: names.
-        shape: of the Megatron tensor.
-    """
-
-    def __init__(self, hf: str, megatron: str, shape: tuple[int, int]) -> None:
-        self.hf = (TensorSpec(name=hf, shape=shape[::-1]),)
-        self.megatron = (TensorSpec(name=megatron, shape=shape),)
-
-    def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The transpose, contiguous."""
-        return (tensors[0].t().contiguous(),)
-
-    def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The transpose, contiguous."""
-        return (tensors[0].t().contiguous(),)
-
-
-class SplitRows(Mapping):
+def split_rows(hf: str, parts: Sequence[tuple[str, int]], row_shape: Shape, *, groups: int = 1) -> TensorMapping:
     """One Hugging Face tensor whose row blocks are separate Megatron tensors.
 
     With `groups` the blocks recur: the Hugging Face tensor is [first of group 0 | second of group 0 | ... | first of
-    group 1 | ...], as `in_proj_qkvz` of Qwen3-Next, and each Megatron tensor has the blocks of one kind one after
-    another.
+    group 1 | ...], as `in_proj_qkvz` of Qwen3-Next, and a Megatron tensor has the blocks of one kind one after another.
 
     Args:
         hf: name.
         parts: names of the Megatron tensors and their rows, all groups together.
-        row_shape: what follows the rows.
-        groups: see above.
+        row_shape: shape of one row.
+        groups: how often the blocks recur.
     """
-
-    def __init__(self, hf: str, parts: Sequence[tuple[str, int]], row_shape: Shape, *, groups: int = 1) -> None:
-        self._groups, self._rows = groups, [rows for _, rows in parts]
-        self.hf = (TensorSpec(name=hf, shape=(sum(self._rows), *row_shape)),)
-        self.megatron = tuple(TensorSpec(name=name, shape=(rows, *row_shape)) for name, rows in parts)
-
-    def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The row blocks."""
-        return _split_rows(tensors[0], self._rows, self._groups)
-
-    def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The row blocks one after another, group by group."""
-        return (_join_rows(tensors, self._groups),)
+    rows = [count for _, count in parts]
+    return TensorMapping(
+        hf=(TensorSpec(name=hf, shape=(sum(rows), *row_shape)),),
+        megatron=tuple(TensorSpec(name=name, shape=(count, *row_shape)) for name, count in parts),
+        runs=tuple(
+            RowRun(hf=0, hf_start=joined, megatron=part, megatron_start=own, rows=count)
+            for part, own, joined, count in _interleaved(rows, groups)
+        ),
+    )
 
 
-class ConcatRows(Mapping):
+def concat_rows(parts: Sequence[tuple[str, int]], megatron: str, row_shape: Shape, *, groups: int = 1) -> TensorMapping:
     """Hugging Face tensors that are row blocks of one Megatron tensor, such as gate and up of `linear_fc1`.
 
     With `groups` the blocks recur, as in `linear_qkv`: for each query group [q of its heads | k | v]
@@ -180,101 +247,54 @@ class ConcatRows(Mapping):
     Args:
         parts: names of the Hugging Face tensors and their rows, all groups together.
         megatron: name.
-        row_shape: what follows the rows.
-        groups: see above.
+        row_shape: shape of one row.
+        groups: how often the blocks recur.
     """
-
-    def __init__(self, parts: Sequence[tuple[str, int]], megatron: str, row_shape: Shape, *, groups: int = 1) -> None:
-        self._groups, self._rows = groups, [rows for _, rows in parts]
-        self.hf = tuple(TensorSpec(name=name, shape=(rows, *row_shape)) for name, rows in parts)
-        self.megatron = (TensorSpec(name=megatron, shape=(sum(self._rows), *row_shape)),)
-
-    def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The row blocks one after another, group by group."""
-        return (_join_rows(tensors, self._groups),)
-
-    def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The row blocks."""
-        return _split_rows(tensors[0], self._rows, self._groups)
+    rows = [count for _, count in parts]
+    return TensorMapping(
+        hf=tuple(TensorSpec(name=name, shape=(count, *row_shape)) for name, count in parts),
+        megatron=(TensorSpec(name=megatron, shape=(sum(rows), *row_shape)),),
+        runs=tuple(
+            RowRun(hf=part, hf_start=own, megatron=0, megatron_start=joined, rows=count)
+            for part, own, joined, count in _interleaved(rows, groups)
+        ),
+    )
 
 
-def _split_rows(whole: Tensor, rows: Sequence[int], groups: int) -> tuple[Tensor, ...]:
-    if groups == 1:
-        return whole.split(list(rows))
-    grouped = whole.reshape(groups, -1, *whole.shape[1:]).split([count // groups for count in rows], dim=1)
-    return tuple(part.reshape(-1, *whole.shape[1:]) for part in grouped)
+def _interleaved(rows: Sequence[int], groups: int) -> Iterator[tuple[int, int, int, int]]:
+    """(part, start in the part, start in the joined tensor, rows) of every block, group by group."""
+    blocks = [count // groups for count in rows]
+    joined = 0
+    for group in range(groups):
+        for part, block in enumerate(blocks):
+            yield part, group * block, joined, block
+            joined += block
 
 
-def _join_rows(parts: Sequence[Tensor], groups: int) -> Tensor:
-    if groups == 1:
-        return torch.cat(list(parts))
-    row_shape = parts[0].shape[1:]
-    return torch.cat([part.reshape(groups, -1, *row_shape) for part in parts], dim=1).reshape(-1, *row_shape)
-
-
-class GatedQkv(Mapping):
+def gated_qkv(
+    q: str, k: str, v: str, megatron: str, *, heads: int, groups: int, head_dim: int, hidden: int
+) -> TensorMapping:
     """Attention with an output gate.
 
-    Hugging Face stores q and gate of a head beside each other in `q_proj`; megatron-core's `linear_qkv` has, for each
-    query group, [q of its heads | gate of its heads | k | v] (megatron/core/transformer/attention.py).
+    Hugging Face's `q_proj` has, for each head, q and then its gate. megatron-core's `linear_qkv` has, for each query
+    group, [q of its heads | gate of its heads | k | v] (megatron/core/transformer/attention.py).
     """
-
-    def __init__(
-        self, q: str, k: str, v: str, megatron: str, *, heads: int, groups: int, head_dim: int, hidden: int
-    ) -> None:
-        self._heads, self._groups, self._head_dim, self._hidden = heads, groups, head_dim, hidden
-        self.hf = (
+    of_group = heads // groups
+    order = []
+    for group in range(groups):
+        members = range(group * of_group, (group + 1) * of_group)
+        order += (
+            [(0, 2 * head) for head in members] + [(0, 2 * head + 1) for head in members] + [(1, group), (2, group)]
+        )
+    return TensorMapping(
+        hf=(
             TensorSpec(name=q, shape=(2 * heads * head_dim, hidden)),
             TensorSpec(name=k, shape=(groups * head_dim, hidden)),
             TensorSpec(name=v, shape=(groups * head_dim, hidden)),
-        )
-        self.megatron = (TensorSpec(name=megatron, shape=(2 * (heads + groups) * head_dim, hidden)),)
-
-    def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """q_proj, k_proj, v_proj -> linear_qkv."""
-        q_gate, k, v = tensors
-        group_heads = self._heads // self._groups
-        q, gate = q_gate.view(self._groups, group_heads, 2, self._head_dim, self._hidden).unbind(2)
-        grouped = [
-            q.reshape(self._groups, -1, self._hidden),
-            gate.reshape(self._groups, -1, self._hidden),
-            k.view(self._groups, self._head_dim, self._hidden),
-            v.view(self._groups, self._head_dim, self._hidden),
-        ]
-        return (torch.cat(grouped, dim=1).view(-1, self._hidden),)
-
-    def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """linear_qkv -> q_proj, k_proj, v_proj."""
-        group_heads = self._heads // self._groups
-        rows = group_heads * self._head_dim
-        grouped = tensors[0].reshape(self._groups, -1, self._hidden)
-        q, gate, k, v = grouped.split([rows, rows, self._head_dim, self._head_dim], dim=1)
-        per_head = (self._groups, group_heads, self._head_dim, self._hidden)
-        q_gate = torch.stack([q.reshape(per_head), gate.reshape(per_head)], dim=2)
-        return (
-            q_gate.view(-1, self._hidden),
-            k.reshape(-1, self._hidden),
-            v.reshape(-1, self._hidden),
-        )
-
-
-class ZeroCentred(Mapping):
-    """A norm weight w that Megatron stores as w - 1, in fp32.
-
-    Not invertible: fl(fl(w - 1) + 1) differs from w for most fp32 values below 0.5, so a converter keeps the original
-    beside the checkpoint.
-    """
-
-    invertible = False
-
-    def __init__(self, hf: str, megatron: str, shape: Shape) -> None:
-        self.hf = (TensorSpec(name=hf, shape=shape),)
-        self.megatron = (TensorSpec(name=megatron, shape=shape),)
-
-    def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """w - 1 in fp32, whatever the dtype of w."""
-        return (tensors[0].float() - 1,)
-
-    def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """w in fp32."""
-        return (tensors[0].float() + 1,)
+        ),
+        megatron=(TensorSpec(name=megatron, shape=(2 * (heads + groups) * head_dim, hidden)),),
+        runs=tuple(
+            RowRun(hf=hf, hf_start=block * head_dim, megatron=0, megatron_start=at * head_dim, rows=head_dim)
+            for at, (hf, block) in enumerate(order)
+        ),
+    )

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator
 
-from megatron_fp32.weights.mapping import Mapping, TensorSpec
+from megatron_fp32.weights.mapping import TensorMapping
+from megatron_fp32.weights.spec import TensorSpec
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -23,7 +24,7 @@ _TRANSFORMER_ENGINE_MODULES = {
 """Modules whose Transformer Engine version stores an `_extra_state` object."""
 
 
-def stack_layers(mappings: Iterable[Mapping], num_layers: int) -> Iterator[Mapping]:
+def stack_layers(mappings: Iterable[TensorMapping], num_layers: int) -> Iterator[TensorMapping]:
     """The same mappings where the decoder's layers are stacked: `decoder.layers.mlp.linear_fc2.weight` [L, H, F]."""
 
     def stacked(spec: TensorSpec) -> TensorSpec:
@@ -49,7 +50,7 @@ def name_in_layer(stack: str, layer: int) -> str:
     return stack.replace("decoder.layers.", f"decoder.layers.{layer}.", 1)
 
 
-def extra_states(mappings: Iterable[Mapping]) -> list[str]:
+def extra_states(mappings: Iterable[TensorMapping]) -> list[str]:
     """Keys of the `_extra_state` objects that belong to these mappings' modules."""
     keys: dict[str, None] = {}
     for mapping in mappings:

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_fp32.checkpoint.convert import import_checkpoint
-from megatron_fp32.checkpoint.formats.huggingface import TensorInfo
 from megatron_fp32.checkpoint.inspect import inspect_checkpoint
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.testing.ranks import RankPool
 from megatron_fp32.testing.training import TrainerConfig
+from megatron_fp32.weights.tensors import TensorInfo
 from tests.checkpoint.fp8.fp8_models import write_dense
 from tests.checkpoint.support import stored_tensors, write_small
 from tests.distributed import jobs

@@ -43,31 +43,31 @@ MODELS = [
     Mutant(
         name="ignore the exact originals",
         file="weights/mapping.py",
-        old="    invertible = False",
-        new="    invertible = True",
+        old='return self.rule != "minus_one"',
+        new="return True",
         test=f"{CONVERT}::TestRoundTrip",
     ),
     Mutant(
         name="swap the embedding's norm and the hidden state's in front of the MTP layer",
         file="weights/blocks.py",
-        old='yield Rename(f"{MTP}pre_fc_norm_embedding.weight", f"{megatron}enorm.weight", (hidden,))\n'
-        '    yield Rename(f"{MTP}pre_fc_norm_hidden.weight", f"{megatron}hnorm.weight", (hidden,))',
-        new='yield Rename(f"{MTP}pre_fc_norm_embedding.weight", f"{megatron}hnorm.weight", (hidden,))\n'
-        '    yield Rename(f"{MTP}pre_fc_norm_hidden.weight", f"{megatron}enorm.weight", (hidden,))',
+        old='yield rename(f"{MTP}pre_fc_norm_embedding.weight", f"{megatron}enorm.weight", (hidden,))\n'
+        '    yield rename(f"{MTP}pre_fc_norm_hidden.weight", f"{megatron}hnorm.weight", (hidden,))',
+        new='yield rename(f"{MTP}pre_fc_norm_embedding.weight", f"{megatron}hnorm.weight", (hidden,))\n'
+        '    yield rename(f"{MTP}pre_fc_norm_hidden.weight", f"{megatron}enorm.weight", (hidden,))',
         test=f"{THROUGH}::TestMultiTokenPrediction",
     ),
     Mutant(
         name="take q, k and v as they come instead of by group",
         file="weights/blocks.py",
-        old="yield ConcatRows(rows, qkv, (hidden,), groups=groups)",
-        new="yield ConcatRows(rows, qkv, (hidden,))",
+        old="yield concat_rows(rows, qkv, (hidden,), groups=groups)",
+        new="yield concat_rows(rows, qkv, (hidden,))",
         test=f"{THROUGH}::TestParity",
     ),
     Mutant(
         name="take q, k, v and z as they come instead of by key head",
         file="weights/blocks.py",
-        old='yield SplitRows(f"{source}in_proj_qkvz.weight", qkvz, row, groups=groups)',
-        new='yield SplitRows(f"{source}in_proj_qkvz.weight", qkvz, row)',
+        old='yield split_rows(f"{source}in_proj_qkvz.weight", qkvz, row, groups=groups)',
+        new='yield split_rows(f"{source}in_proj_qkvz.weight", qkvz, row)',
         test=f"{THROUGH}::TestParity",
     ),
     Mutant(

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_fp32.checkpoint.formats.huggingface import TensorInfo
 from megatron_fp32.checkpoint.fp8 import (
     Fp8Scheme,
     expert_parts,
@@ -22,6 +21,7 @@ from megatron_fp32.checkpoint.fp8 import (
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.ops.fp8.reference import quantize_reference
+from megatron_fp32.weights.tensors import TensorInfo
 from tests.checkpoint.fp8.fp8_models import MOE, MOE_FAMILIES, config_of, write_moe, written
 from tests.checkpoint.support import bits
 

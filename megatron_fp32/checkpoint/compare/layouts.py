@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from megatron_fp32.weights import mapping as models
-from megatron_fp32.weights.model_map import Plan
+from megatron_fp32.weights.mapping import TensorMapping
+from megatron_fp32.weights.model_map import ModelMap
+from megatron_fp32.weights.spec import TensorSpec
 from megatron_fp32.weights.tensors import TensorInfo
 
 _FUSED = (".experts.gate_up_proj", ".experts.down_proj")
@@ -46,7 +47,7 @@ def note_on_names(name: str, a: Entry, b: Entry) -> str:
     return ", ".join(f"{theirs} in {side}" for side, theirs in own.items() if theirs != name)
 
 
-def under_common_names(a: Entries, b: Entries, plans: Sequence[Plan]) -> tuple[Entries, Entries]:
+def under_common_names(a: Entries, b: Entries, plans: Sequence[ModelMap]) -> tuple[Entries, Entries]:
     """Name the entries of two Hugging Face checkpoints alike where they are the same part of a model.
 
     What has the same name in both keeps it, whatever it is. Fused experts that one of them has transposed are turned.
@@ -83,7 +84,7 @@ def _turned(entry: Entry) -> Entry:
 
 
 def _taken_apart(
-    entries: Entries, mappings: Sequence[models.Mapping], others: Entries, of_others: Sequence[models.Mapping]
+    entries: Entries, mappings: Sequence[TensorMapping], others: Entries, of_others: Sequence[TensorMapping]
 ) -> Entries:
     """The entries, with parts in place of those that the other checkpoint has in several tensors."""
     owners = {part: mapping for mapping in of_others for part in _parts(mapping)}
@@ -107,7 +108,7 @@ def _taken_apart(
     return {name: entry for name, entry in found.items() if name not in cut}
 
 
-def _finer(mapping: models.Mapping, owners: Mapping[_Part, models.Mapping]) -> list[models.Mapping]:
+def _finer(mapping: TensorMapping, owners: Mapping[_Part, TensorMapping]) -> list[TensorMapping]:
     """The other checkpoint's mappings that hold all of this one's only tensor, in several or outside of its stack."""
     parts = _parts(mapping)
     others = list(dict.fromkeys(owners[part] for part in parts if part in owners))
@@ -118,7 +119,7 @@ def _finer(mapping: models.Mapping, owners: Mapping[_Part, models.Mapping]) -> l
     return others if is_finer and is_same and is_exact and not any(spec.stack for spec in specs) else []
 
 
-def _part(entry: Entry, mapping: models.Mapping, target: models.Mapping, spec: models.TensorSpec) -> Entry:
+def _part(entry: Entry, mapping: TensorMapping, target: TensorMapping, spec: TensorSpec) -> Entry:
     source = mapping.hf[0]
 
     def read(index: tuple[int, ...]) -> Tensor:
@@ -130,5 +131,5 @@ def _part(entry: Entry, mapping: models.Mapping, target: models.Mapping, spec: m
     return Entry(name=spec.name, info=info, read=read, origin=str(dataclasses.replace(source, name=entry.name)))
 
 
-def _parts(mapping: models.Mapping) -> list[_Part]:
+def _parts(mapping: TensorMapping) -> list[_Part]:
     return [(spec.name, spec.index, spec.shape) for spec in mapping.megatron]

@@ -10,8 +10,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megatron_fp32.checkpoint.formats.huggingface import DTYPE_NAMES, tensor_bytes
+from megatron_fp32.checkpoint.formats.huggingface import tensor_bytes
 from megatron_fp32.errors import CheckpointError
+from megatron_fp32.weights.tensors import DTYPE_NAMES
 
 
 def digest(tensor: Tensor) -> str:

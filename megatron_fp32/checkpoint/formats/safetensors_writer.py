@@ -16,9 +16,10 @@ from torch import Tensor
 
 from megatron_fp32.checkpoint.formats.digests import digest_of_blocks
 from megatron_fp32.checkpoint.formats.files import Section, to_disk
-from megatron_fp32.checkpoint.formats.huggingface import DTYPE_NAMES, DTYPES, INDEX, TensorInfo, tensor_bytes
+from megatron_fp32.checkpoint.formats.huggingface import INDEX, tensor_bytes
 from megatron_fp32.checkpoint.formats.safetensors_file import flat_index, read_header
 from megatron_fp32.errors import CheckpointError, summary
+from megatron_fp32.weights.tensors import DTYPE_NAMES, DTYPES, TensorInfo
 
 
 class SafetensorsFile:

@@ -23,9 +23,9 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from megatron_fp32.checkpoint.formats.digests import digest_of_blocks
 from megatron_fp32.checkpoint.formats.files import to_disk
-from megatron_fp32.checkpoint.formats.huggingface import DTYPE_NAMES
 from megatron_fp32.checkpoint.formats.torch_dist import covers
 from megatron_fp32.checkpoint.formats.torch_file import open_torch_file
+from megatron_fp32.weights.tensors import DTYPE_NAMES
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 

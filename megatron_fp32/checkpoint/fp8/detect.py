@@ -10,11 +10,12 @@ import torch
 
 from megatron_fp32.checkpoint.formats.directory import existing_directory, refuse_pointers
 from megatron_fp32.checkpoint.formats.files import read_json_object
-from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader, TensorInfo
+from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.fp8.config import MODELOPT_FILE, scheme_from_config
 from megatron_fp32.errors import CheckpointError, checkpoint_named
 from megatron_fp32.ops.fp8.scales import ScaleFormat
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme, Layout
+from megatron_fp32.weights.tensors import TensorInfo
 
 SCALES = (".weight_scale_inv", ".weight_scale")
 

@@ -4,45 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.formats.digests import Digests
-from megatron_fp32.checkpoint.formats.huggingface import TensorInfo
 from megatron_fp32.checkpoint.formats.safetensors_writer import cut_into_shards, shard_names, write_index
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader, known_non_model_entries
 from megatron_fp32.checkpoint.fp8.config import described_scheme, write_configs
 from megatron_fp32.checkpoint.identify import check_direction
 from megatron_fp32.checkpoint.jobs.read_back import SafetensorsPart
-from megatron_fp32.checkpoint.jobs.run import Part, Tell, described
+from megatron_fp32.checkpoint.jobs.run import Opener, Part, Tell, described
 from megatron_fp32.checkpoint.jobs.staging import Staging
 from megatron_fp32.checkpoint.quantization_claims import find_claims, remove_claims, write_config
-from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, find_sidecar, fits
+from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, find_sidecar
 from megatron_fp32.errors import CheckpointError, checkpoint_named, listing
-from megatron_fp32.weights import mapping as models
 from megatron_fp32.weights.families.registry import find_family
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
 from megatron_fp32.weights.fp8.tensors import fp8_infos, infos_of, quantize_element
-from megatron_fp32.weights.model_map import Plan, plan_export
-from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY, CutRows, rows_above, with_vocab_size
-
-ExportDtype = Literal["trained", "source"]
-"""What a parameter that was trained in fp32 from a 16-bit source leaves as: F32, or rounded to what it came as."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Dtypes:
-    """What every exported tensor will be."""
-
-    infos: Mapping[str, TensorInfo]
-    rounded: tuple[str, ...]
-    """Fewer bits in the Megatron checkpoint than in the source."""
-    widened: tuple[str, ...]
-    """F32 in the Megatron checkpoint, with values that the source's dtype cannot hold."""
+from megatron_fp32.weights.mapping import TensorMapping
+from megatron_fp32.weights.model_map import ModelMap, map_trained_model
+from megatron_fp32.weights.restore import Dtypes, ExportDtype, Restorer, decide_dtypes
+from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY, CutRows, nonzero_rows, with_vocab_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +42,17 @@ class ExportOptions:
     fp8: Fp8Scheme | None
     max_shard_bytes: int
     vocab_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportPart(Part):
+    """A safetensors file."""
+
+    outputs: list[str]
+    """Names of its tensors."""
+    mappings: list[TensorMapping]
+    carried: list[str]
+    """Those of its tensors that the sidecar has."""
 
 
 class ExportJob:
@@ -75,11 +72,13 @@ class ExportJob:
         present = {n: i for n, i in reader.tensors.items() if n not in known_non_model_entries([n])}
         self._hf_config = self._exported_config()
         with checkpoint_named(reader.directory):
-            self.plan: Plan = plan_export(self._hf_config, {n: t.info for n, t in sidecar.tensors.items()}, present)
+            self.plan: ModelMap = map_trained_model(
+                self._hf_config, {n: t.info for n, t in sidecar.tensors.items()}, present
+            )
         self.claims = find_claims(sidecar.directory / "assets", sidecar.hf_config)
         if options.vocab_size is None:
             sidecar.check_shapes(self.plan.hf_shapes)
-        self._originals = sidecar.originals()
+        self._restorer = Restorer(reader, sidecar.originals())
         self.dtypes = dtypes or self._decide_dtypes()
         self.infos = self.dtypes.infos if options.fp8 is None else fp8_infos(self.dtypes.infos, options.fp8)
         self.options = {
@@ -88,18 +87,18 @@ class ExportJob:
             "max_shard_bytes": options.max_shard_bytes,
             "vocab_size": options.vocab_size,
         }
-        self.parts: Sequence[Part] = self._cut()
+        self.reopen: Opener = functools.partial(open_export, options, self.dtypes)
+        self.parts: Sequence[ExportPart] = self._cut()
 
-    def run(self, part: Part, path: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, part: ExportPart, path: Path, tell: Tell) -> dict[str, Any]:
         """Write a safetensors file; see `Job`."""
-        outputs, mappings, carried = part.steps
         digests = Digests()
         cut: dict[str, CutRows] = {}
-        with SafetensorsPart(path, {name: self.infos[name] for name in outputs}, digests, tell) as file:
-            for mapping in mappings:
-                for spec, tensor in zip(mapping.hf, self._hf_tensors(mapping, cut), strict=True):
+        with SafetensorsPart(path, {name: self.infos[name] for name in part.outputs}, digests, tell) as file:
+            for mapping in part.mappings:
+                for spec, tensor in zip(mapping.hf, self._restored(mapping, cut), strict=True):
                     self._write(file, spec.name, spec.index, tensor)
-            for name in carried:
+            for name in part.carried:
                 self._write(file, name, (), self._carried.read(name))
             file.finish()
         return {"digests": digests.to_json(), "cut_rows": {n: dataclasses.asdict(rows) for n, rows in cut.items()}}
@@ -113,7 +112,7 @@ class ExportJob:
             remove_claims(staging.output, self._hf_config)
         else:
             write_configs(staging.output, self._hf_config, self.infos, self._options.fp8)
-        write_index(staging.output, {part.file: part.steps[0] for part in self.parts}, self.infos)
+        write_index(staging.output, {part.file: part.outputs for part in self.parts}, self.infos)
 
     def unchanged(self, records: Sequence[dict[str, Any]]) -> int:
         """How many tensors are what they were in the source, byte for byte, from the records of the parts."""
@@ -152,76 +151,47 @@ class ExportJob:
             return [(name, index, tensor)]
         return quantize_element(name, self.dtypes.infos[name], index, tensor, self._options.fp8)
 
-    def _hf_tensors(self, mapping: models.Mapping, cut: dict[str, CutRows] | None = None) -> tuple[Tensor, ...]:
-        """The mapping's Hugging Face tensors, in the dtype that the checkpoint holds (or the originals').
-
-        `cut` takes in the rows that are left out and not zero.
-        """
-        tensors = []
-        for spec in mapping.megatron:
-            tensor = self.reader.read(spec.name, spec.index)
-            if spec.name in PADDED_VOCABULARY:
-                rows = rows_above(tensor, spec.shape[0]) if cut is not None else None
-                if cut is not None and rows is not None:
-                    cut[spec.name] = rows
-                tensor = tensor[: spec.shape[0]]
-            tensors.append(tensor)
-        return exact_hf_tensors(mapping, tensors, self._originals)
+    def _restored(self, mapping: TensorMapping, cut: dict[str, CutRows]) -> tuple[Tensor, ...]:
+        """The mapping's Hugging Face tensors. `cut` takes in the rows above the vocabulary that are not zero."""
+        restored = self._restorer.restore(mapping)
+        for name, above in restored.above_vocabulary.items():
+            if (rows := nonzero_rows(above, self.plan.config.vocab_size)) is not None:
+                cut[name] = rows
+        return restored.hf
 
     def _decide_dtypes(self) -> Dtypes:
-        infos: dict[str, TensorInfo] = {}
-        rounded: dict[str, None] = {}
-        widened: dict[str, None] = {}
-        for mapping in self.plan.mappings:
-            stored = {self.reader.tensors[spec.name].dtype for spec in mapping.megatron}
-            sources = {
-                spec.name: dataclasses.replace(self.sidecar.tensors[spec.name].info, shape=spec.stored_shape)
-                for spec in mapping.hf
-            }
-            infos.update({name: info for name, info in sources.items() if name not in widened})
-            if mapping.invertible and stored == {info.dtype for info in sources.values()}:
-                continue
-            for (name, info), tensor in zip(sources.items(), self._hf_tensors(mapping), strict=True):
-                is_original = (
-                    not mapping.invertible and tensor.dtype == info.dtype and tensor is self._originals.get(name)
-                )
-                if is_original or (torch.float32 in stored and fits(tensor, info.dtype)):
-                    continue
-                if stored == {torch.float32}:
-                    # One element of a stack is enough to widen all of it.
-                    widened[name] = None
-                    if self._options.dtype == "trained":
-                        infos[name] = TensorInfo(dtype=torch.float32, shape=info.shape)
-                else:
-                    rounded[name] = None
-        if rounded and not self._options.allow_rounded:
+        found = decide_dtypes(self.plan.mappings, self._restorer, self.sidecar, self._options.dtype)
+        if found.rounded and not self._options.allow_rounded:
             raise CheckpointError(
                 f"{self.reader.directory}: these tensors were rounded, the checkpoint holds fewer bits of them than "
-                f"the source: {listing(list(rounded))}. --allow-rounded exports them all the same"
+                f"the source: {listing(list(found.rounded))}. --allow-rounded exports them all the same"
             )
-        infos |= {name: tensor.info for name, tensor in self.sidecar.carried.items()}
-        return Dtypes(infos=infos, rounded=tuple(rounded), widened=tuple(widened))
+        carried = {name: tensor.info for name, tensor in self.sidecar.carried.items()}
+        return dataclasses.replace(found, infos={**found.infos, **carried})
 
-    def _cut(self) -> list[Part]:
-        sources: list[tuple[list[str], list[models.Mapping], list[str]]] = [
+    def _cut(self) -> list[ExportPart]:
+        sources: list[tuple[list[str], list[TensorMapping], list[str]]] = [
             *((names, mappings, []) for names, mappings in _connected(self.plan.mappings)),
             *(([name], [], [name]) for name in self.sidecar.carried),
         ]
         outputs = [[output for name in names for output in self._outputs(name)] for names, _, _ in sources]
         shards = cut_into_shards(outputs, self.infos, self._options.max_shard_bytes)
         place = {output: index for index, shard in enumerate(shards) for output in shard}
-        mappings: list[list[models.Mapping]] = [[] for _ in shards]
+        mappings: list[list[TensorMapping]] = [[] for _ in shards]
         carried: list[list[str]] = [[] for _ in shards]
         for group, (_, of_group, names) in zip(outputs, sources, strict=True):
             mappings[place[group[0]]] += of_group
             carried[place[group[0]]] += names
         return [
-            Part(
-                file=file, nbytes=sum(self.infos[name].nbytes for name in shards[i]),
-                steps=(shards[i], mappings[i], carried[i]),
+            ExportPart(
+                file=file,
+                nbytes=sum(self.infos[name].nbytes for name in shards[i]),
+                outputs=shards[i],
+                mappings=mappings[i],
+                carried=carried[i],
             )
             for i, file in enumerate(shard_names(len(shards)))
-        ]  # fmt: skip
+        ]
 
     def _outputs(self, name: str) -> list[str]:
         """Names of what a tensor leaves as."""
@@ -241,27 +211,9 @@ def open_export(options: ExportOptions, dtypes: Dtypes | None = None) -> Iterato
         yield ExportJob(reader, sidecar, carried, options, dtypes)
 
 
-def exact_hf_tensors(
-    mapping: models.Mapping, megatron: Sequence[Tensor], originals: dict[str, Tensor]
-) -> tuple[Tensor, ...]:
-    """`mapping.to_hf`, or the originals where the Megatron tensors are still what an import made of them.
-
-    Args:
-        mapping: the tensors' mapping.
-        megatron: the Megatron tensors, in the order of `mapping.megatron`.
-        originals: exact Hugging Face tensors by name, for mappings that are not invertible.
-    """
-    names = [spec.name for spec in mapping.hf]
-    if not mapping.invertible and all(name in originals for name in names):
-        imported = mapping.to_megatron([originals[name] for name in names])
-        if all(_same_values(a, b) for a, b in zip(imported, megatron, strict=True)):
-            return tuple(originals[name] for name in names)
-    return mapping.to_hf(megatron)
-
-
-def _connected(mappings: Sequence[models.Mapping]) -> list[tuple[list[str], list[models.Mapping]]]:
+def _connected(mappings: Sequence[TensorMapping]) -> list[tuple[list[str], list[TensorMapping]]]:
     """Hugging Face tensors that must be in one file because one mapping writes to all of them, and those mappings."""
-    groups: list[tuple[list[str], list[models.Mapping]]] = []
+    groups: list[tuple[list[str], list[TensorMapping]]] = []
     place: dict[str, int] = {}
     for mapping in mappings:
         names = list(dict.fromkeys(spec.name for spec in mapping.hf))
@@ -278,7 +230,3 @@ def _connected(mappings: Sequence[models.Mapping]) -> list[tuple[list[str], list
         into[1].append(mapping)
         place.update(dict.fromkeys(into[0], known[0]))
     return [group for group in groups if group[0]]
-
-
-def _same_values(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.float().view(torch.int32), b.float().view(torch.int32))

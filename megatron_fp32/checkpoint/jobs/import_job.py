@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,17 +26,25 @@ from megatron_fp32.checkpoint.formats.torch_dist_writer import (
 )
 from megatron_fp32.checkpoint.identify import check_direction, read_config, refuse_adapter
 from megatron_fp32.checkpoint.jobs.read_back import ReadBack
-from megatron_fp32.checkpoint.jobs.run import Part, Tell, described
+from megatron_fp32.checkpoint.jobs.run import Opener, Part, Tell, described
 from megatron_fp32.checkpoint.jobs.staging import Staging
+from megatron_fp32.checkpoint.plan import ImportPlan, Mtp, Vision, megatron_args, plan_import
 from megatron_fp32.checkpoint.quantization_claims import find_claims
-from megatron_fp32.checkpoint.sidecar import SourceTensor, write_sidecar
+from megatron_fp32.checkpoint.sidecar import write_sidecar
 from megatron_fp32.errors import CheckpointError, checkpoint_named
 from megatron_fp32.weights.hf_config.rotary import inverse_frequencies
-from megatron_fp32.weights.mapping import Mapping
-from megatron_fp32.weights.model_map import ImportPlan, Mtp, Vision, plan_import
+from megatron_fp32.weights.mapping import TensorMapping
+from megatron_fp32.weights.source_record import SourceTensor
 
 RELEASE = "release"
 """Directory of a checkpoint that no trainer has touched: Megatron then asks for no optimizer state."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportPart(Part):
+    """A data file."""
+
+    mappings: list[TensorMapping]
 
 
 class ImportJob:
@@ -51,14 +60,15 @@ class ImportJob:
         vision: Vision,
         mtp: Mtp,
         max_part_bytes: int,
+        reopen: Opener,
     ) -> None:
         self.reader, self.plan, self._max_part_bytes = reader, plan, max_part_bytes
         self.options = {"vision": vision, "mtp": mtp, "max_part_bytes": max_part_bytes}
         self.sources = sources
-        self.claims = claims
-        self.parts: Sequence[Part] = self._cut()
+        self.claims, self.reopen = claims, reopen
+        self.parts: Sequence[ImportPart] = self._cut()
 
-    def run(self, part: Part, path: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, part: ImportPart, path: Path, tell: Tell) -> dict[str, Any]:
         """Write a data file; see `Job`."""
         digests = Digests()
 
@@ -71,7 +81,7 @@ class ImportJob:
             DataFile(path, checksums=False) as file,
             ReadBack(path, functools.partial(tell, "verify")) as read_back,
         ):
-            for mapping in part.steps:
+            for mapping in part.mappings:
                 written = []
                 for target, tensor in zip(mapping.megatron, self._megatron_tensors(mapping, digests), strict=True):
                     file.write(target.name, tensor, index=target.index, stack=target.stack)
@@ -84,7 +94,7 @@ class ImportJob:
 
     def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:
         """Write the objects, the metadata and the sidecar; see `Job`."""
-        common = common_state(self.plan.megatron_args())
+        common = common_state(megatron_args(self.plan.config))
         objects = f"__{len(self.parts)}_0.distcp"
         with staging.file(f"{RELEASE}/{objects}") as path, DataFile(path) as file:
             for key in self.plan.extra_states:
@@ -120,7 +130,7 @@ class ImportJob:
         )
         return tuple(name for name in self.plan.frequencies if not is_about(self.reader.read(name), expected))
 
-    def _megatron_tensors(self, mapping: Mapping, digests: Digests) -> tuple[Tensor, ...]:
+    def _megatron_tensors(self, mapping: TensorMapping, digests: Digests) -> tuple[Tensor, ...]:
         tensors = [self.reader.read(spec.name, spec.index) for spec in mapping.hf]
         for spec, tensor in zip(mapping.hf, tensors, strict=True):
             digests.add(spec.name, tensor, spec.index)
@@ -129,12 +139,12 @@ class ImportJob:
         except ValueError as error:
             raise CheckpointError(f"{self.reader.directory}: {error}") from error
 
-    def _nbytes(self, mapping: Mapping) -> int:
+    def _nbytes(self, mapping: TensorMapping) -> int:
         """Of its Hugging Face tensors."""
         return sum(self.reader.tensors[s.name].dtype.itemsize * torch.Size(s.shape).numel() for s in mapping.hf)
 
-    def _cut(self) -> list[Part]:
-        cuts: list[list[Mapping]] = [[]]
+    def _cut(self) -> list[ImportPart]:
+        cuts: list[list[TensorMapping]] = [[]]
         sizes = [0]
         for mapping in self.plan.mappings:
             nbytes = self._nbytes(mapping)
@@ -144,7 +154,7 @@ class ImportJob:
             cuts[-1].append(mapping)
             sizes[-1] += nbytes
         return [
-            Part(file=f"{RELEASE}/__{index}_0.distcp", nbytes=nbytes, steps=mappings)
+            ImportPart(file=f"{RELEASE}/__{index}_0.distcp", nbytes=nbytes, mappings=mappings)
             for index, (mappings, nbytes) in enumerate(zip(cuts, sizes, strict=True))
         ]
 
@@ -176,4 +186,5 @@ def open_import(hf_dir: Path, vision: Vision, mtp: Mtp, max_part_bytes: int) -> 
             vision=vision,
             mtp=mtp,
             max_part_bytes=max_part_bytes,
+            reopen=functools.partial(open_import, hf_dir, vision, mtp, max_part_bytes),
         )

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_fp32.weights import blocks
 from megatron_fp32.weights.hf_config.decoder import DecoderConfig, decoder_fields, require, text_config
 from megatron_fp32.weights.hf_config.sizes import LINEAR_ATTENTION_FIELDS
-from megatron_fp32.weights.mapping import Mapping
+from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.naming import Naming
 
 MODEL_TYPES = ("qwen3_5_text", "qwen3_5")
@@ -39,6 +39,6 @@ class Qwen35Config(DecoderConfig):
         return cls(**decoder_fields(config, text, names, partial_rotary_factor=0.25))
 
 
-def mappings(config: DecoderConfig, naming: Naming) -> Iterator[Mapping]:
+def mappings(config: DecoderConfig, naming: Naming) -> Iterator[TensorMapping]:
     """Every tensor of the model."""
     return blocks.decoder(config, naming, in_proj=blocks.separate_in_proj)

@@ -21,7 +21,7 @@ from megatron_fp32.weights.hf_config.decoder import (
     text_config,
 )
 from megatron_fp32.weights.hf_config.sizes import LINEAR_ATTENTION_FIELDS, MOE_FIELDS
-from megatron_fp32.weights.mapping import Mapping
+from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.naming import Naming
 
 MODEL_TYPES = ("qwen3_next",)
@@ -54,6 +54,6 @@ class Qwen3NextConfig(DecoderConfig):
         return cls(**fields, dense_layers=dense_layers(text))
 
 
-def mappings(config: DecoderConfig, naming: Naming) -> Iterator[Mapping]:
+def mappings(config: DecoderConfig, naming: Naming) -> Iterator[TensorMapping]:
     """Every tensor of the model."""
     return blocks.decoder(config, naming, in_proj=blocks.grouped_in_proj)

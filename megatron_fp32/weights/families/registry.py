@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_fp32.weights.families import llama, qwen3, qwen3_5, qwen3_5_moe, qwen3_moe, qwen3_next
 from megatron_fp32.weights.hf_config.decoder import DecoderConfig
-from megatron_fp32.weights.mapping import Mapping
+from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.naming import Naming
 
 
@@ -21,7 +21,7 @@ class Family:
     """In `config.json`: of the text model, and of the vision-language model around it."""
     parse: Callable[[dict[str, Any]], DecoderConfig]
     """The configuration in a parsed `config.json`. Raises ValueError for what is not implemented."""
-    mappings: Callable[[DecoderConfig, Naming], Iterator[Mapping]]
+    mappings: Callable[[DecoderConfig, Naming], Iterator[TensorMapping]]
     """Every tensor of a model, with one set of Megatron keys for each layer."""
 
 

@@ -9,9 +9,9 @@ from typing import Literal, get_args
 
 import torch
 
-from megatron_fp32.checkpoint.formats.huggingface import TensorInfo
 from megatron_fp32.ops.fp8.scales import SCALE_FORMATS, ScaleFormat, scale_dtype
 from megatron_fp32.validation import check_choice
+from megatron_fp32.weights.tensors import TensorInfo
 
 Layout = Literal["blockwise", "channelwise", "modelopt"]
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_fp32.checkpoint.formats.huggingface import TensorInfo
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.ops.fp8 import Quantized, quantize_blockwise, quantize_channelwise
 from megatron_fp32.ops.fp8.scales import scale_dtype
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme, is_quantized
+from megatron_fp32.weights.tensors import TensorInfo
 
 _FUSED = re.compile(r"(?P<experts>(?:.*\.)?experts\.)(?P<kind>gate_up_proj|down_proj)$")
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from megatron_fp32.checkpoint.compare import verify
 from megatron_fp32.checkpoint.compare.verify import verify_checkpoints
 from megatron_fp32.checkpoint.convert import export_checkpoint
-from megatron_fp32.checkpoint.formats.huggingface import INDEX, TensorInfo
+from megatron_fp32.checkpoint.formats.huggingface import INDEX
 from megatron_fp32.errors import CheckpointError
+from megatron_fp32.weights.tensors import TensorInfo
 from tests.checkpoint.compare.comparing import (
     Changes,
     altered,

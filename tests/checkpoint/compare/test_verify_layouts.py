@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megatron_fp32.checkpoint.compare.layouts import Entry, under_common_names
 from megatron_fp32.checkpoint.compare.verify import verify_checkpoints
-from megatron_fp32.checkpoint.formats.huggingface import TensorInfo
-from megatron_fp32.weights.mapping import ConcatRows, Mapping, Rename, SplitRows, ZeroCentred
-from megatron_fp32.weights.model_map import plan_model
+from megatron_fp32.weights.mapping import TensorMapping, concat_rows, rename, split_rows, zero_centred
+from megatron_fp32.weights.model_map import map_model
+from megatron_fp32.weights.tensors import TensorInfo
 from tests.checkpoint.compare.comparing import Changes, Tensors, altered, statuses_of, the_only, without_start
 from tests.checkpoint.conftest import Families
 from tests.checkpoint.support import stored_tensors
@@ -168,37 +168,37 @@ class TestCommonNames:
 
     @staticmethod
     def _pair(
-        a: Tensors, of_a: Sequence[Mapping], b: Tensors, of_b: Sequence[Mapping]
+        a: Tensors, of_a: Sequence[TensorMapping], b: Tensors, of_b: Sequence[TensorMapping]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        plan = plan_model(case("Llama").text_config().to_dict(), ["model.embed_tokens.weight"])
+        plan = map_model(case("Llama").text_config().to_dict(), ["model.embed_tokens.weight"])
         plans = [dataclasses.replace(plan, mappings=tuple(mappings)) for mappings in (of_a, of_b)]
         first, second = under_common_names(_entries(a), _entries(b), plans)
         return {n: e.read(()) for n, e in first.items()}, {n: e.read(()) for n, e in second.items()}
 
     def test_a_tensor_of_which_the_other_has_only_a_part_stays_whole(self) -> None:
         a, b = {"x": torch.rand(6, 3)}, {"y": torch.rand(2, 3), "z": torch.rand(3, 3)}
-        split = SplitRows("x", [("q", 2), ("k", 3), ("v", 1)], (3,))
-        pair = self._pair(a, [split], b, [Rename("y", "q", (2, 3)), Rename("z", "k", (3, 3))])
+        split = split_rows("x", [("q", 2), ("k", 3), ("v", 1)], (3,))
+        pair = self._pair(a, [split], b, [rename("y", "q", (2, 3)), rename("z", "k", (3, 3))])
         assert [entries.keys() for entries in pair] == [a.keys(), b.keys()]
 
     def test_other_names_alone_are_no_other_layout(self) -> None:
-        stacked = [Rename(name, "w", (3,)).place(hf=lambda spec: spec.in_stack(0, 1)) for name in "xy"]
+        stacked = [rename(name, "w", (3,)).place(hf=lambda spec: spec.in_stack(0, 1)) for name in "xy"]
         a, b = {"x": torch.rand(1, 3)}, {"y": torch.rand(1, 3)}
         assert [entries.keys() for entries in self._pair(a, stacked[:1], b, stacked[1:])] == [a.keys(), b.keys()]
-        several = [ConcatRows([(f"{name}1", 2), (f"{name}2", 3)], "w", (3,)) for name in "xy"]
+        several = [concat_rows([(f"{name}1", 2), (f"{name}2", 3)], "w", (3,)) for name in "xy"]
         a, b = ({f"{name}1": torch.rand(2, 3), f"{name}2": torch.rand(3, 3)} for name in "xy")
         assert [entries.keys() for entries in self._pair(a, several[:1], b, several[1:])] == [a.keys(), b.keys()]
 
     def test_a_change_that_cannot_be_undone_is_not_made(self) -> None:
         a, b = {"x": torch.rand(2, 3)}, {"y": torch.rand(3)}
-        stacked = Rename("x", "norm", (3,)).place(hf=lambda spec: spec.in_stack(0, 2))
-        pair = self._pair(a, [stacked], b, [ZeroCentred("y", "norm", (3,))])
+        stacked = rename("x", "norm", (3,)).place(hf=lambda spec: spec.in_stack(0, 2))
+        pair = self._pair(a, [stacked], b, [zero_centred("y", "norm", (3,))])
         assert [entries.keys() for entries in pair] == [a.keys(), b.keys()]
 
     def test_elements_that_are_left_can_be_read(self) -> None:
         a, b = {"x": torch.rand(2, 3)}, {"y": torch.rand(3)}
-        stacked = [Rename("x", f"w{i}", (3,)).place(hf=lambda spec, i=i: spec.in_stack(i, 2)) for i in range(2)]
-        pair = self._pair(b, [Rename("y", "w0", (3,))], a, stacked)
+        stacked = [rename("x", f"w{i}", (3,)).place(hf=lambda spec, i=i: spec.in_stack(i, 2)) for i in range(2)]
+        pair = self._pair(b, [rename("y", "w0", (3,))], a, stacked)
         assert [entries.keys() for entries in pair] == [{"y"}, {"y", "x[1]"}]
         assert torch.equal(pair[1]["y"], a["x"][0])
         assert torch.equal(pair[1]["x[1]"], a["x"][1])

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megatron_fp32.checkpoint.compare.verify import verify_checkpoints
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_fp32.checkpoint.formats.huggingface import TensorInfo
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.models import provider
@@ -22,6 +21,7 @@ from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
 from megatron_fp32.testing.training import Batch, Trainer, load_model
+from megatron_fp32.weights.tensors import TensorInfo
 from tests.checkpoint.compare.comparing import (
     altered,
     assert_differences,

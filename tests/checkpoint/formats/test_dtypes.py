@@ -15,14 +15,13 @@ from torch import Tensor
 from megatron_fp32.checkpoint.compare.difference import Comparison
 from megatron_fp32.checkpoint.compare.verify import verify_checkpoints
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_fp32.checkpoint.formats.huggingface import DTYPE_NAMES, DTYPES
 from megatron_fp32.checkpoint.formats.safetensors_writer import SafetensorsFile
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.inspect import inspect_checkpoint
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 from megatron_fp32.cli import main
 from megatron_fp32.errors import CheckpointError
-from megatron_fp32.weights.tensors import info_of
+from megatron_fp32.weights.tensors import DTYPE_NAMES, DTYPES, info_of
 from tests.checkpoint.compare.comparing import statuses_of, the_only
 from tests.checkpoint.support import bits, rewrite, stored_tensors, write_torch_dist
 from tests.families import case

@@ -33,9 +33,9 @@ from megatron_fp32.checkpoint.formats.files import parse_json
 from megatron_fp32.checkpoint.formats.huggingface import INDEX, HuggingFaceReader
 from megatron_fp32.checkpoint.formats.torch_dist import TRACKER, TorchDistReader
 from megatron_fp32.checkpoint.formats.torch_dist_writer import TorchDistWriter
+from megatron_fp32.checkpoint.plan import plan_import
 from megatron_fp32.checkpoint.sidecar import find_sidecar
 from megatron_fp32.errors import CheckpointError
-from megatron_fp32.weights.model_map import plan_import
 from megatron_fp32.weights.tensors import TensorInfo
 from tests.checkpoint.support import bits
 from tests.families import case

@@ -19,11 +19,11 @@ from megatron_fp32.checkpoint.formats.files import parse_json
 from megatron_fp32.checkpoint.formats.huggingface import INDEX, HuggingFaceReader
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.fp8 import detect_scheme, scheme_from_config
+from megatron_fp32.checkpoint.plan import plan_import
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 from megatron_fp32.checkpoint.sidecar import find_sidecar
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.models.provider import read_hf_config
-from megatron_fp32.weights.model_map import plan_import
 from megatron_fp32.weights.tensors import TensorInfo
 from tests.checkpoint.conftest import Source
 from tests.families import case, config_json
@@ -207,7 +207,7 @@ class TestSizes:
         directory = case("Qwen3-MoE, a dense layer").write(tmp_path / "hf")
         config = {**config_json(directory), **fields}
         (directory / "config.json").write_text(json.dumps(config))
-        monkeypatch.setattr("megatron_fp32.weights.blocks.Rename", None)
+        monkeypatch.setattr("megatron_fp32.weights.blocks.rename", None)
         with pytest.raises(CheckpointError, match=message) as caught:
             import_checkpoint(directory, tmp_path / "out")
         assert str(directory) in str(caught.value)

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM
 
-from megatron_fp32.checkpoint.formats.huggingface import DTYPE_NAMES, DTYPES, INDEX, HuggingFaceReader, TensorInfo
+from megatron_fp32.checkpoint.formats.huggingface import INDEX, HuggingFaceReader
 from megatron_fp32.checkpoint.formats.safetensors_file import read_header
 from megatron_fp32.checkpoint.formats.safetensors_writer import HuggingFaceWriter, SafetensorsFile
 from megatron_fp32.errors import CheckpointError
-from megatron_fp32.weights.tensors import info_of
+from megatron_fp32.weights.tensors import DTYPE_NAMES, DTYPES, TensorInfo, info_of
 from tests.checkpoint.conftest import Source
 from tests.checkpoint.support import bits, stored_tensors
 

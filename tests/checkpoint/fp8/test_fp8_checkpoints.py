@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_fp32.checkpoint.formats.files import to_disk
-from megatron_fp32.checkpoint.formats.huggingface import TensorInfo
 from megatron_fp32.checkpoint.formats.safetensors_file import read_header
 from megatron_fp32.checkpoint.fp8 import (
     detect_scheme,
@@ -29,6 +28,7 @@ from megatron_fp32.checkpoint.jobs import read_back
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.ops.fp8.reference import quantize_reference
+from megatron_fp32.weights.tensors import TensorInfo
 from tests.checkpoint.fp8.fp8_models import config_of, write_dense, written
 from tests.checkpoint.support import assets, bits, rewrite, tree
 

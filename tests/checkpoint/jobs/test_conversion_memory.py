@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fp32.checkpoint.formats.huggingface import TensorInfo
 from megatron_fp32.checkpoint.formats.safetensors_writer import HuggingFaceWriter
-from megatron_fp32.weights.model_map import plan_model
+from megatron_fp32.weights.model_map import map_model
+from megatron_fp32.weights.tensors import TensorInfo
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 65536, "hidden_size": 1024, "intermediate_size": 16384,
@@ -47,7 +47,7 @@ for convert in (
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("large")
     (directory / "config.json").write_text(json.dumps(CONFIG))
-    plan = plan_model(CONFIG, ["model.embed_tokens.weight", "lm_head.weight"], stacked=False)
+    plan = map_model(CONFIG, ["model.embed_tokens.weight", "lm_head.weight"], stacked=False)
     infos = {
         spec.name: TensorInfo(dtype=torch.bfloat16, shape=spec.shape)
         for mapping in plan.mappings
