@@ -59,6 +59,16 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 
+EXCEPTIONS = {
+    ("weights.hf_config.bounds", "weights.hf_config.decoder"): "annotates the dataclass whose fields it checks",
+    ("weights.hf_config.sizes", "weights.hf_config.decoder"): "annotates the dataclass whose fields it checks",
+    ("optimizer.float16", "checkpoint.formats.torch_dist_metadata"): "reads which optimizer states a checkpoint holds",
+}
+"""Imports that the rules below do not see, and why each of them stays."""
+
+FORMER = {"models": "build", "cli_compare": "cli", "terminal": "cli"}
+"""Rooms under the names that they had before."""
+
 WITHOUT_MEGATRON = [*OPS, "weights", "checkpoint", "config", "cli"]
 """Rooms that can be read, tested and used where megatron-core is not installed."""
 
@@ -102,13 +112,14 @@ def room_of(module: str) -> str:
     for length in range(len(parts), 0, -1):
         if (name := ".".join(parts[:length])) in ALLOWED:
             return name
-    return parts[0]
+    return FORMER.get(parts[0], parts[0])
 
 
 def refused(module: str, imported: set[str]) -> set[str]:
     """What a module imports and must not."""
     room = room_of(module)
-    return {name for name in imported if room_of(name) != room and room_of(name) not in ALLOWED.get(room, set())}
+    allowed = {room, *ALLOWED.get(room, set())}
+    return {name for name in imported if room_of(name) not in allowed and (module, name) not in EXCEPTIONS}
 
 
 def circle_in(graph: dict[str, set[str]]) -> list[str]:
@@ -131,7 +142,14 @@ def test_a_module_imports_what_its_room_may(module: str) -> None:
 
 
 def test_no_circle_between_modules() -> None:
-    assert not circle_in(GRAPH)
+    without = {name: {other for other in found if (name, other) not in EXCEPTIONS} for name, found in GRAPH.items()}
+    assert not circle_in(without)
+
+
+@pytest.mark.parametrize("exception", EXCEPTIONS, ids=" -> ".join)
+def test_every_exception_is_still_needed(exception: tuple[str, str]) -> None:
+    module, imported = exception
+    assert imported in GRAPH[module]
 
 
 def test_no_circle_in_the_table() -> None:
