@@ -250,4 +250,18 @@ NUMERICS = [
         new="if bad.numel():",
         test=f"{FP8}::TestInfinityAndNaN",
     ),
+    Mutant(
+        name="cut chunks that are longer than the largest",
+        file="ops/products/chunks.py",
+        old="step = min(-(-step // 128) * 128, largest // 128 * 128)",
+        new="step = -(-step // 128) * 128",
+        test=f"{PRODUCTS}::test_chunks_cover_everything_once",
+    ),
+    Mutant(
+        name="take a vocabulary that is larger than the weight",
+        file="ops/products/shard.py",
+        old="if total > columns * ranks:",
+        new="if False:",
+        test="tests/ops/test_logprobs_arguments.py::TestRefusals",
+    ),
 ]
