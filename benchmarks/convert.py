@@ -24,10 +24,11 @@ import click
 import numpy as np
 import torch
 
-from megatron_fp32.checkpoint.huggingface import HuggingFaceReader, TensorInfo
-from megatron_fp32.checkpoint.plan import plan_model
-from megatron_fp32.checkpoint.safetensors_writer import HuggingFaceWriter
-from megatron_fp32.models.mapping import TensorSpec
+from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
+from megatron_fp32.checkpoint.formats.safetensors_writer import HuggingFaceWriter
+from megatron_fp32.weights.model_map import map_model
+from megatron_fp32.weights.spec import TensorSpec
+from megatron_fp32.weights.tensors import TensorInfo
 
 CONFIG = {
     "model_type": "llama",
@@ -56,7 +57,7 @@ def make_source(directory: Path, gigabytes: float) -> None:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
     names = ["model.embed_tokens.weight", "lm_head.weight"]
-    specs = {s.name: s for m in plan_model(config, names, stacked=False).mappings for s in m.hf}
+    specs = {s.name: s for m in map_model(config, names, stacked=False).mappings for s in m.hf}
     infos = {name: TensorInfo(dtype=torch.bfloat16, shape=spec.shape) for name, spec in specs.items()}
     writer, random = HuggingFaceWriter(directory, infos), np.random.default_rng(0)
     for spec in specs.values():

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models.provider import transformer_config
-from megatron_fp32.models.qwen3_5 import Qwen35Config
 from megatron_fp32.models.specs import decoder_block_spec
 from megatron_fp32.ops.logits.reference import relative_error
 from megatron_fp32.testing.cpu import model_parallel, single_process
+from megatron_fp32.weights.families.qwen3_5 import Qwen35Config
 
 MODEL = Qwen35Config(
     vocab_size=1024,

@@ -31,7 +31,7 @@ import click
 import torch
 
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_fp32.checkpoint.torch_dist import TorchDistReader
+from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.testing.qwen3_5 import TINY_QWEN3_5, write_qwen3_5
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pretrain.py"

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_fp32.checkpoint.digests import digest
-from megatron_fp32.checkpoint.huggingface import HuggingFaceReader
+from megatron_fp32.checkpoint.formats.digests import digest
+from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.sidecar import find_sidecar
 from megatron_fp32.models.provider import read_hf_config
 from megatron_fp32.testing.cpu import cpu_megatron
@@ -220,13 +220,13 @@ def hf_station(directory: Path, megatron: Path) -> dict[str, Any]:
 
 def torch_dist_station(megatron: Path) -> dict[str, Any]:
     """The kept parameters in the imported checkpoint, in Hugging Face's convention."""
-    from megatron_fp32.checkpoint.export_job import exact_hf_tensors
-    from megatron_fp32.checkpoint.plan import plan_model
-    from megatron_fp32.checkpoint.torch_dist import TorchDistReader
+    from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
+    from megatron_fp32.checkpoint.jobs.export_job import exact_hf_tensors
+    from megatron_fp32.weights.model_map import map_model
 
     sidecar, reader = find_sidecar(megatron), TorchDistReader(megatron)
     found: dict[str, list[Tensor]] = {kind: [] for kind in KEPT}
-    for mapping in plan_model(sidecar.hf_config, sidecar.tensors.keys()).mappings:
+    for mapping in map_model(sidecar.hf_config, sidecar.tensors.keys()).mappings:
         for kind in KEPT:
             if mapping.megatron[0].name.endswith(kind):
                 stored = [reader.read(spec.name) for spec in mapping.megatron]

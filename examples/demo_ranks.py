@@ -13,13 +13,13 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_fp32 import Fp32Config, install_optimizer_repairs, model_provider
-from megatron_fp32.checkpoint.digests import digest
-from megatron_fp32.checkpoint.export_job import exact_hf_tensors
-from megatron_fp32.checkpoint.plan import plan_model
+from megatron_fp32.checkpoint.formats.digests import digest
+from megatron_fp32.checkpoint.jobs.export_job import exact_hf_tensors
 from megatron_fp32.checkpoint.sidecar import find_sidecar
 from megatron_fp32.models.provider import cpu_overrides, read_hf_config
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.training import Batch, Trainer, TrainerConfig
+from megatron_fp32.weights.model_map import map_model
 
 TENSOR_PARALLEL = 2
 KEPT = ("A_log", "out_norm.weight")
@@ -137,7 +137,7 @@ def describe_kept(model: torch.nn.Module, megatron_dir: Path) -> Station:
     parameters = dict(model.named_parameters())
     found: dict[str, list[Tensor]] = {name: [] for name in KEPT}
     dtypes: dict[str, set[torch.dtype]] = {name: set() for name in KEPT}
-    for mapping in plan_model(sidecar.hf_config, sidecar.tensors.keys()).mappings:
+    for mapping in map_model(sidecar.hf_config, sidecar.tensors.keys()).mappings:
         name = mapping.megatron[0].name
         kind = next((kind for kind in KEPT if name.endswith(kind)), None)
         if kind is not None:

@@ -37,8 +37,8 @@ from torch import Tensor
 
 from megatron_fp32 import check_fp32, install_optimizer_repairs
 from megatron_fp32.apply import pre_wrap_hook
-from megatron_fp32.arguments import add_fp32_arguments, fp32_config_from_args
 from megatron_fp32.config import Fp32Config
+from megatron_fp32.models.flags import add_fp32_arguments, fp32_config_from_args
 from megatron_fp32.models.provider import drop_unread_head, read_hf_config
 from megatron_fp32.models.specs import decoder_block_spec, mtp_block_spec
 

@@ -25,11 +25,11 @@ from megatron.core.utils import unwrap_model
 from torch import nn
 
 from megatron_fp32.config import Fp32Config, Weights, check_weights, config_or_default
+from megatron_fp32.gated_delta_net.layer import VARIANTS, check_gated_delta_net, to_fp32_gated_delta_net
+from megatron_fp32.kept_parameters.keep_in_fp32 import KeptParameter
 from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
-from megatron_fp32.ssm.gated_delta_net import VARIANTS, check_gated_delta_net, to_fp32_gated_delta_net
-from megatron_fp32.tensor_parallel.fused_loss import check_owner, set_fused_loss
-from megatron_fp32.tensor_parallel.output_layer import check_output_layer, to_fp32_output_layer
-from megatron_fp32.transformer.keep_in_fp32 import KeptParameter
+from megatron_fp32.output_layer.fused_loss import check_owner, set_fused_loss
+from megatron_fp32.output_layer.layer import check_output_layer, to_fp32_output_layer
 
 logger = logging.getLogger(__name__)
 

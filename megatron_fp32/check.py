@@ -14,12 +14,12 @@ from torch import nn
 
 from megatron_fp32.apply import Model, expected_heads, find_output_layers, named_chunks, why_no_vocabulary_head
 from megatron_fp32.config import Fp32Config, config_or_default
+from megatron_fp32.gated_delta_net.layer import Fp32GatedDeltaNet
+from megatron_fp32.kept_parameters.keep_in_fp32 import kept_parameters, kept_problems
 from megatron_fp32.optimizer.checks import communication_problems, offload_problems
 from megatron_fp32.optimizer.native_fp32 import pending_repairs
-from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
-from megatron_fp32.tensor_parallel.fused_loss import has_fused_loss
-from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
-from megatron_fp32.transformer.keep_in_fp32 import kept_parameters, kept_problems
+from megatron_fp32.output_layer.fused_loss import has_fused_loss
+from megatron_fp32.output_layer.layer import Fp32OutputLayer
 from megatron_fp32.validation import check_flag
 
 Chunks = list[tuple[str, nn.Module]]

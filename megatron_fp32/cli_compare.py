@@ -14,12 +14,12 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from megatron_fp32.checkpoint.difference import Largest, ValueDifference
-from megatron_fp32.checkpoint.findings import TensorDifference, VerifiedSide, VerifyReport
-from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, TensorInfo
-from megatron_fp32.checkpoint.inspection import Inspection, inspect_checkpoint
-from megatron_fp32.checkpoint.verify import verify_checkpoints
+from megatron_fp32.checkpoint.compare.difference import Largest, ValueDifference
+from megatron_fp32.checkpoint.compare.findings import TensorDifference, VerifiedSide, VerifyReport
+from megatron_fp32.checkpoint.compare.verify import verify_checkpoints
+from megatron_fp32.checkpoint.inspect import Inspection, inspect_checkpoint
 from megatron_fp32.terminal import ExistingDirectory, console, errors_exit, progress
+from megatron_fp32.weights.tensors import DTYPE_NAMES, TensorInfo
 
 _EXISTING = ExistingDirectory()
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from megatron_fp32.config import Fp32Config
-from megatron_fp32.models.qwen3_5 import Qwen35Config
 from megatron_fp32.testing.cpu import cpu_megatron
+from megatron_fp32.weights.families.qwen3_5 import Qwen35Config
 
 STOCK = Fp32Config(logits=False, gated_delta_net=())
 

@@ -25,13 +25,13 @@ from torch import nn
 from megatron_fp32.apply import apply_fp32, pre_wrap_hook
 from megatron_fp32.check import check_fp32
 from megatron_fp32.config import Fp32Config
+from megatron_fp32.gated_delta_net.layer import Fp32GatedDeltaNet
+from megatron_fp32.kept_parameters.keep_in_fp32 import kept_parameters
 from megatron_fp32.models import specs
 from megatron_fp32.models.provider import build_model, cpu_overrides, transformer_config
 from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
-from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
-from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
+from megatron_fp32.output_layer.layer import Fp32OutputLayer
 from megatron_fp32.testing.training import Batch, Trainer
-from megatron_fp32.transformer.keep_in_fp32 import kept_parameters
 from tests.support import STOCK, stock_model, tiny_qwen3_5
 
 pytestmark = pytest.mark.usefixtures("megatron")

@@ -16,9 +16,9 @@ from torch import nn
 from megatron_fp32.apply import apply_fp32
 from megatron_fp32.check import check_fp32
 from megatron_fp32.config import Fp32Config
+from megatron_fp32.kept_parameters.keep_in_fp32 import keep_in_fp32
 from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
 from megatron_fp32.testing.training import Trainer, TrainerConfig
-from megatron_fp32.transformer.keep_in_fp32 import keep_in_fp32
 from tests.support import stock_model
 
 pytestmark = pytest.mark.usefixtures("megatron")

@@ -10,8 +10,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from megatron_fp32 import cli
-from megatron_fp32.checkpoint.torch_dist import TorchDistReader
-from megatron_fp32.checkpoint.torch_dist_writer import TorchDistWriter
+from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
+from megatron_fp32.checkpoint.formats.torch_dist_writer import TorchDistWriter
 from tests.checkpoint.support import A_LOG, assets, stored_tensors, tree, write_small
 
 

@@ -18,7 +18,7 @@ from megatron_fp32.config import Fp32Config
 from megatron_fp32.models import specs
 from megatron_fp32.models.provider import cpu_overrides, transformer_config
 from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
-from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
+from megatron_fp32.output_layer.layer import Fp32OutputLayer
 from megatron_fp32.testing.training import Batch, Trainer
 from tests.support import STOCK, stock_model, tiny_qwen3_5
 

@@ -23,8 +23,8 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron_fp32 import cli
 from megatron_fp32.checkpoint import convert
 from megatron_fp32.checkpoint.convert import import_checkpoint
-from megatron_fp32.checkpoint.tensors import CheckpointError
-from megatron_fp32.checkpoint.torch_dist_writer import DataFile
+from megatron_fp32.checkpoint.formats.torch_dist_writer import DataFile
+from megatron_fp32.errors import CheckpointError
 from megatron_fp32.extras import MissingPackageError
 from megatron_fp32.models.provider import read_hf_config, transformer_config
 from megatron_fp32.models.specs import decoder_block_spec, mtp_block_spec
@@ -288,7 +288,7 @@ class TestNames:
         message = _refused("import", hf, tmp_path / "out")
         for part in (f"{hf}: ", "'gemma3_text'", "Gemma3ForCausalLM", "Qwen3-MoE (qwen3_moe,", "Llama (llama)"):
             assert part in message
-        assert "list it in megatron_fp32/models/families.py" in message
+        assert "megatron_fp32/weights/families/ and list it in registry.py" in message
 
     @pytest.mark.parametrize("name", ["mtp.layers.x.norm.weight", "mtp.layers.-1.norm.weight", "mtp.layers."])
     def test_an_mtp_layer_without_a_number(self, tmp_path: Path, name: str) -> None:

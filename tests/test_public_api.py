@@ -1,38 +1,73 @@
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import importlib.resources
 import inspect
+import subprocess
+import sys
 
 import pytest
 
 import megatron_fp32
 
+# What someone who trains, converts or samples looks for; a name that is added here belongs into docs/api.md, too.
 NAMES = [
+    "CheckpointError",
     "Fp32Config",
     "Fp32GatedDeltaNet",
     "Fp32OutputLayer",
+    "Fp8Scheme",
+    "__version__",
+    "add_fp32_arguments",
     "apply_fp32",
     "check_fp32",
     "export_checkpoint",
+    "fp32_config_from_args",
     "fp32_logits",
     "import_checkpoint",
+    "inspect_checkpoint",
     "install_optimizer_repairs",
     "keep_in_fp32",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "logprobs_processor",
     "model_provider",
+    "named_scheme",
+    "pre_wrap_hook",
+    "quantize_checkpoint",
     "to_fp32_output_layer",
+    "verify_checkpoints",
+    "weighted_cross_entropy",
 ]
 
 
 def test_the_public_names_are_these() -> None:
-    assert megatron_fp32.__all__ == NAMES
+    assert sorted(megatron_fp32.__all__) == NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("__")])
 def test_every_name_is_there_and_documented(name: str) -> None:
     thing = getattr(megatron_fp32, name)
     assert inspect.getmodule(thing).__name__.startswith("megatron_fp32.")
     assert inspect.getdoc(thing)
-    assert name in dir(megatron_fp32)
+
+
+def test_completion_shows_the_public_names_alone() -> None:
+    program = "import megatron_fp32; print(*[name for name in dir(megatron_fp32) if not name.startswith('_')])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [name for name in NAMES if not name.startswith("_")]
+
+
+def test_static_types_know_the_same_names() -> None:
+    tree = ast.parse(inspect.getsource(megatron_fp32))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    typed = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert typed == {name: f"megatron_fp32.{module}" for name, module in megatron_fp32._MODULES.items()}
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert megatron_fp32.__version__ == importlib.metadata.version("megatron_fp32")
 
 
 def test_a_star_import_gives_exactly_these() -> None:

@@ -13,15 +13,17 @@ import torch
 
 from megatron_fp32 import validation
 from megatron_fp32.apply import apply_fp32, pre_wrap_hook
-from megatron_fp32.arguments import add_fp32_arguments, fp32_config_from_args
 from megatron_fp32.check import check_fp32
+from megatron_fp32.checkpoint.compare.findings import VerifyReport
+from megatron_fp32.checkpoint.compare.verify import verify_checkpoints
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_fp32.checkpoint.findings import VerifyReport
 from megatron_fp32.checkpoint.fp8 import Fp8Scheme, named_scheme
-from megatron_fp32.checkpoint.inspection import inspect_checkpoint
+from megatron_fp32.checkpoint.inspect import inspect_checkpoint
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
-from megatron_fp32.checkpoint.verify import verify_checkpoints
 from megatron_fp32.config import Fp32Config
+from megatron_fp32.gated_delta_net.layer import Fp32GatedDeltaNet
+from megatron_fp32.kept_parameters.keep_in_fp32 import keep_in_fp32
+from megatron_fp32.models.flags import add_fp32_arguments, fp32_config_from_args
 from megatron_fp32.models.provider import (
     build_model,
     cpu_overrides,
@@ -31,14 +33,12 @@ from megatron_fp32.models.provider import (
 )
 from megatron_fp32.ops.logits import fp32_logits
 from megatron_fp32.ops.logprobs import linear_cross_entropy, linear_logprobs, weighted_cross_entropy
-from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
-from megatron_fp32.tensor_parallel.logprobs import logprobs_processor
-from megatron_fp32.tensor_parallel.output_layer import to_fp32_output_layer
+from megatron_fp32.output_layer.layer import to_fp32_output_layer
+from megatron_fp32.output_layer.logprobs_processor import logprobs_processor
 from megatron_fp32.testing.cpu import model_parallel, single_process
 from megatron_fp32.testing.qwen3_5 import write_qwen3_5
 from megatron_fp32.testing.ranks import RankPool
 from megatron_fp32.testing.training import Batch, TrainerConfig
-from megatron_fp32.transformer.keep_in_fp32 import keep_in_fp32
 from tests.support import tiny_qwen3_5
 
 NO_FLAGS = ("false", "no", 0, 1, None)

@@ -15,10 +15,10 @@ import stat
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePath
 
-from megatron_fp32.checkpoint.directory import is_adapter_file, link_target, refuse_pointers
+from megatron_fp32.checkpoint.formats.directory import is_adapter_file, link_target, refuse_pointers
+from megatron_fp32.checkpoint.formats.torch_dist import TRACKER
 from megatron_fp32.checkpoint.quantization_claims import CLAIM_FILES
-from megatron_fp32.checkpoint.tensors import CheckpointError
-from megatron_fp32.checkpoint.torch_dist import TRACKER
+from megatron_fp32.errors import CheckpointError
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5")
 """Ends of the names of weights."""

@@ -12,19 +12,21 @@ from typing import Any
 import torch
 
 from megatron_fp32.checkpoint.assets import assets_of, copy_files
-from megatron_fp32.checkpoint.digests import Digests
+from megatron_fp32.checkpoint.formats.digests import Digests
+from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
+from megatron_fp32.checkpoint.formats.safetensors_writer import cut_into_shards, shard_names, write_index
 from megatron_fp32.checkpoint.fp8.config import described_scheme, write_configs
 from megatron_fp32.checkpoint.fp8.detect import SCALES, read_quantization_config
-from megatron_fp32.checkpoint.fp8.scheme import LAYOUTS, Fp8Scheme, named_scheme
-from megatron_fp32.checkpoint.fp8.tensors import fp8_infos, infos_of, partial_blocks, quantize_tensor
-from megatron_fp32.checkpoint.huggingface import DTYPE_NAMES, CheckpointError, HuggingFaceReader, TensorInfo
-from megatron_fp32.checkpoint.jobs import Part, Progress, Tell, described, run_job
-from megatron_fp32.checkpoint.kind import check_direction, read_config, refuse_adapter
+from megatron_fp32.checkpoint.identify import check_direction, read_config, refuse_adapter
+from megatron_fp32.checkpoint.jobs.read_back import SafetensorsPart
+from megatron_fp32.checkpoint.jobs.run import Part, Progress, Tell, described, run_job
+from megatron_fp32.checkpoint.jobs.staging import Staging, check_output
 from megatron_fp32.checkpoint.quantization_claims import RECIPE, find_claims
-from megatron_fp32.checkpoint.read_back import SafetensorsPart
-from megatron_fp32.checkpoint.safetensors_writer import cut_into_shards, shard_names, write_index
-from megatron_fp32.checkpoint.staging import Staging, check_output
+from megatron_fp32.errors import CheckpointError
 from megatron_fp32.validation import check_callable, check_count, check_path
+from megatron_fp32.weights.fp8.scheme import LAYOUTS, Fp8Scheme, named_scheme
+from megatron_fp32.weights.fp8.tensors import fp8_infos, infos_of, partial_blocks, quantize_tensor
+from megatron_fp32.weights.tensors import DTYPE_NAMES, TensorInfo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,21 +21,16 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.assets import assets_of, copy_files, sidecar_assets_of
-from megatron_fp32.checkpoint.digests import Digests, compare, digest
-from megatron_fp32.checkpoint.directory import refuse_pointers
-from megatron_fp32.checkpoint.files import read_json_object
-from megatron_fp32.checkpoint.huggingface import (
-    DTYPE_NAMES,
-    DTYPES,
-    CheckpointError,
-    HuggingFaceReader,
-    TensorInfo,
-)
+from megatron_fp32.checkpoint.formats.digests import Digests, compare, digest
+from megatron_fp32.checkpoint.formats.directory import refuse_pointers
+from megatron_fp32.checkpoint.formats.files import read_json_object
+from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
+from megatron_fp32.checkpoint.formats.safetensors_writer import HuggingFaceWriter
+from megatron_fp32.checkpoint.formats.torch_dist import find_checkpoint
+from megatron_fp32.checkpoint.jobs.staging import Staging
 from megatron_fp32.checkpoint.plan import ImportPlan
-from megatron_fp32.checkpoint.safetensors_writer import HuggingFaceWriter
-from megatron_fp32.checkpoint.staging import Staging
-from megatron_fp32.checkpoint.tensors import is_possible_shape
-from megatron_fp32.checkpoint.torch_dist import find_checkpoint
+from megatron_fp32.errors import CheckpointError
+from megatron_fp32.weights.tensors import DTYPE_NAMES, DTYPES, TensorInfo, is_possible_shape
 
 DIRECTORY = "hf_source"
 

@@ -1,1 +1,1 @@
-"""Model families (no Megatron import) and the specs and providers that build them (Megatron)."""
+"""Megatron models with fp32 layers: layer specs, the model provider, command-line flags."""

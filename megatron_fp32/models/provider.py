@@ -15,17 +15,17 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
-from megatron_fp32.checkpoint.directory import why_no_config, why_no_directory
-from megatron_fp32.checkpoint.kind import read_config
+from megatron_fp32.checkpoint.formats.directory import why_no_config, why_no_directory
+from megatron_fp32.checkpoint.identify import read_config
 from megatron_fp32.config import Fp32Config, config_or_default
-from megatron_fp32.models.decoder import LINEAR, DecoderConfig
-from megatron_fp32.models.families import find_family
-from megatron_fp32.models.sizes import LINEAR_ATTENTION_FIELDS
 from megatron_fp32.models.specs import decoder_block_spec, mtp_block_spec
 from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
-from megatron_fp32.tensor_parallel.fused_loss import set_fused_loss
-from megatron_fp32.tensor_parallel.output_layer import to_fp32_output_layer
+from megatron_fp32.output_layer.fused_loss import set_fused_loss
+from megatron_fp32.output_layer.layer import to_fp32_output_layer
 from megatron_fp32.validation import check_count, check_flag, check_path
+from megatron_fp32.weights.families.registry import find_family
+from megatron_fp32.weights.hf_config.decoder import LINEAR, DecoderConfig
+from megatron_fp32.weights.hf_config.sizes import LINEAR_ATTENTION_FIELDS
 
 
 def read_hf_config(hf_dir: str | Path) -> DecoderConfig:

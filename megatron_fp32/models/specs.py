@@ -36,8 +36,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_fp32.apply import pre_wrap_hook
 from megatron_fp32.config import Fp32Config, config_or_default
 from megatron_fp32.extras import MissingPackageError, missing
-from megatron_fp32.ssm.gated_delta_net import VARIANTS, Fp32GatedDeltaNet
-from megatron_fp32.transformer.norm import PreLinearRMSNorm, RMSNorm
+from megatron_fp32.gated_delta_net.layer import VARIANTS, Fp32GatedDeltaNet
+from megatron_fp32.gated_delta_net.norm import PreLinearRMSNorm, RMSNorm
 
 
 def decoder_block_spec(

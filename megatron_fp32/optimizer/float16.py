@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
-from megatron_fp32.checkpoint.torch_dist_metadata import read_metadata
+from megatron_fp32.checkpoint.formats.torch_dist_metadata import read_metadata
 from megatron_fp32.optimizer.replaced import replaced
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_fp32.checkpoint.convert import import_checkpoint
-from tests.checkpoint.comparing import altered
+from tests.checkpoint.compare.comparing import altered
 from tests.checkpoint.support import example_tensors, write_small, write_torch_dist
 from tests.families import Case, case, unfuse
 

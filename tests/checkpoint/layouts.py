@@ -19,7 +19,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
-from megatron_fp32.checkpoint.torch_dist import TorchDistReader
+from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models import provider
 from megatron_fp32.testing.cpu import model_parallel

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_fp32.checkpoint.torch_dist import TorchDistReader
-from megatron_fp32.checkpoint.torch_dist_writer import TorchDistWriter
+from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
+from megatron_fp32.checkpoint.formats.torch_dist_writer import TorchDistWriter
 from megatron_fp32.testing.qwen3_5 import write_qwen3_5
 from tests.families import Case
 

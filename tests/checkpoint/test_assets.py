@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_fp32.checkpoint.fp8 import named_scheme
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
-from megatron_fp32.checkpoint.tensors import CheckpointError
 from megatron_fp32.cli import main
+from megatron_fp32.errors import CheckpointError
 from tests.checkpoint.support import tree
 from tests.families import case
 

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM
 
-from megatron_fp32.checkpoint import read_back
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_fp32.checkpoint.files import to_disk
-from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader
-from megatron_fp32.checkpoint.safetensors_writer import SafetensorsFile
-from megatron_fp32.checkpoint.torch_dist_writer import DataFile
+from megatron_fp32.checkpoint.formats.files import to_disk
+from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
+from megatron_fp32.checkpoint.formats.safetensors_writer import SafetensorsFile
+from megatron_fp32.checkpoint.formats.torch_dist_writer import DataFile
+from megatron_fp32.checkpoint.jobs import read_back
+from megatron_fp32.errors import CheckpointError
 from tests.checkpoint.conftest import Source
 from tests.checkpoint.support import A_LOG, EVEN, NORM, assets, resave, rewrite, stored_tensors, tree, write_small
 

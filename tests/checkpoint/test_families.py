@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader
-from megatron_fp32.checkpoint.torch_dist import TorchDistReader
-from megatron_fp32.checkpoint.torch_dist_writer import TorchDistWriter
+from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
+from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
+from megatron_fp32.checkpoint.formats.torch_dist_writer import TorchDistWriter
+from megatron_fp32.errors import CheckpointError
 from tests.checkpoint.support import assets, rewrite, stored_tensors
 from tests.families import CASES, Case, case
 

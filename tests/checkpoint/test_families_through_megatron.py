@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_fp32.checkpoint.convert import export_checkpoint
-from megatron_fp32.checkpoint.huggingface import HuggingFaceReader
+from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.plan import plan_import
 from megatron_fp32.models import provider
 from megatron_fp32.testing.ranks import RankPool

@@ -24,9 +24,9 @@ from megatron.core.rerun_state_machine import RerunStateMachine
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
-from megatron_fp32.checkpoint.common_state import Opaque, read_common_state
 from megatron_fp32.checkpoint.convert import export_checkpoint
-from megatron_fp32.checkpoint.torch_dist import TRACKER, TorchDistReader, known_non_model_entries
+from megatron_fp32.checkpoint.formats.common_state import Opaque, read_common_state
+from megatron_fp32.checkpoint.formats.torch_dist import TRACKER, TorchDistReader, known_non_model_entries
 from megatron_fp32.models import provider
 from megatron_fp32.optimizer import native_fp32
 from megatron_fp32.testing.cpu import model_parallel

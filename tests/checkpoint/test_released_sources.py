@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_fp32.checkpoint.compare.verify import verify_checkpoints
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_fp32.checkpoint.huggingface import INDEX, CheckpointError, HuggingFaceReader
-from megatron_fp32.checkpoint.inspection import inspect_checkpoint
+from megatron_fp32.checkpoint.formats.huggingface import INDEX, HuggingFaceReader
+from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
+from megatron_fp32.checkpoint.inspect import inspect_checkpoint
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
-from megatron_fp32.checkpoint.torch_dist import TorchDistReader
-from megatron_fp32.checkpoint.verify import verify_checkpoints
 from megatron_fp32.cli import main
-from tests.checkpoint.comparing import statuses_of
+from megatron_fp32.errors import CheckpointError
+from tests.checkpoint.compare.comparing import statuses_of
 from tests.checkpoint.support import resave, rewrite, stored_tensors
 from tests.families import case
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_fp32.checkpoint.digests import digest
-from megatron_fp32.checkpoint.huggingface import CheckpointError
+from megatron_fp32.checkpoint.formats.digests import digest
 from megatron_fp32.checkpoint.sidecar import find_sidecar, fits
+from megatron_fp32.errors import CheckpointError
 from tests.checkpoint.conftest import Source
 from tests.checkpoint.support import stored_tensors
 from tests.families import case

@@ -19,15 +19,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import metadata
 
-from megatron_fp32.checkpoint import torch_dist, torch_file
-from megatron_fp32.checkpoint.digests import Digests, digest
-from megatron_fp32.checkpoint.files import Section
-from megatron_fp32.checkpoint.huggingface import HuggingFaceReader, TensorInfo
-from megatron_fp32.checkpoint.safetensors_writer import HuggingFaceWriter
-from megatron_fp32.checkpoint.torch_dist import TorchDistReader
-from megatron_fp32.checkpoint.torch_dist_writer import DataFile, TorchDistWriter, digest_of_chunk
+from megatron_fp32.checkpoint.formats import torch_dist, torch_file
+from megatron_fp32.checkpoint.formats.digests import Digests, digest
+from megatron_fp32.checkpoint.formats.files import Section
+from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
+from megatron_fp32.checkpoint.formats.safetensors_writer import HuggingFaceWriter
+from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
+from megatron_fp32.checkpoint.formats.torch_dist_writer import DataFile, TorchDistWriter, digest_of_chunk
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
+from megatron_fp32.weights.tensors import TensorInfo
 
 _STACK = (2, 3)
 _INDICES = list(itertools.product(range(2), range(3)))

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_fp32.checkpoint.convert import export_checkpoint
-from megatron_fp32.checkpoint.huggingface import CheckpointError
-from megatron_fp32.checkpoint.torch_dist import TorchDistReader
+from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.config import Fp32Config
+from megatron_fp32.errors import CheckpointError
 from megatron_fp32.testing.qwen3_5 import load_qwen3_5
 from megatron_fp32.testing.ranks import RankPool
 from tests.checkpoint.conftest import Source

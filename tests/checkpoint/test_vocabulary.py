@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_fp32.checkpoint.compare.verify import verify_checkpoints
 from megatron_fp32.checkpoint.convert import export_checkpoint
+from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.fp8 import named_scheme
-from megatron_fp32.checkpoint.huggingface import CheckpointError
-from megatron_fp32.checkpoint.torch_dist import TorchDistReader
-from megatron_fp32.checkpoint.verify import verify_checkpoints
-from megatron_fp32.checkpoint.vocabulary import CutRows
 from megatron_fp32.cli import main
-from tests.checkpoint.comparing import statuses_of, the_only
+from megatron_fp32.errors import CheckpointError
+from megatron_fp32.weights.vocabulary import CutRows
+from tests.checkpoint.compare.comparing import statuses_of, the_only
 from tests.checkpoint.conftest import Families
 from tests.checkpoint.support import resave, stored_tensors
 from tests.families import case, config_json

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_fp32.checkpoint.digests import digest
+from megatron_fp32.checkpoint.formats.digests import digest
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models.provider import build_model, cpu_overrides, transformer_config
 from megatron_fp32.optimizer import native_fp32

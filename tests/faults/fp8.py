@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from faults.mutant import Mutant
 
-FP8_FILES = "tests/checkpoint/test_fp8.py"
-FP8_LOADING = "tests/checkpoint/test_fp8_loading.py"
-CLAIMS = "tests/checkpoint/test_quantization_claims.py"
+FP8_FILES = "tests/weights/test_fp8.py"
+FP8_LOADING = "tests/checkpoint/fp8/test_fp8_loading.py"
+CLAIMS = "tests/checkpoint/fp8/test_quantization_claims.py"
 
 FP8 = [
     Mutant(
         name="quantize the router",
-        file="checkpoint/fp8/scheme.py",
+        file="weights/fp8/scheme.py",
         old='(?:gate|up|down)_proj)"',
         new='(?:gate|up|down)(?:_proj)?)"',
         test=f"{FP8_FILES}::TestWhichTensors",
     ),
     Mutant(
         name="quantize whatever has two dimensions",
-        file="checkpoint/fp8/scheme.py",
+        file="weights/fp8/scheme.py",
         old="if not QUANTIZED.fullmatch(module):",
         new="if False:",
         test=f"{FP8_LOADING}::test_a_head_under_another_name_keeps_its_bytes",
     ),
     Mutant(
         name="quantize the projections of a tower",
-        file="checkpoint/fp8/scheme.py",
+        file="weights/fp8/scheme.py",
         old="if not QUANTIZED.fullmatch(module):",
         new="if not QUANTIZED.search(module):",
         test=f"{FP8_FILES}::TestWhichTensors",
@@ -53,14 +53,14 @@ FP8 = [
     ),
     Mutant(
         name="take a block with fewer columns for a full one",
-        file="checkpoint/fp8/tensors.py",
+        file="weights/fp8/tensors.py",
         old="and any(size % block for size, block in zip(info.shape, scheme.block, strict=True))",
         new="and info.shape[0] % scheme.block[0]",
         test=f"{FP8_LOADING}::TestPartialBlocks",
     ),
     Mutant(
         name="leave a quantization in the config of a bf16 export",
-        file="checkpoint/export_job.py",
+        file="checkpoint/jobs/export_job.py",
         old="remove_claims(staging.output, self._hf_config)",
         new="pass",
         test=f"{CLAIMS}::TestBf16",
@@ -88,14 +88,14 @@ FP8 = [
     ),
     Mutant(
         name="lay tensors into a file in the order of their declaration",
-        file="checkpoint/safetensors_writer.py",
+        file="checkpoint/formats/safetensors_writer.py",
         old="{name: tensors[name] for name in by_alignment(tensors)}",
         new="dict(tensors)",
-        test="tests/checkpoint/test_huggingface.py",
+        test="tests/checkpoint/formats/test_huggingface.py",
     ),
     Mutant(
         name="read a list for compressed-tensors as one of prefixes",
-        file="checkpoint/fp8/scheme.py",
+        file="weights/fp8/scheme.py",
         old="else entry == module",
         new="else module.startswith(entry)",
         test=f"{FP8_FILES}::TestWhichTensors",

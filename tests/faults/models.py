@@ -8,20 +8,20 @@ MEGATRON = "tests/checkpoint/test_through_megatron.py"
 CONVERT = "tests/checkpoint/test_convert.py"
 FAMILIES = "tests/checkpoint/test_families.py"
 THROUGH = "tests/checkpoint/test_families_through_megatron.py"
-ROTARY = "tests/models/test_rotary.py"
+ROTARY = "tests/weights/test_rotary.py"
 LOADS = "tests/checkpoint/test_parallel_loads.py::test_every_byte_reaches_every_rank_and_comes_back"
 
 MODELS = [
     Mutant(
         name="swap beta and alpha",
-        file="models/blocks.py",
+        file="weights/blocks.py",
         old='for name in ("beta", "alpha")]',
         new='for name in ("alpha", "beta")]',
         test=f"{THROUGH}::TestParity::test_one_rank",
     ),
     Mutant(
         name="swap gate and up",
-        file="models/blocks.py",
+        file="weights/blocks.py",
         old='[(f"{source}gate_proj.weight", ffn), (f"{source}up_proj.weight", ffn)]',
         new='[(f"{source}up_proj.weight", ffn), (f"{source}gate_proj.weight", ffn)]',
         test=f"{MEGATRON}::TestParity::test_one_rank",
@@ -35,39 +35,39 @@ MODELS = [
     ),
     Mutant(
         name="take transposed experts for others",
-        file="models/naming.py",
+        file="weights/naming.py",
         old="return len(gate_up) == len(down) == 3 and",
         new="return False and",
         test=f"{FAMILIES}::test_every_byte_comes_back",
     ),
     Mutant(
         name="ignore the exact originals",
-        file="models/mapping.py",
-        old="    invertible = False",
-        new="    invertible = True",
+        file="weights/mapping.py",
+        old='return self.rule != "minus_one"',
+        new="return True",
         test=f"{CONVERT}::TestRoundTrip",
     ),
     Mutant(
         name="swap the embedding's norm and the hidden state's in front of the MTP layer",
-        file="models/blocks.py",
-        old='yield Rename(f"{MTP}pre_fc_norm_embedding.weight", f"{megatron}enorm.weight", (hidden,))\n'
-        '    yield Rename(f"{MTP}pre_fc_norm_hidden.weight", f"{megatron}hnorm.weight", (hidden,))',
-        new='yield Rename(f"{MTP}pre_fc_norm_embedding.weight", f"{megatron}hnorm.weight", (hidden,))\n'
-        '    yield Rename(f"{MTP}pre_fc_norm_hidden.weight", f"{megatron}enorm.weight", (hidden,))',
+        file="weights/blocks.py",
+        old='yield rename(f"{MTP}pre_fc_norm_embedding.weight", f"{megatron}enorm.weight", (hidden,))\n'
+        '    yield rename(f"{MTP}pre_fc_norm_hidden.weight", f"{megatron}hnorm.weight", (hidden,))',
+        new='yield rename(f"{MTP}pre_fc_norm_embedding.weight", f"{megatron}hnorm.weight", (hidden,))\n'
+        '    yield rename(f"{MTP}pre_fc_norm_hidden.weight", f"{megatron}enorm.weight", (hidden,))',
         test=f"{THROUGH}::TestMultiTokenPrediction",
     ),
     Mutant(
         name="take q, k and v as they come instead of by group",
-        file="models/blocks.py",
-        old="yield ConcatRows(rows, qkv, (hidden,), groups=groups)",
-        new="yield ConcatRows(rows, qkv, (hidden,))",
+        file="weights/blocks.py",
+        old="yield concat_rows(rows, qkv, (hidden,), groups=groups)",
+        new="yield concat_rows(rows, qkv, (hidden,))",
         test=f"{THROUGH}::TestParity",
     ),
     Mutant(
         name="take q, k, v and z as they come instead of by key head",
-        file="models/blocks.py",
-        old='yield SplitRows(f"{source}in_proj_qkvz.weight", qkvz, row, groups=groups)',
-        new='yield SplitRows(f"{source}in_proj_qkvz.weight", qkvz, row)',
+        file="weights/blocks.py",
+        old='yield split_rows(f"{source}in_proj_qkvz.weight", qkvz, row, groups=groups)',
+        new='yield split_rows(f"{source}in_proj_qkvz.weight", qkvz, row)',
         test=f"{THROUGH}::TestParity",
     ),
     Mutant(
@@ -108,35 +108,35 @@ MODELS = [
     ),
     Mutant(
         name="let rope_parameters win over rope_scaling",
-        file="models/rotary.py",
+        file="weights/hf_config/rotary.py",
         old='chosen = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"',
         new='chosen = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"',
         test=f"{ROTARY}::test_what_no_model_of_transformers_has_is_refused",
     ),
     Mutant(
         name="let a rope_theta beside the parameters win over the one in them",
-        file="models/rotary.py",
+        file="weights/hf_config/rotary.py",
         old='rope.setdefault("rope_theta", text["rope_theta"])',
         new='rope["rope_theta"] = text["rope_theta"]',
         test=f"{ROTARY}::test_the_frequencies_are_those_of_transformers",
     ),
     Mutant(
         name="tie by the text model's config",
-        file="models/decoder.py",
+        file="weights/hf_config/decoder.py",
         old='"tie_word_embeddings": config.get("tie_word_embeddings", False)',
         new='"tie_word_embeddings": config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))',
         test=f"{ROTARY}::test_the_outer_config_ties_and_the_text_config_rotates",
     ),
     Mutant(
         name="take heads that their groups do not divide",
-        file="models/sizes.py",
+        file="weights/hf_config/sizes.py",
         old="is_right = values[1] < 1 or values[0] % values[1] == 0",
         new="is_right = True",
-        test="tests/models/test_families.py::test_sizes_that_no_model_has_are_refused",
+        test="tests/weights/test_families.py::test_sizes_that_no_model_has_are_refused",
     ),
     Mutant(
         name="cut the fraction off a rotary base",
-        file="models/decoder.py",
+        file="weights/hf_config/decoder.py",
         old="if not float(self.rope_theta).is_integer():",
         new="if False:",
         test="tests/models/test_provider.py::test_a_rotary_base_with_a_fraction_has_no_flag",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from faults.mutant import Mutant
 
 OPS = "tests/ops/test_logits.py"
-RANKS = "tests/tensor_parallel/test_ranks.py"
+RANKS = "tests/output_layer/test_ranks.py"
 PRODUCTS = "tests/ops/test_products.py"
-EDGES = "tests/tensor_parallel/test_edge_cases.py"
+EDGES = "tests/output_layer/test_edge_cases.py"
 MAIN_GRAD = "tests/ops/test_main_grad.py"
 FP8 = "tests/ops/test_fp8.py"
 
@@ -38,7 +38,7 @@ NUMERICS = [
         file="ops/logits/ranks.py",
         old='"""Begin the sum; it overlaps with what is still computed."""',
         new="self.partial = self.partial.bfloat16().float()",
-        test="tests/ops tests/tensor_parallel",
+        test="tests/ops tests/output_layer",
     ),
     Mutant(
         name="skip grad_added_to_main_grad",
@@ -94,7 +94,7 @@ NUMERICS = [
         file="ops/logits/autograd.py",
         old="                needs_weight = False",
         new="                pass",
-        test="tests/tensor_parallel/test_deferred.py",
+        test="tests/output_layer/test_deferred.py",
     ),
     Mutant(
         name="declare the wrong dtype",

@@ -14,10 +14,10 @@ from megatron_fp32.apply import apply_fp32
 from megatron_fp32.check import check_fp32
 from megatron_fp32.checkpoint.convert import export_checkpoint
 from megatron_fp32.config import Fp32Config
+from megatron_fp32.kept_parameters.keep_in_fp32 import kept_parameters
 from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
 from megatron_fp32.testing.qwen3_5 import load_qwen3_5
 from megatron_fp32.testing.training import Batch, Trainer, TrainerConfig, load_model
-from megatron_fp32.transformer.keep_in_fp32 import kept_parameters
 from tests.gpu.models import build
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_megatron")]

@@ -16,15 +16,15 @@ from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from transformers.models.qwen3_5 import Qwen3_5TextConfig
 
 from megatron_fp32.config import Fp32Config
+from megatron_fp32.gated_delta_net.layer import Fp32GatedDeltaNet
 from megatron_fp32.models import provider, specs
-from megatron_fp32.models.decoder import FULL, LINEAR, DecoderConfig
-from megatron_fp32.models.families import find_family
-from megatron_fp32.models.rotary import Llama3RopeScaling
 from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
-from megatron_fp32.ssm.gated_delta_net import Fp32GatedDeltaNet
-from megatron_fp32.tensor_parallel.output_layer import Fp32OutputLayer
+from megatron_fp32.output_layer.layer import Fp32OutputLayer
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
+from megatron_fp32.weights.families.registry import find_family
+from megatron_fp32.weights.hf_config.decoder import FULL, LINEAR, DecoderConfig
+from megatron_fp32.weights.hf_config.rotary import Llama3RopeScaling
 from tests.families import case
 from tests.support import tiny_qwen3_5
 

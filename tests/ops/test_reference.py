@@ -55,11 +55,11 @@ assert not [name for name in sys.modules if name.startswith("megatron.")]
     rooms = [
         "megatron_fp32.ops.logits.reference",
         "megatron_fp32.checkpoint.convert",
-        "megatron_fp32.checkpoint.huggingface",
-        "megatron_fp32.checkpoint.torch_dist",
-        "megatron_fp32.models.mapping",
-        "megatron_fp32.models.qwen3_5",
-        "megatron_fp32.transformer.keep_in_fp32",
+        "megatron_fp32.checkpoint.formats.huggingface",
+        "megatron_fp32.checkpoint.formats.torch_dist",
+        "megatron_fp32.weights.mapping",
+        "megatron_fp32.weights.families.qwen3_5",
+        "megatron_fp32.kept_parameters.keep_in_fp32",
         "megatron_fp32.testing.ranks",
         "megatron_fp32.cli",
     ]

@@ -8,9 +8,9 @@ import megatron.core
 import pytest
 import torch
 
+from megatron_fp32.kept_parameters.keep_in_fp32 import kept_parameters
 from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
 from megatron_fp32.testing.training import TrainerConfig
-from megatron_fp32.transformer.keep_in_fp32 import kept_parameters
 from tests.distributed import jobs
 
 

@@ -2,8 +2,8 @@
 
 from megatron_fp32.checkpoint.fp8.config import extra_files, quantization_config, scheme_from_config
 from megatron_fp32.checkpoint.fp8.detect import detect_scheme, scheme_of_tensors
-from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, is_quantized, named_scheme
-from megatron_fp32.checkpoint.fp8.tensors import expert_parts, fp8_infos, partial_blocks, quantize_tensor
+from megatron_fp32.weights.fp8.scheme import Fp8Scheme, is_quantized, named_scheme
+from megatron_fp32.weights.fp8.tensors import expert_parts, fp8_infos, partial_blocks, quantize_tensor
 
 __all__ = [
     "Fp8Scheme",

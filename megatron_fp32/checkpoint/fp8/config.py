@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, named_scheme
-from megatron_fp32.checkpoint.huggingface import CheckpointError, TensorInfo
 from megatron_fp32.checkpoint.quantization_claims import remove_claims, write_config
-from megatron_fp32.models.naming import PREFIXES
+from megatron_fp32.errors import CheckpointError
+from megatron_fp32.weights.fp8.scheme import Fp8Scheme, named_scheme
+from megatron_fp32.weights.naming import PREFIXES
+from megatron_fp32.weights.tensors import TensorInfo
 
 MODELOPT_FILE = "hf_quant_config.json"
 _MODELOPT_ALGORITHM = "FP8_PER_CHANNEL_PER_TOKEN"

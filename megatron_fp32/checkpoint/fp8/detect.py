@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from megatron_fp32.checkpoint.directory import existing_directory, refuse_pointers
-from megatron_fp32.checkpoint.files import read_json_object
+from megatron_fp32.checkpoint.formats.directory import existing_directory, refuse_pointers
+from megatron_fp32.checkpoint.formats.files import read_json_object
+from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.fp8.config import MODELOPT_FILE, scheme_from_config
-from megatron_fp32.checkpoint.fp8.scheme import Fp8Scheme, Layout
-from megatron_fp32.checkpoint.huggingface import CheckpointError, HuggingFaceReader, TensorInfo
-from megatron_fp32.checkpoint.plan import naming
+from megatron_fp32.errors import CheckpointError, checkpoint_named
 from megatron_fp32.ops.fp8.scales import ScaleFormat
+from megatron_fp32.weights.fp8.scheme import Fp8Scheme, Layout
+from megatron_fp32.weights.tensors import TensorInfo
 
 SCALES = (".weight_scale_inv", ".weight_scale")
 
@@ -32,11 +33,11 @@ def detect_scheme(directory: str | Path) -> Fp8Scheme:
     refuse_pointers([directory / "config.json", directory / MODELOPT_FILE])
     config = read_quantization_config(directory)
     if any(directory.glob("*.safetensors")):
-        with HuggingFaceReader(directory) as reader, naming(directory):
+        with HuggingFaceReader(directory) as reader, checkpoint_named(directory):
             return scheme_of_tensors(reader.tensors, config)
     if config is None:
         raise CheckpointError(f"{directory} holds neither weights nor a config that says how they are quantized")
-    with naming(directory):
+    with checkpoint_named(directory):
         return scheme_from_config(config)
 
 

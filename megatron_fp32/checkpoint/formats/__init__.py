@@ -1,0 +1,1 @@
+"""Readers and writers of files: safetensors, `torch_dist`, PyTorch's pickles."""

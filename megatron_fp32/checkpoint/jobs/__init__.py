@@ -1,0 +1,1 @@
+"""Conversions as restartable jobs with several processes."""

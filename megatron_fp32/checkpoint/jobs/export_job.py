@@ -1,0 +1,286 @@
+"""`torch_dist` -> Hugging Face: each part is a safetensors file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_fp32.checkpoint.formats.digests import Digests
+from megatron_fp32.checkpoint.formats.safetensors_writer import cut_into_shards, shard_names, write_index
+from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader, known_non_model_entries
+from megatron_fp32.checkpoint.fp8.config import described_scheme, write_configs
+from megatron_fp32.checkpoint.identify import check_direction
+from megatron_fp32.checkpoint.jobs.read_back import SafetensorsPart
+from megatron_fp32.checkpoint.jobs.run import Part, Tell, described
+from megatron_fp32.checkpoint.jobs.staging import Staging
+from megatron_fp32.checkpoint.quantization_claims import find_claims, remove_claims, write_config
+from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, find_sidecar, fits
+from megatron_fp32.errors import CheckpointError, checkpoint_named, listing
+from megatron_fp32.weights.families.registry import find_family
+from megatron_fp32.weights.fp8.scheme import Fp8Scheme
+from megatron_fp32.weights.fp8.tensors import fp8_infos, infos_of, quantize_element
+from megatron_fp32.weights.mapping import TensorMapping
+from megatron_fp32.weights.model_map import ModelMap, map_trained_model
+from megatron_fp32.weights.tensors import TensorInfo
+from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY, CutRows, rows_above, with_vocab_size
+
+ExportDtype = Literal["trained", "source"]
+"""What a parameter that was trained in fp32 from a 16-bit source leaves as: F32, or rounded to what it came as."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dtypes:
+    """What every exported tensor will be."""
+
+    infos: Mapping[str, TensorInfo]
+    rounded: tuple[str, ...]
+    """Fewer bits in the Megatron checkpoint than in the source."""
+    widened: tuple[str, ...]
+    """F32 in the Megatron checkpoint, with values that the source's dtype cannot hold."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """See `export_checkpoint`."""
+
+    megatron_dir: Path
+    source: Path | None
+    allow_rounded: bool
+    dtype: ExportDtype
+    fp8: Fp8Scheme | None
+    max_shard_bytes: int
+    vocab_size: int | None = None
+
+
+class ExportJob:
+    """An export, open in one process. Made by `open_export`."""
+
+    def __init__(
+        self,
+        reader: TorchDistReader,
+        sidecar: Sidecar,
+        carried: CarriedTensors,
+        options: ExportOptions,
+        dtypes: Dtypes | None,
+    ) -> None:
+        self.reader, self.sidecar, self._carried, self._options = reader, sidecar, carried, options
+        # Before anything is read: what changes from here on is noticed.
+        self.sources = {"checkpoint": described(reader.directory), "sidecar": described(sidecar.directory)}
+        present = {n: i for n, i in reader.tensors.items() if n not in known_non_model_entries([n])}
+        self._hf_config = self._exported_config()
+        with checkpoint_named(reader.directory):
+            self.plan: ModelMap = map_trained_model(
+                self._hf_config, {n: t.info for n, t in sidecar.tensors.items()}, present
+            )
+        self.claims = find_claims(sidecar.directory / "assets", sidecar.hf_config)
+        if options.vocab_size is None:
+            sidecar.check_shapes(self.plan.hf_shapes)
+        self._originals = sidecar.originals()
+        self.dtypes = dtypes or self._decide_dtypes()
+        self.infos = self.dtypes.infos if options.fp8 is None else fp8_infos(self.dtypes.infos, options.fp8)
+        self.options = {
+            "dtype": options.dtype,
+            "fp8": None if options.fp8 is None else described_scheme(options.fp8),
+            "max_shard_bytes": options.max_shard_bytes,
+            "vocab_size": options.vocab_size,
+        }
+        self.parts: Sequence[Part] = self._cut()
+
+    def run(self, part: Part, path: Path, tell: Tell) -> dict[str, Any]:
+        """Write a safetensors file; see `Job`."""
+        outputs, mappings, carried = part.steps
+        digests = Digests()
+        cut: dict[str, CutRows] = {}
+        with SafetensorsPart(path, {name: self.infos[name] for name in outputs}, digests, tell) as file:
+            for mapping in mappings:
+                for spec, tensor in zip(mapping.hf, self._hf_tensors(mapping, cut), strict=True):
+                    self._write(file, spec.name, spec.index, tensor)
+            for name in carried:
+                self._write(file, name, (), self._carried.read(name))
+            file.finish()
+        return {"digests": digests.to_json(), "cut_rows": {n: dataclasses.asdict(rows) for n, rows in cut.items()}}
+
+    def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:
+        """Write the index and the files that are no weights; see `Job`."""
+        self.sidecar.copy_assets(staging.output)
+        if self._options.vocab_size is not None:
+            write_config(staging.output, self._hf_config)
+        if self._options.fp8 is None:
+            remove_claims(staging.output, self._hf_config)
+        else:
+            write_configs(staging.output, self._hf_config, self.infos, self._options.fp8)
+        write_index(staging.output, {part.file: part.steps[0] for part in self.parts}, self.infos)
+
+    def unchanged(self, records: Sequence[dict[str, Any]]) -> int:
+        """How many tensors are what they were in the source, byte for byte, from the records of the parts."""
+        digests = Digests()
+        for record in records:
+            digests.merge(record["digests"])
+        wanted = {**self.sidecar.tensors, **self.sidecar.carried}
+        return sum(name in wanted and wanted[name].digest == value for name, value in digests.by_name().items())
+
+    @staticmethod
+    def cut_rows(records: Sequence[dict[str, Any]]) -> dict[str, CutRows]:
+        """The rows above the vocabulary that are not zero and were not exported, from the records of the parts."""
+        return {name: CutRows(**rows) for record in records for name, rows in record["cut_rows"].items()}
+
+    def _exported_config(self) -> dict[str, Any]:
+        """The source's `config.json`, with the vocabulary that is asked for."""
+        config, vocab_size = self.sidecar.hf_config, self._options.vocab_size
+        if vocab_size is None:
+            return config
+        stored = [self.reader.tensors[name].shape[0] for name in PADDED_VOCABULARY if name in self.reader.tensors]
+        if stored and vocab_size > min(stored):
+            raise CheckpointError(
+                f"{self.reader.directory}: vocab_size={vocab_size} is more than the {min(stored)} rows of the "
+                "vocabulary in the checkpoint"
+            )
+        return with_vocab_size(config, vocab_size, find_family(config).parse(config).vocab_size)
+
+    def _write(self, file: SafetensorsPart, name: str, index: tuple[int, ...], tensor: Tensor) -> None:
+        for output, at, value in self._quantized(name, index, tensor.to(self.dtypes.infos[name].dtype)):
+            file.write(output, value, at)
+
+    def _quantized(
+        self, name: str, index: tuple[int, ...], tensor: Tensor
+    ) -> list[tuple[str, tuple[int, ...], Tensor]]:
+        if self._options.fp8 is None:
+            return [(name, index, tensor)]
+        return quantize_element(name, self.dtypes.infos[name], index, tensor, self._options.fp8)
+
+    def _hf_tensors(self, mapping: TensorMapping, cut: dict[str, CutRows] | None = None) -> tuple[Tensor, ...]:
+        """The mapping's Hugging Face tensors, in the dtype that the checkpoint holds (or the originals').
+
+        `cut` takes in the rows that are left out and not zero.
+        """
+        tensors = []
+        for spec in mapping.megatron:
+            tensor = self.reader.read(spec.name, spec.index)
+            if spec.name in PADDED_VOCABULARY:
+                rows = rows_above(tensor, spec.shape[0]) if cut is not None else None
+                if cut is not None and rows is not None:
+                    cut[spec.name] = rows
+                tensor = tensor[: spec.shape[0]]
+            tensors.append(tensor)
+        return exact_hf_tensors(mapping, tensors, self._originals)
+
+    def _decide_dtypes(self) -> Dtypes:
+        infos: dict[str, TensorInfo] = {}
+        rounded: dict[str, None] = {}
+        widened: dict[str, None] = {}
+        for mapping in self.plan.mappings:
+            stored = {self.reader.tensors[spec.name].dtype for spec in mapping.megatron}
+            sources = {
+                spec.name: dataclasses.replace(self.sidecar.tensors[spec.name].info, shape=spec.stored_shape)
+                for spec in mapping.hf
+            }
+            infos.update({name: info for name, info in sources.items() if name not in widened})
+            if mapping.invertible and stored == {info.dtype for info in sources.values()}:
+                continue
+            for (name, info), tensor in zip(sources.items(), self._hf_tensors(mapping), strict=True):
+                is_original = (
+                    not mapping.invertible and tensor.dtype == info.dtype and tensor is self._originals.get(name)
+                )
+                if is_original or (torch.float32 in stored and fits(tensor, info.dtype)):
+                    continue
+                if stored == {torch.float32}:
+                    # One element of a stack is enough to widen all of it.
+                    widened[name] = None
+                    if self._options.dtype == "trained":
+                        infos[name] = TensorInfo(dtype=torch.float32, shape=info.shape)
+                else:
+                    rounded[name] = None
+        if rounded and not self._options.allow_rounded:
+            raise CheckpointError(
+                f"{self.reader.directory}: these tensors were rounded, the checkpoint holds fewer bits of them than "
+                f"the source: {listing(list(rounded))}. --allow-rounded exports them all the same"
+            )
+        infos |= {name: tensor.info for name, tensor in self.sidecar.carried.items()}
+        return Dtypes(infos=infos, rounded=tuple(rounded), widened=tuple(widened))
+
+    def _cut(self) -> list[Part]:
+        sources: list[tuple[list[str], list[TensorMapping], list[str]]] = [
+            *((names, mappings, []) for names, mappings in _connected(self.plan.mappings)),
+            *(([name], [], [name]) for name in self.sidecar.carried),
+        ]
+        outputs = [[output for name in names for output in self._outputs(name)] for names, _, _ in sources]
+        shards = cut_into_shards(outputs, self.infos, self._options.max_shard_bytes)
+        place = {output: index for index, shard in enumerate(shards) for output in shard}
+        mappings: list[list[TensorMapping]] = [[] for _ in shards]
+        carried: list[list[str]] = [[] for _ in shards]
+        for group, (_, of_group, names) in zip(outputs, sources, strict=True):
+            mappings[place[group[0]]] += of_group
+            carried[place[group[0]]] += names
+        return [
+            Part(
+                file=file, nbytes=sum(self.infos[name].nbytes for name in shards[i]),
+                steps=(shards[i], mappings[i], carried[i]),
+            )
+            for i, file in enumerate(shard_names(len(shards)))
+        ]  # fmt: skip
+
+    def _outputs(self, name: str) -> list[str]:
+        """Names of what a tensor leaves as."""
+        if self._options.fp8 is None:
+            return [name]
+        return list(infos_of(name, self.dtypes.infos[name], self._options.fp8))
+
+
+@contextlib.contextmanager
+def open_export(options: ExportOptions, dtypes: Dtypes | None = None) -> Iterator[ExportJob]:
+    """Raises as `export_checkpoint`, before anything is written. `dtypes` from another process: finding them reads."""
+    check_direction("export", options.megatron_dir, "megatron", f"import {options.megatron_dir} MEGATRON_DIR")
+    reader = TorchDistReader(options.megatron_dir)
+    sidecar = find_sidecar(options.megatron_dir, options.source)
+    sidecar.check_assets()
+    with sidecar.open_carried() as carried:
+        yield ExportJob(reader, sidecar, carried, options, dtypes)
+
+
+def exact_hf_tensors(
+    mapping: TensorMapping, megatron: Sequence[Tensor], originals: dict[str, Tensor]
+) -> tuple[Tensor, ...]:
+    """`mapping.to_hf`, or the originals where the Megatron tensors are still what an import made of them.
+
+    Args:
+        mapping: the tensors' mapping.
+        megatron: the Megatron tensors, in the order of `mapping.megatron`.
+        originals: exact Hugging Face tensors by name, for mappings that are not invertible.
+    """
+    names = [spec.name for spec in mapping.hf]
+    if not mapping.invertible and all(name in originals for name in names):
+        imported = mapping.to_megatron([originals[name] for name in names])
+        if all(_same_values(a, b) for a, b in zip(imported, megatron, strict=True)):
+            return tuple(originals[name] for name in names)
+    return mapping.to_hf(megatron)
+
+
+def _connected(mappings: Sequence[TensorMapping]) -> list[tuple[list[str], list[TensorMapping]]]:
+    """Hugging Face tensors that must be in one file because one mapping writes to all of them, and those mappings."""
+    groups: list[tuple[list[str], list[TensorMapping]]] = []
+    place: dict[str, int] = {}
+    for mapping in mappings:
+        names = list(dict.fromkeys(spec.name for spec in mapping.hf))
+        known = sorted({place[name] for name in names if name in place})
+        if not known:
+            groups.append(([], []))
+            known = [len(groups) - 1]
+        into = groups[known[0]]
+        for other in known[1:]:
+            into[0].extend(groups[other][0])
+            into[1].extend(groups[other][1])
+            groups[other] = ([], [])
+        into[0].extend(name for name in names if name not in place)
+        into[1].append(mapping)
+        place.update(dict.fromkeys(into[0], known[0]))
+    return [group for group in groups if group[0]]
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.float().view(torch.int32), b.float().view(torch.int32))

@@ -1,0 +1,34 @@
+"""The error that readers and converters of checkpoints raise, and what messages are made of."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or converted. The message names the file and the tensors."""
+
+
+def summary(error: BaseException, limit: int = 200) -> str:
+    """An error in at most `limit` characters and its class: a damaged file may put itself into the message."""
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def listing(names: Sequence[str], limit: int = 8) -> str:
+    """The first `limit` names and the number of the others."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, and {len(names) - limit} more"
+
+
+@contextlib.contextmanager
+def checkpoint_named(directory: Path) -> Iterator[None]:
+    """Put the directory in front of the message of a CheckpointError or a ValueError from the block."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error

@@ -1,0 +1,1 @@
+"""Parameters that stay fp32 through every cast of the model around them."""

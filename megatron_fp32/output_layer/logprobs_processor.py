@@ -1,0 +1,88 @@
+"""Log-probs, entropy and top-k out of GPTModel's forward pass, by its `output_processor` (megatron-core >= 0.18)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+from torch import Tensor, nn
+
+from megatron_fp32.kept_parameters.fp32_calls import count_fp32_call
+from megatron_fp32.ops.logprobs import Logprobs, linear_logprobs
+from megatron_fp32.ops.logprobs.options import Backward
+from megatron_fp32.output_layer.layer import Fp32OutputLayer, check_plain_product
+from megatron_fp32.validation import check_choice, check_count, check_flag
+
+
+def logprobs_processor(
+    *,
+    temperature: float | Tensor = 1.0,
+    mean_logit: bool = False,
+    top_k: int = 0,
+    backward: Backward = "recompute",
+    chunk_size: int | None = None,
+) -> Callable[..., Logprobs]:
+    """An `output_processor` for `GPTModel.forward`, which then returns `Logprobs` of shape [b, s] instead of a loss.
+
+    `model(input_ids, position_ids, attention_mask, labels=labels, output_processor=logprobs_processor())`. The output
+    layer must be an `Fp32OutputLayer`, whose configuration says the rest: `grad_precision`, `invariant`, `vocab_size`.
+    Earlier releases have no such argument; there the loss with `fused_loss` is the negative log-prob.
+
+    Args:
+        temperature: a positive number, or one for each token, [b, s].
+        mean_logit: see `linear_logprobs`.
+        top_k: see `linear_logprobs`; [b, s, top_k].
+        backward: see `linear_logprobs`.
+        chunk_size: see `linear_logprobs`.
+
+    Raises:
+        TypeError: for an argument of another type; from the forward pass, for another output layer.
+        ValueError: for an argument with a value that is not allowed; from the forward pass, without labels, or for an
+            output layer with a bias or a subclass that changes logits; and what `linear_logprobs` raises.
+    """
+
+    check_flag("mean_logit", mean_logit)
+    check_count("top_k", top_k, least=0)
+    check_choice("backward", backward, get_args(Backward))
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
+
+    def process(
+        *,
+        hidden_states: Tensor,
+        output_layer: nn.Module,
+        output_weight: Tensor | None,
+        labels: Tensor | None,
+        scale_logits: Callable[[Any], Any] | None = None,
+        **others: Any,
+    ) -> Logprobs:
+        if not isinstance(output_layer, Fp32OutputLayer):
+            raise TypeError(
+                f"expected an Fp32OutputLayer, got {type(output_layer).__qualname__}: call apply_fp32 first"
+            )
+        if labels is None:
+            raise ValueError("log-probs need labels, got None")
+        check_plain_product(output_layer)
+        heat = temperature.t().contiguous() if isinstance(temperature, Tensor) else temperature
+
+        def use(layer: Any, hidden: Tensor, weight: Tensor | None) -> Logprobs:
+            count_fp32_call(layer)
+            return linear_logprobs(
+                hidden,
+                layer.weight_for_products(weight),
+                labels.t().contiguous(),
+                temperature=heat,
+                # MuP's scale, which Megatron gives as a function of the logits.
+                scale=1.0 if scale_logits is None else float(scale_logits(1.0)),
+                backward=backward,
+                mean_logit=mean_logit,
+                top_k=top_k,
+                chunk_size=chunk_size,
+                **layer.head_arguments(),
+            )
+
+        result = output_layer(hidden_states, weight=output_weight, use=use)
+        columns = [None if x is None else x.transpose(0, 1).contiguous() for x in result]
+        return Logprobs(*columns)  # type: ignore[arg-type]
+
+    return process

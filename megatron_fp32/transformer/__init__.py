@@ -1,1 +1,0 @@
-"""Parts of a transformer layer, and the parameters in it that stay fp32."""

@@ -1,0 +1,1 @@
+"""Which weights an FP8 checkpoint quantizes, and under which names."""

@@ -1,0 +1,300 @@
+"""How Hugging Face's tensors and Megatron's hold the same values: rows of one are rows of the other.
+
+A `TensorMapping` joins one or more Hugging Face tensors to one or more Megatron tensors. It is data: runs of rows, and
+a rule for the values. Both directions, and which rows a shard holds, follow from the runs. Family files make mappings
+with the functions of this module (`rename`, `concat_rows`, ...). Names are full checkpoint keys, and shapes are global
+(not per rank).
+
+Where a checkpoint stacks many tensors into one (experts, and layers that are all alike), each element of the stack has
+a mapping of its own, so that a converter has one expert in memory instead of all experts of a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_fp32.weights.spec import Shape, TensorSpec
+
+ValueRule = Literal["same", "transposed", "minus_one"]
+"""What Megatron stores: the same matrix, its transpose, or w - 1 in fp32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowRun:
+    """Rows that follow each other in a Hugging Face tensor and in a Megatron tensor.
+
+    Rows are the first axis of the Megatron tensor. A transposed Hugging Face tensor is transposed before it is cut.
+    """
+
+    hf: int
+    """Which of `TensorMapping.hf`."""
+    hf_start: int
+    megatron: int
+    """Which of `TensorMapping.megatron`."""
+    megatron_start: int
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorMapping:
+    """Hugging Face tensors and Megatron tensors that hold the same rows.
+
+    Raises:
+        ValueError: when the runs do not fill every tensor of both sides.
+    """
+
+    hf: tuple[TensorSpec, ...]
+    megatron: tuple[TensorSpec, ...]
+    runs: tuple[RowRun, ...]
+    """Two runs over the same Megatron rows are copies of each other on the Hugging Face side, such as tied weights."""
+    rule: ValueRule = "same"
+
+    def __post_init__(self) -> None:
+        axis = -1 if self.rule == "transposed" else 0
+        for at, spec in enumerate(self.hf):
+            _check_filled(spec, spec.shape[axis], [(r.hf_start, r.rows) for r in self.runs if r.hf == at])
+        for at, spec in enumerate(self.megatron):
+            _check_filled(spec, spec.shape[0], {(r.megatron_start, r.rows) for r in self.runs if r.megatron == at})
+
+    @property
+    def invertible(self) -> bool:
+        """`to_hf(to_megatron(x))` equals x bit for bit, for every x.
+
+        `minus_one` is not: fl(fl(w - 1) + 1) differs from w for most fp32 values below 0.5, so a converter keeps the
+        original next to the checkpoint.
+        """
+        return self.rule != "minus_one"
+
+    def place(
+        self,
+        *,
+        hf: Callable[[TensorSpec], TensorSpec] | None = None,
+        megatron: Callable[[TensorSpec], TensorSpec] | None = None,
+    ) -> TensorMapping:
+        """The same rows of tensors that lie somewhere else, such as in a stack."""
+        return dataclasses.replace(
+            self,
+            hf=tuple(map(hf, self.hf)) if hf else self.hf,
+            megatron=tuple(map(megatron, self.megatron)) if megatron else self.megatron,
+        )
+
+    def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The Megatron tensors, in the order of `megatron`, from the tensors of `hf`.
+
+        A tensor that is one run of rows is a view of its source, or the source itself.
+
+        Raises:
+            ValueError: when copies on the Hugging Face side have different bits.
+        """
+        if self.rule == "minus_one":
+            tensors = [tensor.float() - 1 for tensor in tensors]
+        elif self.rule == "transposed":
+            tensors = [tensor.t() for tensor in tensors]
+        found = []
+        for at in range(len(self.megatron)):
+            pieces: dict[tuple[int, int], Tensor] = {}
+            for run in self.runs:
+                if run.megatron == at:
+                    place, rows = (run.megatron_start, run.rows), _rows(tensors[run.hf], run.hf_start, run.rows)
+                    if not _same_bits(pieces.setdefault(place, rows), rows):
+                        raise ValueError(self._different_copies(at, run))
+            found.append(_joined(pieces))
+        return tuple(tensor.contiguous() for tensor in found) if self.rule == "transposed" else tuple(found)
+
+    def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The Hugging Face tensors, in the order of `hf`, from the tensors of `megatron`; views as in `to_megatron`."""
+        found = [
+            _joined(
+                {
+                    (run.hf_start, run.rows): _rows(tensors[run.megatron], run.megatron_start, run.rows)
+                    for run in self.runs
+                    if run.hf == at
+                }
+            )
+            for at in range(len(self.hf))
+        ]
+        if self.rule == "minus_one":
+            return tuple(tensor.float() + 1 for tensor in found)
+        return tuple(tensor.t().contiguous() for tensor in found) if self.rule == "transposed" else tuple(found)
+
+    def runs_in_shard(self, megatron: int, start: int, stop: int) -> tuple[RowRun, ...]:
+        """The runs that rows `start` to `stop` of a Megatron tensor hold, such as a tensor-parallel rank has.
+
+        Args:
+            megatron: which of `TensorMapping.megatron`.
+            start, stop: rows of the whole tensor.
+
+        Returns:
+            Runs whose `megatron_start` counts from the first row of the shard.
+        """
+        found = []
+        for run in self.runs:
+            first, last = max(run.megatron_start, start), min(run.megatron_start + run.rows, stop)
+            if run.megatron == megatron and first < last:
+                hf_start = run.hf_start + first - run.megatron_start
+                cut = dataclasses.replace(run, hf_start=hf_start, megatron_start=first - start, rows=last - first)
+                found.append(cut)
+        return tuple(found)
+
+    def _different_copies(self, megatron: int, run: RowRun) -> str:
+        first = next(r for r in self.runs if (r.megatron, r.megatron_start) == (megatron, run.megatron_start))
+        return (
+            f"{self.hf[run.hf].name} and {self.hf[first.hf].name} have other values, and config.json ties them; set "
+            "tie_word_embeddings to false there to convert both"
+        )
+
+
+def _check_filled(spec: TensorSpec, rows: int, runs: Iterable[tuple[int, int]]) -> None:
+    end = 0
+    for start, count in sorted(runs):
+        if start != end or count < 0:
+            raise ValueError(f"{spec}: a run of {count} rows starts at row {start}, expected row {end}")
+        end += count
+    if end != rows:
+        raise ValueError(f"{spec}: the runs have {end} rows, expected {rows}")
+
+
+def _rows(tensor: Tensor, start: int, rows: int) -> Tensor:
+    return tensor if rows == tensor.shape[0] else tensor.narrow(0, start, rows)
+
+
+def _joined(pieces: dict[tuple[int, int], Tensor]) -> Tensor:
+    """Pieces by (first row, rows), one after another; a single piece is not copied."""
+    ordered = [pieces[place] for place in sorted(pieces)]
+    return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a is b or torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+# The vocabulary of the family files
+
+
+def rename(hf: str, megatron: str, shape: Shape) -> TensorMapping:
+    """One tensor on each side, the same values."""
+    return _one_to_one(hf, megatron, shape, shape, "same")
+
+
+def transposed(hf: str, megatron: str, shape: tuple[int, int]) -> TensorMapping:
+    """A matrix that Hugging Face stores transposed; `shape` is the Megatron tensor's."""
+    return _one_to_one(hf, megatron, shape[::-1], shape, "transposed")
+
+
+def zero_centred(hf: str, megatron: str, shape: Shape) -> TensorMapping:
+    """A norm weight w that Megatron stores as w - 1, in fp32. `to_hf` returns w in fp32."""
+    return _one_to_one(hf, megatron, shape, shape, "minus_one")
+
+
+def _one_to_one(hf: str, megatron: str, hf_shape: Shape, shape: Shape, rule: ValueRule) -> TensorMapping:
+    return TensorMapping(
+        hf=(TensorSpec(name=hf, shape=hf_shape),),
+        megatron=(TensorSpec(name=megatron, shape=shape),),
+        runs=(RowRun(hf=0, hf_start=0, megatron=0, megatron_start=0, rows=shape[0]),),
+        rule=rule,
+    )
+
+
+def shared(hf: Sequence[str], megatron: str, shape: Shape) -> TensorMapping:
+    """Hugging Face tensors that are one Megatron tensor, such as a tied embedding that is stored as head too.
+
+    Args:
+        hf: names.
+        megatron: name.
+        shape: of all of them.
+    """
+    return TensorMapping(
+        hf=tuple(TensorSpec(name=name, shape=shape) for name in hf),
+        megatron=(TensorSpec(name=megatron, shape=shape),),
+        runs=tuple(RowRun(hf=at, hf_start=0, megatron=0, megatron_start=0, rows=shape[0]) for at in range(len(hf))),
+    )
+
+
+def split_rows(hf: str, parts: Sequence[tuple[str, int]], row_shape: Shape, *, groups: int = 1) -> TensorMapping:
+    """One Hugging Face tensor whose row blocks are separate Megatron tensors.
+
+    With `groups` the blocks recur: the Hugging Face tensor is [first of group 0 | second of group 0 | ... | first of
+    group 1 | ...], as `in_proj_qkvz` of Qwen3-Next, and a Megatron tensor has the blocks of one kind one after another.
+
+    Args:
+        hf: name.
+        parts: names of the Megatron tensors and their rows, all groups together.
+        row_shape: shape of one row.
+        groups: how often the blocks recur.
+    """
+    rows = [count for _, count in parts]
+    return TensorMapping(
+        hf=(TensorSpec(name=hf, shape=(sum(rows), *row_shape)),),
+        megatron=tuple(TensorSpec(name=name, shape=(count, *row_shape)) for name, count in parts),
+        runs=tuple(
+            RowRun(hf=0, hf_start=joined, megatron=part, megatron_start=own, rows=count)
+            for part, own, joined, count in _interleaved(rows, groups)
+        ),
+    )
+
+
+def concat_rows(parts: Sequence[tuple[str, int]], megatron: str, row_shape: Shape, *, groups: int = 1) -> TensorMapping:
+    """Hugging Face tensors that are row blocks of one Megatron tensor, such as gate and up of `linear_fc1`.
+
+    With `groups` the blocks recur, as in `linear_qkv`: for each query group [q of its heads | k | v]
+    (megatron/core/transformer/attention.py).
+
+    Args:
+        parts: names of the Hugging Face tensors and their rows, all groups together.
+        megatron: name.
+        row_shape: shape of one row.
+        groups: how often the blocks recur.
+    """
+    rows = [count for _, count in parts]
+    return TensorMapping(
+        hf=tuple(TensorSpec(name=name, shape=(count, *row_shape)) for name, count in parts),
+        megatron=(TensorSpec(name=megatron, shape=(sum(rows), *row_shape)),),
+        runs=tuple(
+            RowRun(hf=part, hf_start=own, megatron=0, megatron_start=joined, rows=count)
+            for part, own, joined, count in _interleaved(rows, groups)
+        ),
+    )
+
+
+def _interleaved(rows: Sequence[int], groups: int) -> Iterator[tuple[int, int, int, int]]:
+    """(part, start in the part, start in the joined tensor, rows) of every block, group by group."""
+    blocks = [count // groups for count in rows]
+    joined = 0
+    for group in range(groups):
+        for part, block in enumerate(blocks):
+            yield part, group * block, joined, block
+            joined += block
+
+
+def gated_qkv(
+    q: str, k: str, v: str, megatron: str, *, heads: int, groups: int, head_dim: int, hidden: int
+) -> TensorMapping:
+    """Attention with an output gate.
+
+    Hugging Face's `q_proj` has, for each head, q and then its gate. megatron-core's `linear_qkv` has, for each query
+    group, [q of its heads | gate of its heads | k | v] (megatron/core/transformer/attention.py).
+    """
+    of_group = heads // groups
+    order = []
+    for group in range(groups):
+        members = range(group * of_group, (group + 1) * of_group)
+        order += (
+            [(0, 2 * head) for head in members] + [(0, 2 * head + 1) for head in members] + [(1, group), (2, group)]
+        )
+    return TensorMapping(
+        hf=(
+            TensorSpec(name=q, shape=(2 * heads * head_dim, hidden)),
+            TensorSpec(name=k, shape=(groups * head_dim, hidden)),
+            TensorSpec(name=v, shape=(groups * head_dim, hidden)),
+        ),
+        megatron=(TensorSpec(name=megatron, shape=(2 * (heads + groups) * head_dim, hidden)),),
+        runs=tuple(
+            RowRun(hf=hf, hf_start=block * head_dim, megatron=0, megatron_start=at * head_dim, rows=head_dim)
+            for at, (hf, block) in enumerate(order)
+        ),
+    )
