@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")])
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RECIPES = ROOT / "docs" / "recipes.md"
-WITHOUT_BLOCKS = {"api", "benchmark-history", "glossary", "how-it-works", "index", "limits", "new-megatron-core", "scale"}
+WITHOUT_BLOCKS = {"api", "benchmark-history", "glossary", "how-it-works", "index", "limits", "new-megatron-core", "scale", "troubleshooting"}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
