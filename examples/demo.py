@@ -221,16 +221,16 @@ def hf_station(directory: Path, megatron: Path) -> dict[str, Any]:
 def torch_dist_station(megatron: Path) -> dict[str, Any]:
     """The kept parameters in the imported checkpoint, in Hugging Face's convention."""
     from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
-    from megatron_fp32.checkpoint.jobs.export_job import exact_hf_tensors
     from megatron_fp32.weights.model_map import map_model
+    from megatron_fp32.weights.restore import Restorer
 
-    sidecar, reader = find_sidecar(megatron), TorchDistReader(megatron)
+    sidecar = find_sidecar(megatron)
+    restorer = Restorer(TorchDistReader(megatron), sidecar.originals())
     found: dict[str, list[Tensor]] = {kind: [] for kind in KEPT}
     for mapping in map_model(sidecar.hf_config, sidecar.tensors.keys()).mappings:
         for kind in KEPT:
             if mapping.megatron[0].name.endswith(kind):
-                stored = [reader.read(spec.name) for spec in mapping.megatron]
-                found[kind] += exact_hf_tensors(mapping, stored, sidecar.originals())
+                found[kind] += restorer.restore(mapping).hf
     return {kind: describe(tensors) for kind, tensors in found.items()}
 
 

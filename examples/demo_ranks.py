@@ -14,12 +14,13 @@ from torch import Tensor
 
 from megatron_fp32 import Fp32Config, install_optimizer_repairs, model_provider
 from megatron_fp32.checkpoint.formats.digests import digest
-from megatron_fp32.checkpoint.jobs.export_job import exact_hf_tensors
 from megatron_fp32.checkpoint.sidecar import find_sidecar
+from megatron_fp32.models.live import LiveTensors
 from megatron_fp32.models.provider import cpu_overrides, read_hf_config
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.training import Batch, Trainer, TrainerConfig
-from megatron_fp32.weights.model_map import map_model
+from megatron_fp32.weights.model_map import map_trained_model
+from megatron_fp32.weights.restore import Restorer
 
 TENSOR_PARALLEL = 2
 KEPT = ("A_log", "out_norm.weight")
@@ -132,19 +133,19 @@ def load_and_save(hf_dir: Path, megatron_dir: Path, save: Path) -> None:
 
 def describe_kept(model: torch.nn.Module, megatron_dir: Path) -> Station:
     """The kept parameters of a built model, gathered and in Hugging Face's convention."""
-    sidecar = find_sidecar(megatron_dir)
-    originals = sidecar.originals()
     parameters = dict(model.named_parameters())
+    sidecar, live = find_sidecar(megatron_dir), LiveTensors(model, group=dist.group.WORLD)
+    restorer = Restorer(live, sidecar.originals())
     found: dict[str, list[Tensor]] = {name: [] for name in KEPT}
     dtypes: dict[str, set[torch.dtype]] = {name: set() for name in KEPT}
-    for mapping in map_model(sidecar.hf_config, sidecar.tensors.keys()).mappings:
+    for mapping in map_trained_model(sidecar.hf_config, sidecar.infos, live.tensors).mappings:
         name = mapping.megatron[0].name
         kind = next((kind for kind in KEPT if name.endswith(kind)), None)
         if kind is not None:
-            value = parameters[name].detach()
-            whole = gather(value, 0) if kind == "A_log" else replicated(value)
-            found[kind] += exact_hf_tensors(mapping, [whole], originals)
-            dtypes[kind].add(value.dtype)
+            if kind != "A_log":
+                check_replicated(parameters[name].detach())
+            found[kind] += restorer.restore(mapping).hf
+            dtypes[kind].add(live.tensors[name].dtype)
     return {kind: describe(tensors, dtypes[kind]) for kind, tensors in found.items()}
 
 
@@ -173,12 +174,11 @@ def gather(value: Tensor, dim: int) -> Tensor:
     return torch.cat(parts, dim)
 
 
-def replicated(value: Tensor) -> Tensor:
-    """A tensor that every rank holds alike. Raises when they do not."""
+def check_replicated(value: Tensor) -> None:
+    """Raise unless every rank holds the same values."""
     first, second = gather(value, 0).chunk(TENSOR_PARALLEL)
     if not torch.equal(first, second):
         raise RuntimeError("a replicated parameter differs between the tensor-parallel ranks")
-    return value
 
 
 def output_weight(trainer: Trainer) -> Tensor:

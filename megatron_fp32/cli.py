@@ -13,12 +13,12 @@ import click
 from megatron_fp32 import cli_compare
 from megatron_fp32.checkpoint import convert
 from megatron_fp32.checkpoint.fp8 import Fp8Scheme, detect_scheme, named_scheme
-from megatron_fp32.checkpoint.jobs.export_job import ExportDtype
 from megatron_fp32.checkpoint.plan import Mtp, Vision
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 from megatron_fp32.errors import listing
 from megatron_fp32.terminal import Commands, ExistingDirectory, console, errors_exit, progress
 from megatron_fp32.weights.fp8.scheme import LAYOUTS
+from megatron_fp32.weights.restore import ExportDtype
 
 _EXISTING = ExistingDirectory()
 _NEW = click.Path(path_type=Path)

@@ -15,7 +15,7 @@ from typing import get_args
 
 import torch
 
-from megatron_fp32.checkpoint.jobs.export_job import ExportDtype, ExportOptions, open_export
+from megatron_fp32.checkpoint.jobs.export_job import ExportOptions, open_export
 from megatron_fp32.checkpoint.jobs.import_job import RELEASE, open_import
 from megatron_fp32.checkpoint.jobs.run import Progress, run_job
 from megatron_fp32.checkpoint.jobs.staging import check_output
@@ -23,6 +23,7 @@ from megatron_fp32.checkpoint.plan import Mtp, Vision
 from megatron_fp32.validation import check_callable, check_choice, check_count, check_flag, check_path
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
 from megatron_fp32.weights.fp8.tensors import partial_blocks
+from megatron_fp32.weights.restore import ExportDtype
 from megatron_fp32.weights.vocabulary import CutRows, check_vocab_size, is_padding
 
 

@@ -11,13 +11,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.assets import assets_of, copy_files, sidecar_assets_of
@@ -30,23 +28,14 @@ from megatron_fp32.checkpoint.formats.torch_dist import find_checkpoint
 from megatron_fp32.checkpoint.jobs.staging import Staging
 from megatron_fp32.checkpoint.plan import ImportPlan
 from megatron_fp32.errors import CheckpointError
-from megatron_fp32.weights.tensors import DTYPE_NAMES, DTYPES, TensorInfo, is_possible_shape
+from megatron_fp32.weights.source_record import VERSION, SourceRecord, SourceTensor
+from megatron_fp32.weights.tensors import TensorInfo
 
 DIRECTORY = "hf_source"
 
-_DIGEST = re.compile("[0-9a-f]{32}")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SourceTensor:
-    """One tensor of the Hugging Face checkpoint that was imported."""
-
-    info: TensorInfo
-    digest: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sidecar:
+class Sidecar(SourceRecord):
     """A `hf_source` directory."""
 
     directory: Path
@@ -178,13 +167,8 @@ def write_sidecar(
 
         _write_tensors(directory / "carried", {name: reader.tensors[name] for name in plan.carried}, read)
         carried = {n: SourceTensor(info=reader.tensors[n], digest=value) for n, value in digests.by_name().items()}
-    content = {
-        "version": 2,
-        "family": plan.family.name,
-        "tensors": _listed(tensors),
-        "carried": _listed(carried),
-        "left_out": list(plan.left_out),
-    }
+    record = SourceRecord(tensors=tensors, carried=carried, left_out=plan.left_out)
+    content = record.to_json(family=plan.family.name)
     (directory / "source.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -199,13 +183,6 @@ def _write_tensors(directory: Path, infos: Mapping[str, TensorInfo], read: Calla
     with HuggingFaceReader(directory) as written:
         for name, expected in meant.items():
             compare(digest(written.read(name)), expected, directory, name)
-
-
-def _listed(tensors: Mapping[str, SourceTensor]) -> dict[str, Any]:
-    return {
-        name: {"dtype": DTYPE_NAMES[t.info.dtype], "shape": list(t.info.shape), "xxh3_128": t.digest}
-        for name, t in tensors.items()
-    }
 
 
 def find_sidecar(megatron_dir: str | Path, source: str | Path | None = None) -> Sidecar:
@@ -244,44 +221,10 @@ def _read_sidecar(directory: Path) -> Sidecar:
     version = content.get("version")
     if type(version) is not int:
         raise CheckpointError(f"{path} is damaged: it has no version")
-    if version != 2:
-        raise CheckpointError(f"{path}: unknown version {version}, expected 2")
-    left_out = content.get("left_out")
-    if not isinstance(left_out, list) or not all(isinstance(name, str) for name in left_out):
-        raise CheckpointError(f"{path} is damaged: left_out must be a list of names of tensors")
+    if version != VERSION:
+        raise CheckpointError(f"{path}: unknown version {version}, expected {VERSION}")
     try:
-        return Sidecar(
-            directory=directory,
-            tensors=_unlisted(content, "tensors"),
-            carried=_unlisted(content, "carried"),
-            left_out=tuple(left_out),
-        )
+        record = SourceRecord.from_json(content)
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-
-
-def _unlisted(content: dict[str, Any], part: str) -> dict[str, SourceTensor]:
-    """Raises ValueError, naming the tensor, for what `_listed` does not write."""
-    listed = content.get(part)
-    if not isinstance(listed, dict):
-        raise ValueError(f"{part} must be an object with the names of tensors")
-    return {name: _source_tensor(f"{part}: {name[:200]!r}", entry) for name, entry in listed.items()}
-
-
-def _source_tensor(what: str, entry: Any) -> SourceTensor:
-    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "xxh3_128"}:
-        raise ValueError(f"{what} has no dtype, shape and xxh3_128")
-    dtype, shape, value = entry["dtype"], entry["shape"], entry["xxh3_128"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{what} has the unknown dtype {str(dtype)[:40]!r}")
-    if not isinstance(shape, list) or not is_possible_shape(shape, DTYPES[dtype]):
-        raise ValueError(f"{what} cannot have the shape {str(shape)[:200]}")
-    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
-        raise ValueError(f"{what} has the digest {str(value)[:40]!r}, expected 32 hexadecimal digits")
-    return SourceTensor(info=TensorInfo(dtype=DTYPES[dtype], shape=tuple(shape)), digest=value)
-
-
-def fits(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Every value survives a round trip through `dtype`, bit for bit."""
-    back = tensor.to(dtype).to(tensor.dtype)
-    return torch.equal(back.view(torch.uint8), tensor.contiguous().view(torch.uint8)) if tensor.numel() else True
+    return Sidecar(directory=directory, tensors=record.tensors, carried=record.carried, left_out=record.left_out)

@@ -43,14 +43,13 @@ class CutRows:
     """All rows above the vocabulary, two or more, are finite and equal bit for bit."""
 
 
-def rows_above(tensor: Tensor, vocab_size: int) -> CutRows | None:
-    """The rows from `vocab_size` on that are not zero; None where all are.
+def nonzero_rows(above: Tensor, vocab_size: int) -> CutRows | None:
+    """The rows above the vocabulary that are not zero; None where all are zero.
 
     Args:
-        tensor: embedding or head, [rows, hidden].
+        above: rows of embedding or head from `vocab_size` on, [rows, hidden].
         vocab_size: rows that belong to the vocabulary.
     """
-    above = tensor[vocab_size:]
     (found,) = (above.double() != 0).any(dim=1).nonzero(as_tuple=True)
     if not len(found):
         return None
@@ -63,7 +62,7 @@ def is_padding(cut: Mapping[str, CutRows], *, tied: bool) -> bool:
     """Whether a softmax over the padded vocabulary explains rows above it; true where there are none.
 
     Args:
-        cut: `rows_above` of the tensors of one checkpoint that have any.
+        cut: `nonzero_rows` of the tensors of one checkpoint that have any.
         tied: the embedding is the head.
     """
     embedding, head = PADDED_VOCABULARY

@@ -12,17 +12,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
+from megatron_fp32.checkpoint.formats.digests import digest
+from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
+from megatron_fp32.checkpoint.sidecar import find_sidecar
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models import provider
+from megatron_fp32.models.live import LiveTensors, sharded_tensors
 from megatron_fp32.testing.cpu import model_parallel
+from megatron_fp32.weights.model_map import map_trained_model
+from megatron_fp32.weights.restore import Restorer
 
 _LOAD = inspect.signature(dist_checkpointing.load).parameters
 
@@ -159,25 +163,41 @@ def pass_through(
     fp32: Fp32Config | None = None,
     strictness: Sequence[Any] = STRICTNESS,
 ) -> list[str]:
-    """Load into a bf16 model, each time less strictly, and save it again; `unlike_saved`."""
+    """Load into a bf16 model, each time less strictly, and save it again; what differs from the source or the file."""
     chunks = build(hf, layout, mtp=mtp, fp32=fp32)
     for strict in strictness:
         load(chunks, imported, strict=strict)
     save(chunks, out)
     dist.barrier()  # the first rank writes the metadata last
-    return unlike_saved(chunks, out)
+    unlike = [] if fp32 is not None else unlike_source(chunks, hf, imported)
+    return unlike + unlike_saved(chunks, out)
 
 
 def unlike_saved(chunks: Sequence[GPTModel], saved: Path) -> list[str]:
     """What this rank has, and another one saved: keys of tensors that differ, and parameters that are in none."""
-    state = _state(chunks)
-    apply_factories(state)
-    reader = TorchDistReader(saved)
-    pieces = [piece for piece in nested_values(state) if isinstance(piece, ShardedTensor)]
+    reader, pieces = TorchDistReader(saved), sharded_tensors(chunks)
     differ = [p.key for p in pieces if not torch.equal(reader.read(p.key)[p.global_slice()], p.data)]
     storages = {piece.data.untyped_storage().data_ptr() for piece in pieces}
     named = [pair for chunk in chunks for pair in chunk.named_parameters()]
     return differ + [name for name, parameter in named if parameter.untyped_storage().data_ptr() not in storages]
+
+
+def unlike_source(chunks: Sequence[GPTModel], hf: Path, imported: Path) -> list[str]:
+    """Hugging Face tensors of the live model that are not the source's bytes, and mappings that no rank holds."""
+    live, sidecar = LiveTensors(chunks, group=dist.group.WORLD), find_sidecar(imported)
+    model = map_trained_model(sidecar.hf_config, sidecar.infos, live.tensors)
+    restorer = Restorer(live, sidecar.originals())
+    differ, left = [], set(sidecar.tensors)
+    with HuggingFaceReader(hf) as source:
+        for mapping in model.mappings:
+            for spec, tensor in zip(mapping.hf, restorer.restore(mapping).hf, strict=True):
+                expected = source.read(spec.name, spec.index)
+                left.discard(spec.name)
+                if digest(tensor.to(expected.dtype)) != digest(expected):
+                    differ.append(str(spec))
+    held: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(held, {str(mapping.hf[0]) for mapping in model.subset(live.holds)})
+    return differ + sorted(left) + sorted({str(mapping.hf[0]) for mapping in model.mappings} - set().union(*held))
 
 
 def logits(hf: Path, imported: Path, tokens: Tensor, *, layout: Layout = ONE_RANK, mtp: bool = False) -> Tensor | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from safetensors.torch import load_file
@@ -19,6 +19,7 @@ from megatron_fp32.checkpoint.convert import export_checkpoint
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.plan import plan_import
 from megatron_fp32.models import provider
+from megatron_fp32.models.live import LiveTensors
 from megatron_fp32.testing.ranks import RankPool
 from tests.checkpoint.conftest import Families
 from tests.checkpoint.layouts import ONE_RANK, Layout, build, load, logits, on_ranks, pass_through
@@ -57,7 +58,7 @@ def test_keys_and_shapes_are_those_of_the_built_model(families: Families, case: 
     state = model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group({}))
     apply_factories(state)
     entries = list(nested_values(state))
-    tensors = {entry.key: tuple(entry.global_shape) for entry in entries if isinstance(entry, ShardedTensor)}
+    tensors = {name: info.shape for name, info in LiveTensors(model, group=None).tensors.items()}
     objects = {entry.unique_key for entry in entries if isinstance(entry, ShardedObject)}
     assert plan.naming.mtp_layers == case.mtp
     assert plan.megatron_shapes == tensors

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_fp32.checkpoint.formats.digests import digest
-from megatron_fp32.checkpoint.sidecar import find_sidecar, fits
+from megatron_fp32.checkpoint.sidecar import find_sidecar
 from megatron_fp32.errors import CheckpointError
+from megatron_fp32.weights.restore import fits
 from tests.checkpoint.conftest import Source
 from tests.checkpoint.support import stored_tensors
 from tests.families import case

@@ -38,7 +38,7 @@ CHECKPOINTS = [
     ),
     Mutant(
         name="round what was trained in fp32",
-        file="checkpoint/jobs/export_job.py",
+        file="weights/restore.py",
         old="infos[name] = TensorInfo(dtype=torch.float32, shape=info.shape)",
         new="infos[name] = info",
         test=f"{MEGATRON}::TestTrained",
@@ -87,7 +87,7 @@ CHECKPOINTS = [
     ),
     Mutant(
         name="let the last expert decide on the dtype of all",
-        file="checkpoint/jobs/export_job.py",
+        file="weights/restore.py",
         old="infos.update({name: info for name, info in sources.items() if name not in widened})",
         new="infos.update(sources)",
         test=f"{FAMILIES}::TestExperts",
@@ -109,8 +109,8 @@ CHECKPOINTS = [
     Mutant(
         name="compare a norm with the undone change of its layout instead of its original",
         file="checkpoint/compare/verify.py",
-        old="exact_hf_tensors(mapping, tensors, self._originals_of(mapping))",
-        new="mapping.to_hf(tensors)",
+        old="self._restorer.restore(mapping, originals=self._originals_of(mapping))",
+        new="self._restorer.restore(mapping, originals={})",
         test="tests/checkpoint/compare/test_verify_two_kinds.py::TestSource",
     ),
     Mutant(

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.compare.findings import Findings, Progress, VerifiedSide, VerifyReport
@@ -22,18 +21,18 @@ from megatron_fp32.checkpoint.compare.layouts import Entries, Entry, note_on_nam
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.identify import Kind, kind_of, model_tensors, read_config, sidecar_of
-from megatron_fp32.checkpoint.jobs.export_job import exact_hf_tensors
-from megatron_fp32.checkpoint.sidecar import Sidecar, fits
+from megatron_fp32.checkpoint.sidecar import Sidecar
 from megatron_fp32.errors import listing
 from megatron_fp32.validation import check_callable, check_flag, check_path
 from megatron_fp32.weights.families.registry import find_family
 from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.model_map import ModelMap, map_model
 from megatron_fp32.weights.naming import MTP, VISION, is_rotary_frequencies
+from megatron_fp32.weights.restore import Restorer, narrowed_if_exact
 from megatron_fp32.weights.spec import TensorSpec
 from megatron_fp32.weights.stacking import has_stacked_layers, is_stack_of_layers, name_in_layer
 from megatron_fp32.weights.tensors import FLOAT4, TensorInfo
-from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY, check_vocab_size, rows_above
+from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY, check_vocab_size, nonzero_rows
 
 _WHOLE_BYTES = 1 << 28
 """Tensors of more than two axes that are larger are compared one element at a time."""
@@ -200,7 +199,7 @@ def _rows_of_vocabulary(sides: tuple[_Side, _Side], vocabulary: int | None, end:
     rows = {}
     for name in PADDED_VOCABULARY:
         with_it = [side for side in sides if len(side.tensors[name].shape) == 2] if _both_have(sides, name) else []
-        trained = [rows_above(side.reader.read(name)[:end], vocabulary) for side in with_it]
+        trained = [nonzero_rows(side.reader.read(name)[:end][vocabulary:], vocabulary) for side in with_it]
         rows[name] = max([vocabulary, *(found.end for found in trained if found)])
     return rows
 
@@ -251,7 +250,8 @@ class _OfTwoKinds:
         self._is_hf_first = a.kind == "huggingface"
         self._hf, self._megatron = (a, b) if self._is_hf_first else (b, a)
         self._found = found
-        self._originals = self._megatron.sidecar.originals() if self._megatron.sidecar else {}
+        originals = self._megatron.sidecar.originals() if self._megatron.sidecar else {}
+        self._restorer = Restorer(self._megatron.reader, originals)
         has_mtp = any(name.startswith(MTP) for name in self._megatron.tensors)
         converted = {
             name: info
@@ -311,35 +311,32 @@ class _OfTwoKinds:
             self._found.both(spec, *((hf, megatron) if self._is_hf_first else (megatron, hf)))
 
     def _exported(self, mapping: TensorMapping) -> tuple[Tensor, ...]:
-        """What `export` would write, but that nothing is cast unless the cast keeps every bit."""
-        tensors = []
+        """What `export` would write, except that a tensor is cast only where that keeps every bit."""
+        restored = self._restorer.restore(mapping, originals=self._originals_of(mapping))
         for spec in mapping.megatron:
-            tensor = self._megatron.reader.read(spec.name, spec.index)
-            if spec.name in PADDED_VOCABULARY and tensor.shape[0] > spec.shape[0]:
-                self._cut_vocabulary(mapping, spec, tensor)
-                tensor = tensor[: spec.shape[0]]
-            tensors.append(tensor)
-        exported = exact_hf_tensors(mapping, tensors, self._originals_of(mapping))
-        return tuple(self._in_source_dtype(spec.name, t) for spec, t in zip(mapping.hf, exported, strict=True))
+            if spec.name in restored.above_vocabulary:
+                self._note_nonzero_rows(mapping, spec, restored.above_vocabulary[spec.name])
+        return tuple(self._in_source_dtype(spec.name, t) for spec, t in zip(mapping.hf, restored.hf, strict=True))
 
-    def _cut_vocabulary(self, mapping: TensorMapping, spec: TensorSpec, tensor: Tensor) -> None:
+    def _note_nonzero_rows(self, mapping: TensorMapping, spec: TensorSpec, above: Tensor) -> None:
         """Note rows above the vocabulary: as padding, or as a difference where they are not zero."""
-        rows = rows_above(tensor[: self._vocab_size], spec.shape[0])
+        considered = None if self._vocab_size is None else max(0, self._vocab_size - spec.shape[0])
+        rows = nonzero_rows(above[:considered], spec.shape[0])
+        stored = self._megatron.tensors[spec.name]
         if rows is None:
-            self._megatron.padding[spec.name] = tensor.shape[0] - spec.shape[0]
+            self._megatron.padding[spec.name] = len(above)
             return
-        info = TensorInfo(dtype=tensor.dtype, shape=tuple(tensor.shape))
         note = f"{rows.rows} rows of {spec.name} above the vocabulary of {spec.shape[0]} are not zero"
         if rows.alike:
             note += "; they are alike, as a softmax over padding leaves them"
         note += f". --vocab-size {spec.shape[0]} compares without them"
         for hf in mapping.hf:
             if hf.name in self._hf.tensors:
-                self._shape(hf.name, info, note)
+                self._shape(hf.name, stored, note)
 
-    def _originals_of(self, mapping: TensorMapping) -> dict[str, Tensor]:
-        if mapping.invertible or all(spec.name in self._originals for spec in mapping.hf):
-            return self._originals
+    def _originals_of(self, mapping: TensorMapping) -> Mapping[str, Tensor]:
+        if mapping.invertible or all(spec.name in self._restorer.originals for spec in mapping.hf):
+            return self._restorer.originals
         hf = self._hf.tensors
         fitting = [spec for spec in mapping.hf if spec.name in hf and hf[spec.name].shape == spec.stored_shape]
         return {spec.name: self._hf.reader.read(spec.name, spec.index) for spec in fitting}
@@ -352,8 +349,7 @@ class _OfTwoKinds:
             dtype = self._hf.tensors[name].dtype
         else:
             return tensor
-        is_cast = tensor.dtype == torch.float32 and dtype.is_floating_point and fits(tensor, dtype)
-        return tensor.to(dtype) if is_cast else tensor
+        return narrowed_if_exact(tensor, dtype)
 
     def _only_hf(self, name: str, note: str = "") -> None:
         self._found.only("a" if self._is_hf_first else "b", name, self._hf.tensors[name], note)

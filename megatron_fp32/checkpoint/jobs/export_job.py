@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.formats.digests import Digests
@@ -20,29 +19,15 @@ from megatron_fp32.checkpoint.jobs.read_back import SafetensorsPart
 from megatron_fp32.checkpoint.jobs.run import Part, Tell, described
 from megatron_fp32.checkpoint.jobs.staging import Staging
 from megatron_fp32.checkpoint.quantization_claims import find_claims, remove_claims, write_config
-from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, find_sidecar, fits
+from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, find_sidecar
 from megatron_fp32.errors import CheckpointError, checkpoint_named, listing
 from megatron_fp32.weights.families.registry import find_family
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
 from megatron_fp32.weights.fp8.tensors import fp8_infos, infos_of, quantize_element
 from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.model_map import ModelMap, map_trained_model
-from megatron_fp32.weights.tensors import TensorInfo
-from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY, CutRows, rows_above, with_vocab_size
-
-ExportDtype = Literal["trained", "source"]
-"""What a parameter that was trained in fp32 from a 16-bit source leaves as: F32, or rounded to what it came as."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Dtypes:
-    """What every exported tensor will be."""
-
-    infos: Mapping[str, TensorInfo]
-    rounded: tuple[str, ...]
-    """Fewer bits in the Megatron checkpoint than in the source."""
-    widened: tuple[str, ...]
-    """F32 in the Megatron checkpoint, with values that the source's dtype cannot hold."""
+from megatron_fp32.weights.restore import Dtypes, ExportDtype, Restorer, decide_dtypes
+from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY, CutRows, nonzero_rows, with_vocab_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +66,7 @@ class ExportJob:
         self.claims = find_claims(sidecar.directory / "assets", sidecar.hf_config)
         if options.vocab_size is None:
             sidecar.check_shapes(self.plan.hf_shapes)
-        self._originals = sidecar.originals()
+        self._restorer = Restorer(reader, sidecar.originals())
         self.dtypes = dtypes or self._decide_dtypes()
         self.infos = self.dtypes.infos if options.fp8 is None else fp8_infos(self.dtypes.infos, options.fp8)
         self.options = {
@@ -99,7 +84,7 @@ class ExportJob:
         cut: dict[str, CutRows] = {}
         with SafetensorsPart(path, {name: self.infos[name] for name in outputs}, digests, tell) as file:
             for mapping in mappings:
-                for spec, tensor in zip(mapping.hf, self._hf_tensors(mapping, cut), strict=True):
+                for spec, tensor in zip(mapping.hf, self._restored(mapping, cut), strict=True):
                     self._write(file, spec.name, spec.index, tensor)
             for name in carried:
                 self._write(file, name, (), self._carried.read(name))
@@ -154,55 +139,23 @@ class ExportJob:
             return [(name, index, tensor)]
         return quantize_element(name, self.dtypes.infos[name], index, tensor, self._options.fp8)
 
-    def _hf_tensors(self, mapping: TensorMapping, cut: dict[str, CutRows] | None = None) -> tuple[Tensor, ...]:
-        """The mapping's Hugging Face tensors, in the dtype that the checkpoint holds (or the originals').
-
-        `cut` takes in the rows that are left out and not zero.
-        """
-        tensors = []
-        for spec in mapping.megatron:
-            tensor = self.reader.read(spec.name, spec.index)
-            if spec.name in PADDED_VOCABULARY:
-                rows = rows_above(tensor, spec.shape[0]) if cut is not None else None
-                if cut is not None and rows is not None:
-                    cut[spec.name] = rows
-                tensor = tensor[: spec.shape[0]]
-            tensors.append(tensor)
-        return exact_hf_tensors(mapping, tensors, self._originals)
+    def _restored(self, mapping: TensorMapping, cut: dict[str, CutRows]) -> tuple[Tensor, ...]:
+        """The mapping's Hugging Face tensors. `cut` takes in the rows above the vocabulary that are not zero."""
+        restored = self._restorer.restore(mapping)
+        for name, above in restored.above_vocabulary.items():
+            if (rows := nonzero_rows(above, self.plan.config.vocab_size)) is not None:
+                cut[name] = rows
+        return restored.hf
 
     def _decide_dtypes(self) -> Dtypes:
-        infos: dict[str, TensorInfo] = {}
-        rounded: dict[str, None] = {}
-        widened: dict[str, None] = {}
-        for mapping in self.plan.mappings:
-            stored = {self.reader.tensors[spec.name].dtype for spec in mapping.megatron}
-            sources = {
-                spec.name: dataclasses.replace(self.sidecar.tensors[spec.name].info, shape=spec.stored_shape)
-                for spec in mapping.hf
-            }
-            infos.update({name: info for name, info in sources.items() if name not in widened})
-            if mapping.invertible and stored == {info.dtype for info in sources.values()}:
-                continue
-            for (name, info), tensor in zip(sources.items(), self._hf_tensors(mapping), strict=True):
-                is_original = (
-                    not mapping.invertible and tensor.dtype == info.dtype and tensor is self._originals.get(name)
-                )
-                if is_original or (torch.float32 in stored and fits(tensor, info.dtype)):
-                    continue
-                if stored == {torch.float32}:
-                    # One element of a stack is enough to widen all of it.
-                    widened[name] = None
-                    if self._options.dtype == "trained":
-                        infos[name] = TensorInfo(dtype=torch.float32, shape=info.shape)
-                else:
-                    rounded[name] = None
-        if rounded and not self._options.allow_rounded:
+        found = decide_dtypes(self.plan.mappings, self._restorer, self.sidecar, self._options.dtype)
+        if found.rounded and not self._options.allow_rounded:
             raise CheckpointError(
                 f"{self.reader.directory}: these tensors were rounded, the checkpoint holds fewer bits of them than "
-                f"the source: {listing(list(rounded))}. --allow-rounded exports them all the same"
+                f"the source: {listing(list(found.rounded))}. --allow-rounded exports them all the same"
             )
-        infos |= {name: tensor.info for name, tensor in self.sidecar.carried.items()}
-        return Dtypes(infos=infos, rounded=tuple(rounded), widened=tuple(widened))
+        carried = {name: tensor.info for name, tensor in self.sidecar.carried.items()}
+        return dataclasses.replace(found, infos={**found.infos, **carried})
 
     def _cut(self) -> list[Part]:
         sources: list[tuple[list[str], list[TensorMapping], list[str]]] = [
@@ -243,24 +196,6 @@ def open_export(options: ExportOptions, dtypes: Dtypes | None = None) -> Iterato
         yield ExportJob(reader, sidecar, carried, options, dtypes)
 
 
-def exact_hf_tensors(
-    mapping: TensorMapping, megatron: Sequence[Tensor], originals: dict[str, Tensor]
-) -> tuple[Tensor, ...]:
-    """`mapping.to_hf`, or the originals where the Megatron tensors are still what an import made of them.
-
-    Args:
-        mapping: the tensors' mapping.
-        megatron: the Megatron tensors, in the order of `mapping.megatron`.
-        originals: exact Hugging Face tensors by name, for mappings that are not invertible.
-    """
-    names = [spec.name for spec in mapping.hf]
-    if not mapping.invertible and all(name in originals for name in names):
-        imported = mapping.to_megatron([originals[name] for name in names])
-        if all(_same_values(a, b) for a, b in zip(imported, megatron, strict=True)):
-            return tuple(originals[name] for name in names)
-    return mapping.to_hf(megatron)
-
-
 def _connected(mappings: Sequence[TensorMapping]) -> list[tuple[list[str], list[TensorMapping]]]:
     """Hugging Face tensors that must be in one file because one mapping writes to all of them, and those mappings."""
     groups: list[tuple[list[str], list[TensorMapping]]] = []
@@ -280,7 +215,3 @@ def _connected(mappings: Sequence[TensorMapping]) -> list[tuple[list[str], list[
         into[1].append(mapping)
         place.update(dict.fromkeys(into[0], known[0]))
     return [group for group in groups if group[0]]
-
-
-def _same_values(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.float().view(torch.int32), b.float().view(torch.int32))

@@ -29,10 +29,11 @@ from megatron_fp32.checkpoint.jobs.run import Part, Tell, described
 from megatron_fp32.checkpoint.jobs.staging import Staging
 from megatron_fp32.checkpoint.plan import ImportPlan, Mtp, Vision, megatron_args, plan_import
 from megatron_fp32.checkpoint.quantization_claims import find_claims
-from megatron_fp32.checkpoint.sidecar import SourceTensor, write_sidecar
+from megatron_fp32.checkpoint.sidecar import write_sidecar
 from megatron_fp32.errors import CheckpointError, checkpoint_named
 from megatron_fp32.weights.hf_config.rotary import inverse_frequencies
 from megatron_fp32.weights.mapping import TensorMapping
+from megatron_fp32.weights.source_record import SourceTensor
 
 RELEASE = "release"
 """Directory of a checkpoint that no trainer has touched: Megatron then asks for no optimizer state."""

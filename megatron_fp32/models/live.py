@@ -1,0 +1,161 @@
+"""The tensors of a Megatron model in memory, sharded over the ranks of a process group, as a `TensorSource`.
+
+With the record of the import, these are the Hugging Face tensors of a model that is being trained:
+
+    live = LiveTensors(chunks, group=torch.distributed.group.WORLD)
+    model_map = map_trained_model(sidecar.hf_config, sidecar.infos, live.tensors)
+    restorer = Restorer(live, sidecar.originals())
+    for mapping in model_map.mappings:
+        tensors = restorer.restore(mapping).hf
+
+Keys, shards and replicas are those of megatron-core's `sharded_state_dict` (dist_checkpointing/mapping.py), so a live
+model has the tensors that its checkpoint would have.
+"""
+
+from __future__ import annotations
+
+from megatron_fp32 import needs_megatron  # noqa: F401
+
+# isort: split
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
+
+from megatron_fp32.errors import listing
+from megatron_fp32.weights.spec import Shape, TensorSpec
+from megatron_fp32.weights.tensors import TensorInfo
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A part of a tensor that one rank holds, a box of values."""
+
+    name: str
+    """Key of the whole tensor."""
+    offset: Shape
+    """Where the box begins in the whole tensor."""
+    shape: Shape
+    """Of the box, with the axes of the whole tensor."""
+    info: TensorInfo
+    """Dtype and shape of the whole tensor."""
+
+    def has(self, index: Shape) -> bool:
+        """Whether values of element `index` of the tensor are in the box."""
+        return all(start <= at < start + size for at, start, size in zip(index, self.offset, self.shape, strict=False))
+
+
+def sharded_tensors(chunks: nn.Module | Sequence[nn.Module]) -> list[ShardedTensor]:
+    """Every `ShardedTensor` of the chunks of this rank, replicas included, with megatron-core's factories applied.
+
+    Args:
+        chunks: the model, or the chunks of a virtual pipeline stage; wrappers such as DistributedDataParallel are
+            looked through.
+    """
+    if isinstance(chunks, nn.Module):
+        chunks = [chunks]
+    metadata = ensure_metadata_has_dp_cp_group({})
+    state = {str(at): unwrap_model(chunk).sharded_state_dict(metadata=metadata) for at, chunk in enumerate(chunks)}
+    apply_factories(state)
+    return [entry for entry in nested_values(state) if isinstance(entry, ShardedTensor)]
+
+
+class LiveTensors:
+    """A `TensorSource` over a model that lives on the ranks of a process group.
+
+    The constructor and `read` communicate: every rank of the group calls them, in the same order, with the same names.
+    Values are those of the moment of the call, so an optimizer step between two reads shows. They are read through
+    views of the parameters, which stay valid as long as the parameters keep their storage.
+
+    Args:
+        chunks: of this rank, wrapped or not.
+        group: all ranks that hold the model together, replicas included; None for a model on one rank.
+
+    Raises:
+        ValueError: when the ranks of the group do not hold every value of a tensor exactly once, replicas aside.
+    """
+
+    def __init__(self, chunks: nn.Module | Sequence[nn.Module], *, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self._rank = 0 if group is None else dist.get_rank(group)
+        own = [entry for entry in sharded_tensors(chunks) if is_main_replica(entry.replica_id)]
+        self._own = [(_piece_of(entry), entry.data) for entry in own]
+        pieces = [piece for piece, _ in self._own]
+        everyone: list[list[Piece]] = [pieces]
+        if group is not None:
+            everyone = [[] for _ in range(dist.get_world_size(group))]
+            dist.all_gather_object(everyone, pieces, group=group)
+        self._places: dict[str, list[tuple[int, int, Piece]]] = {}
+        for rank, of_rank in enumerate(everyone):
+            for at, piece in enumerate(of_rank):
+                self._places.setdefault(piece.name, []).append((rank, at, piece))
+        self.tensors: Mapping[str, TensorInfo] = {name: found[0][2].info for name, found in self._places.items()}
+        """Every tensor of the model, with its global shape; rows that pad the vocabulary are part of it."""
+        self._check_complete()
+
+    def holds(self, spec: TensorSpec) -> bool:
+        """Whether this rank holds values of a tensor, or of an element of a stack, for the others; see `subset`."""
+        return any(rank == self._rank and piece.has(spec.index) for rank, _, piece in self._places.get(spec.name, ()))
+
+    def read(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
+        """A whole tensor, or one element of a stack, on every rank of the group.
+
+        On one rank this may be a view of the parameter: do not change it.
+        """
+        info = self.tensors[name]
+        places = [place for place in self._places[name] if place[2].has(index)]
+        if self._group is None and len(places) == 1:
+            return self._inside(places[0][1], index)
+        whole = torch.empty(info.shape[len(index) :], dtype=info.dtype, device=self._device())
+        for rank, at, piece in places:
+            box = tuple(
+                slice(start, start + size)
+                for start, size in zip(piece.offset[len(index) :], piece.shape[len(index) :], strict=True)
+            )
+            if rank == self._rank:
+                whole[box] = self._inside(at, index)
+            if self._group is not None:
+                # The box of a whole tensor is rarely contiguous.
+                values = whole[box].contiguous()
+                dist.broadcast(values, group=self._group, group_src=rank)
+                whole[box] = values
+        return whole
+
+    def _inside(self, which: int, index: Shape) -> Tensor:
+        """The values of element `index` that one of this rank's pieces has."""
+        piece, values = self._own[which]
+        return values.detach().view(piece.shape)[
+            tuple(i - start for i, start in zip(index, piece.offset, strict=False))
+        ]
+
+    def _device(self) -> torch.device:
+        return self._own[0][1].device if self._own else torch.device("cpu")
+
+    def _check_complete(self) -> None:
+        wrong = []
+        for name, places in self._places.items():
+            held, expected = sum(math.prod(piece.shape) for _, _, piece in places), math.prod(self.tensors[name].shape)
+            if held != expected:
+                wrong.append(f"{name} ({held} of {expected} values)")
+        if wrong:
+            raise ValueError(
+                f"the ranks of the group do not hold each value once: {listing(wrong)}. Pass the group of all ranks "
+                "that hold the model"
+            )
+
+
+def _piece_of(entry: ShardedTensor) -> Piece:
+    lead = (1,) * entry.prepend_axis_num
+    return Piece(
+        name=entry.key,
+        offset=tuple(entry.global_offset),
+        shape=(*lead, *entry.local_shape),
+        info=TensorInfo(dtype=entry.data.dtype, shape=tuple(entry.global_shape)),
+    )

@@ -1,0 +1,144 @@
+"""From the tensors of a Megatron model to the Hugging Face tensors that they are.
+
+Export, verify and everything that sends a live model's weights go through here, so that all of them agree about the
+rows that pad the vocabulary, about tensors whose change of layout cannot be undone, and about dtypes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_fp32.weights.mapping import TensorMapping
+from megatron_fp32.weights.source import TensorSource
+from megatron_fp32.weights.source_record import SourceRecord
+from megatron_fp32.weights.tensors import TensorInfo
+from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY
+
+ExportDtype = Literal["trained", "source"]
+"""A parameter that was trained in fp32 from a 16-bit source leaves as F32, or is rounded to the source's dtype."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restored:
+    """The Hugging Face tensors of one mapping."""
+
+    hf: tuple[Tensor, ...]
+    """In the order of `TensorMapping.hf`, in the dtype that Megatron holds, or the originals."""
+    above_vocabulary: Mapping[str, Tensor]
+    """By Megatron tensor, its rows above the vocabulary, [rows, hidden], which are in no Hugging Face tensor."""
+
+
+class Restorer:
+    """Reads Megatron tensors and gives the Hugging Face tensors of any mapping.
+
+    Args:
+        source: the Megatron tensors.
+        originals: the Hugging Face tensors, by name, that an import kept because their change of layout cannot be
+            undone (`TensorMapping.invertible`). They are given back where the Megatron tensors are still what the
+            import made of them, bit for bit.
+    """
+
+    def __init__(self, source: TensorSource, originals: Mapping[str, Tensor]) -> None:
+        self.source, self.originals = source, originals
+
+    def restore(self, mapping: TensorMapping, *, originals: Mapping[str, Tensor] | None = None) -> Restored:
+        """The Hugging Face tensors of a mapping, without the rows that pad the vocabulary.
+
+        Args:
+            mapping: one of the model's.
+            originals: in place of the restorer's own.
+        """
+        tensors, above = [], {}
+        for spec in mapping.megatron:
+            tensor = self.source.read(spec.name, spec.index)
+            if spec.name in PADDED_VOCABULARY and tensor.shape[0] > spec.shape[0]:
+                tensor, above[spec.name] = tensor[: spec.shape[0]], tensor[spec.shape[0] :]
+            tensors.append(tensor)
+        exact = _exact_hf_tensors(mapping, tensors, self.originals if originals is None else originals)
+        return Restored(hf=exact, above_vocabulary=above)
+
+
+def _exact_hf_tensors(
+    mapping: TensorMapping, megatron: Sequence[Tensor], originals: Mapping[str, Tensor]
+) -> tuple[Tensor, ...]:
+    names = [spec.name for spec in mapping.hf]
+    if not mapping.invertible and all(name in originals for name in names):
+        imported = mapping.to_megatron([originals[name].to(megatron[0].device) for name in names])
+        if all(_same_values(a, b) for a, b in zip(imported, megatron, strict=True)):
+            return tuple(originals[name] for name in names)
+    return mapping.to_hf(megatron)
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.float().view(torch.int32), b.float().view(torch.int32))
+
+
+# Dtypes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dtypes:
+    """The dtype of every exported tensor."""
+
+    infos: Mapping[str, TensorInfo]
+    rounded: tuple[str, ...]
+    """Tensors of which Megatron holds fewer bits than the source had."""
+    widened: tuple[str, ...]
+    """Tensors that Megatron holds in F32, with values that the source's dtype cannot hold."""
+
+
+def decide_dtypes(
+    mappings: Sequence[TensorMapping], restorer: Restorer, record: SourceRecord, dtype: ExportDtype
+) -> Dtypes:
+    """The dtype that each converted tensor leaves with.
+
+    It is the source's where Megatron holds as many bits, or more bits but values that are exact in the source's dtype.
+    Only tensors that Megatron holds in another dtype than the source are read.
+
+    Args:
+        mappings: of the model.
+        restorer: reads its Megatron tensors.
+        record: what the import kept of the source.
+        dtype: what happens to a tensor that was trained in fp32 from a 16-bit source.
+    """
+    infos: dict[str, TensorInfo] = {}
+    rounded: dict[str, None] = {}
+    widened: dict[str, None] = {}
+    for mapping in mappings:
+        stored = {restorer.source.tensors[spec.name].dtype for spec in mapping.megatron}
+        sources = {
+            spec.name: dataclasses.replace(record.tensors[spec.name].info, shape=spec.stored_shape)
+            for spec in mapping.hf
+        }
+        infos.update({name: info for name, info in sources.items() if name not in widened})
+        if mapping.invertible and stored == {info.dtype for info in sources.values()}:
+            continue
+        for (name, info), tensor in zip(sources.items(), restorer.restore(mapping).hf, strict=True):
+            is_original = tensor.dtype == info.dtype and tensor is restorer.originals.get(name)
+            if is_original or (torch.float32 in stored and fits(tensor, info.dtype)):
+                continue
+            if stored == {torch.float32}:
+                # One element of a stack is enough to widen all of it.
+                widened[name] = None
+                if dtype == "trained":
+                    infos[name] = TensorInfo(dtype=torch.float32, shape=info.shape)
+            else:
+                rounded[name] = None
+    return Dtypes(infos=infos, rounded=tuple(rounded), widened=tuple(widened))
+
+
+def fits(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Every value survives a round trip through `dtype`, bit for bit."""
+    back = tensor.to(dtype).to(tensor.dtype)
+    return torch.equal(back.view(torch.uint8), tensor.contiguous().view(torch.uint8)) if tensor.numel() else True
+
+
+def narrowed_if_exact(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """An fp32 tensor in another floating-point dtype where that keeps every bit; otherwise the tensor itself."""
+    is_cast = tensor.dtype == torch.float32 and dtype.is_floating_point and fits(tensor, dtype)
+    return tensor.to(dtype) if is_cast else tensor
