@@ -128,6 +128,20 @@ def test_links_between_files_lead_somewhere() -> None:
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+MAPS = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "design").glob("*.md"))]
+TO_WRITE = {"megatron_fp32/weights/families/mistral.py"}
+"""What a reader of a page is to write."""
+
+
+@pytest.mark.parametrize("page", MAPS, ids=lambda page: page.name)
+def test_modules_that_a_page_for_contributors_names_exist(page: Path) -> None:
+    """By their path from the root or from the package."""
+    named = set(re.findall(r"(?:\w+/)+\w+\.py\b", page.read_text())) - TO_WRITE
+    assert [
+        name for name in named if not any((place / name).exists() for place in (ROOT, ROOT / "megatron_fp32"))
+    ] == []
+
+
 def test_index_lists_every_page() -> None:
     linked = set(re.findall(r"\]\(([^)#]+\.md)", (ROOT / "docs" / "index.md").read_text()))
     pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
