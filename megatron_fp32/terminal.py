@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_fp32.checkpoint.formats.directory import hub_hint
-from megatron_fp32.checkpoint.jobs import run
 from megatron_fp32.checkpoint.jobs.staging import staging_directory
+from megatron_fp32.checkpoint.progress import ProgressCallback
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.extras import MissingPackageError
 
@@ -118,7 +118,7 @@ def _operating_system(error: OSError, output: Path | None) -> str:
 
 
 @contextlib.contextmanager
-def progress(*, only_on_terminals: bool) -> Iterator[run.Progress]:
+def progress(*, only_on_terminals: bool) -> Iterator[ProgressCallback]:
     """Bars on stderr, with throughput and the time that is left."""
     columns = (
         TextColumn("{task.description:>7}"),

@@ -9,7 +9,6 @@ parts are. A conversion that was interrupted goes on where it ended.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import get_args
 
@@ -17,9 +16,10 @@ import torch
 
 from megatron_fp32.checkpoint.jobs.export_job import ExportOptions, open_export
 from megatron_fp32.checkpoint.jobs.import_job import RELEASE, open_import
-from megatron_fp32.checkpoint.jobs.run import Progress, run_job
+from megatron_fp32.checkpoint.jobs.run import run_job
 from megatron_fp32.checkpoint.jobs.staging import check_output
 from megatron_fp32.checkpoint.plan import Mtp, Vision
+from megatron_fp32.checkpoint.progress import ProgressCallback
 from megatron_fp32.validation import check_callable, check_choice, check_count, check_flag, check_path
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
 from megatron_fp32.weights.fp8.tensors import partial_blocks
@@ -83,7 +83,7 @@ def import_checkpoint(
     mtp: Mtp = "convert",
     max_part_bytes: int = 2 * 10**9,
     workers: int = 1,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> ImportReport:
     """Convert a Hugging Face checkpoint into a Megatron `torch_dist` checkpoint.
 
@@ -123,9 +123,8 @@ def import_checkpoint(
         vision = mtp = "drop"
     out = Path(out)
     check_output(out)
-    open_job = functools.partial(open_import, Path(hf_dir), vision, mtp, max_part_bytes)
-    with open_job() as job:
-        records = run_job(job, open_job, out, workers=workers, progress=progress)
+    with open_import(Path(hf_dir), vision, mtp, max_part_bytes) as job:
+        records = run_job(job, out, workers=workers, progress=progress)
         source = job.source(records)
         return ImportReport(
             checkpoint=out / RELEASE,
@@ -150,7 +149,7 @@ def export_checkpoint(
     vocab_size: int | None = None,
     max_shard_bytes: int = 5 * 10**9,
     workers: int = 1,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> ExportReport:
     """Convert a Megatron `torch_dist` checkpoint, trained or not, into a Hugging Face checkpoint.
 
@@ -201,8 +200,7 @@ def export_checkpoint(
         vocab_size=vocab_size,
     )
     with open_export(options) as job:
-        open_job = functools.partial(open_export, options, job.dtypes)
-        records = run_job(job, open_job, out, workers=workers, progress=progress)
+        records = run_job(job, out, workers=workers, progress=progress)
         widened = job.dtypes.widened
         cut_rows = job.cut_rows(records)
         return ExportReport(

@@ -81,7 +81,7 @@ FP8 = [
     ),
     Mutant(
         name="quantize under a config that says it is done",
-        file="checkpoint/quantize.py",
+        file="checkpoint/jobs/quantize_job.py",
         old="    if claims:\n",
         new="    if False:\n",
         test=f"{CLAIMS}::TestQuantize",

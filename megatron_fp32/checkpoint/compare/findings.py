@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,15 +11,13 @@ from torch import Tensor
 
 from megatron_fp32.checkpoint.compare.difference import Comparison, ValueDifference
 from megatron_fp32.checkpoint.identify import Kind
+from megatron_fp32.checkpoint.progress import ProgressCallback
 from megatron_fp32.validation import check_flag
 from megatron_fp32.weights.spec import TensorSpec
 from megatron_fp32.weights.tensors import DTYPE_NAMES, DTYPES, TensorInfo
 
 Status = Literal["only_a", "only_b", "shape", "values", "dtype"]
 """In one checkpoint only; another shape; other values; the same values in another dtype."""
-
-Progress = Callable[[str, int, int], None]
-"""Called after each tensor with what was done to it, its size, and the size of all tensors that it is done to."""
 
 _FLOAT8 = {dtype for name, dtype in DTYPES.items() if name.startswith("F8_E") and name != "F8_E8M0"}
 
@@ -115,7 +112,7 @@ class Findings:
         names_only: see `VerifyReport`.
     """
 
-    def __init__(self, tell: Progress) -> None:
+    def __init__(self, tell: ProgressCallback) -> None:
         self.total = 0
         self.names_only = ""
         self._tell = tell

@@ -16,11 +16,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from megatron_fp32.checkpoint.compare.findings import Findings, Progress, VerifiedSide, VerifyReport
+from megatron_fp32.checkpoint.compare.findings import Findings, VerifiedSide, VerifyReport
 from megatron_fp32.checkpoint.compare.layouts import Entries, Entry, note_on_names, under_common_names
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.identify import Kind, kind_of, model_tensors, read_config, sidecar_of
+from megatron_fp32.checkpoint.progress import ProgressCallback
 from megatron_fp32.checkpoint.sidecar import Sidecar
 from megatron_fp32.errors import listing
 from megatron_fp32.validation import check_callable, check_flag, check_path
@@ -45,7 +46,7 @@ def verify_checkpoints(
     source: str | Path | None = None,
     text_only: bool = False,
     vocab_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> VerifyReport:
     """Compare two checkpoints; one tensor of each is in memory at a time, or one mapping's.
 

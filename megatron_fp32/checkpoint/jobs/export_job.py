@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader, known_n
 from megatron_fp32.checkpoint.fp8.config import described_scheme, write_configs
 from megatron_fp32.checkpoint.identify import check_direction
 from megatron_fp32.checkpoint.jobs.read_back import SafetensorsPart
-from megatron_fp32.checkpoint.jobs.run import Part, Tell, described
+from megatron_fp32.checkpoint.jobs.run import Opener, Part, Tell, described
 from megatron_fp32.checkpoint.jobs.staging import Staging
 from megatron_fp32.checkpoint.quantization_claims import find_claims, remove_claims, write_config
 from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, find_sidecar
@@ -41,6 +42,17 @@ class ExportOptions:
     fp8: Fp8Scheme | None
     max_shard_bytes: int
     vocab_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportPart(Part):
+    """A safetensors file."""
+
+    outputs: list[str]
+    """Names of its tensors."""
+    mappings: list[TensorMapping]
+    carried: list[str]
+    """Those of its tensors that the sidecar has."""
 
 
 class ExportJob:
@@ -75,18 +87,18 @@ class ExportJob:
             "max_shard_bytes": options.max_shard_bytes,
             "vocab_size": options.vocab_size,
         }
-        self.parts: Sequence[Part] = self._cut()
+        self.reopen: Opener = functools.partial(open_export, options, self.dtypes)
+        self.parts: Sequence[ExportPart] = self._cut()
 
-    def run(self, part: Part, path: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, part: ExportPart, path: Path, tell: Tell) -> dict[str, Any]:
         """Write a safetensors file; see `Job`."""
-        outputs, mappings, carried = part.steps
         digests = Digests()
         cut: dict[str, CutRows] = {}
-        with SafetensorsPart(path, {name: self.infos[name] for name in outputs}, digests, tell) as file:
-            for mapping in mappings:
+        with SafetensorsPart(path, {name: self.infos[name] for name in part.outputs}, digests, tell) as file:
+            for mapping in part.mappings:
                 for spec, tensor in zip(mapping.hf, self._restored(mapping, cut), strict=True):
                     self._write(file, spec.name, spec.index, tensor)
-            for name in carried:
+            for name in part.carried:
                 self._write(file, name, (), self._carried.read(name))
             file.finish()
         return {"digests": digests.to_json(), "cut_rows": {n: dataclasses.asdict(rows) for n, rows in cut.items()}}
@@ -100,7 +112,7 @@ class ExportJob:
             remove_claims(staging.output, self._hf_config)
         else:
             write_configs(staging.output, self._hf_config, self.infos, self._options.fp8)
-        write_index(staging.output, {part.file: part.steps[0] for part in self.parts}, self.infos)
+        write_index(staging.output, {part.file: part.outputs for part in self.parts}, self.infos)
 
     def unchanged(self, records: Sequence[dict[str, Any]]) -> int:
         """How many tensors are what they were in the source, byte for byte, from the records of the parts."""
@@ -157,7 +169,7 @@ class ExportJob:
         carried = {name: tensor.info for name, tensor in self.sidecar.carried.items()}
         return dataclasses.replace(found, infos={**found.infos, **carried})
 
-    def _cut(self) -> list[Part]:
+    def _cut(self) -> list[ExportPart]:
         sources: list[tuple[list[str], list[TensorMapping], list[str]]] = [
             *((names, mappings, []) for names, mappings in _connected(self.plan.mappings)),
             *(([name], [], [name]) for name in self.sidecar.carried),
@@ -171,12 +183,15 @@ class ExportJob:
             mappings[place[group[0]]] += of_group
             carried[place[group[0]]] += names
         return [
-            Part(
-                file=file, nbytes=sum(self.infos[name].nbytes for name in shards[i]),
-                steps=(shards[i], mappings[i], carried[i]),
+            ExportPart(
+                file=file,
+                nbytes=sum(self.infos[name].nbytes for name in shards[i]),
+                outputs=shards[i],
+                mappings=mappings[i],
+                carried=carried[i],
             )
             for i, file in enumerate(shard_names(len(shards)))
-        ]  # fmt: skip
+        ]
 
     def _outputs(self, name: str) -> list[str]:
         """Names of what a tensor leaves as."""

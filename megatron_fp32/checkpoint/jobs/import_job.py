@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from megatron_fp32.checkpoint.formats.torch_dist_writer import (
 )
 from megatron_fp32.checkpoint.identify import check_direction, read_config, refuse_adapter
 from megatron_fp32.checkpoint.jobs.read_back import ReadBack
-from megatron_fp32.checkpoint.jobs.run import Part, Tell, described
+from megatron_fp32.checkpoint.jobs.run import Opener, Part, Tell, described
 from megatron_fp32.checkpoint.jobs.staging import Staging
 from megatron_fp32.checkpoint.plan import ImportPlan, Mtp, Vision, megatron_args, plan_import
 from megatron_fp32.checkpoint.quantization_claims import find_claims
@@ -37,6 +38,13 @@ from megatron_fp32.weights.source_record import SourceTensor
 
 RELEASE = "release"
 """Directory of a checkpoint that no trainer has touched: Megatron then asks for no optimizer state."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportPart(Part):
+    """A data file."""
+
+    mappings: list[TensorMapping]
 
 
 class ImportJob:
@@ -52,14 +60,15 @@ class ImportJob:
         vision: Vision,
         mtp: Mtp,
         max_part_bytes: int,
+        reopen: Opener,
     ) -> None:
         self.reader, self.plan, self._max_part_bytes = reader, plan, max_part_bytes
         self.options = {"vision": vision, "mtp": mtp, "max_part_bytes": max_part_bytes}
         self.sources = sources
-        self.claims = claims
-        self.parts: Sequence[Part] = self._cut()
+        self.claims, self.reopen = claims, reopen
+        self.parts: Sequence[ImportPart] = self._cut()
 
-    def run(self, part: Part, path: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, part: ImportPart, path: Path, tell: Tell) -> dict[str, Any]:
         """Write a data file; see `Job`."""
         digests = Digests()
 
@@ -72,7 +81,7 @@ class ImportJob:
             DataFile(path, checksums=False) as file,
             ReadBack(path, functools.partial(tell, "verify")) as read_back,
         ):
-            for mapping in part.steps:
+            for mapping in part.mappings:
                 written = []
                 for target, tensor in zip(mapping.megatron, self._megatron_tensors(mapping, digests), strict=True):
                     file.write(target.name, tensor, index=target.index, stack=target.stack)
@@ -134,7 +143,7 @@ class ImportJob:
         """Of its Hugging Face tensors."""
         return sum(self.reader.tensors[s.name].dtype.itemsize * torch.Size(s.shape).numel() for s in mapping.hf)
 
-    def _cut(self) -> list[Part]:
+    def _cut(self) -> list[ImportPart]:
         cuts: list[list[TensorMapping]] = [[]]
         sizes = [0]
         for mapping in self.plan.mappings:
@@ -145,7 +154,7 @@ class ImportJob:
             cuts[-1].append(mapping)
             sizes[-1] += nbytes
         return [
-            Part(file=f"{RELEASE}/__{index}_0.distcp", nbytes=nbytes, steps=mappings)
+            ImportPart(file=f"{RELEASE}/__{index}_0.distcp", nbytes=nbytes, mappings=mappings)
             for index, (mappings, nbytes) in enumerate(zip(cuts, sizes, strict=True))
         ]
 
@@ -177,4 +186,5 @@ def open_import(hf_dir: Path, vision: Vision, mtp: Mtp, max_part_bytes: int) -> 
             vision=vision,
             mtp=mtp,
             max_part_bytes=max_part_bytes,
+            reopen=functools.partial(open_import, hf_dir, vision, mtp, max_part_bytes),
         )

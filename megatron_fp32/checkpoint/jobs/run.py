@@ -11,19 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from megatron_fp32.checkpoint.jobs.staging import Staging, is_the_machines, open_staging, staging_directory
+from megatron_fp32.checkpoint.progress import ProgressCallback
 from megatron_fp32.errors import CheckpointError
 
-Progress = Callable[[str, int, int], None]
-"""Called with what was done (`"write"` after each tensor, `"verify"` after some hundred megabytes), the size of what it
-was done to, and the size of everything that it is done to."""
-
 Tell = Callable[[str, int], None]
-"""The same without the total."""
+"""`ProgressCallback` without the total."""
+
+
+Opener = Callable[[], contextlib.AbstractContextManager[Any]]
+"""Opens a `Job`. It can be pickled."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,38 +35,36 @@ class Part:
     """Its path in the output."""
     nbytes: int
     """Of the tensors that make it."""
-    steps: Any
-    """What the job knows of it."""
 
 
-class Job(Protocol):
+AnyPart = TypeVar("AnyPart", bound=Part)
+
+
+class Job(Protocol[AnyPart]):
     """A conversion, open in one process. Every process finds the same parts."""
 
     options: dict[str, Any]
     """How it is converted, for JSON."""
     sources: dict[str, Any]
     """What is converted, for JSON, taken before any of it is read: `described` directories."""
-    parts: Sequence[Part]
+    parts: Sequence[AnyPart]
+    reopen: Opener
+    """Opens the same job in another process."""
 
-    def run(self, part: Part, path: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, part: AnyPart, path: Path, tell: Tell) -> dict[str, Any]:
         """Write a part to a path, read it back, and say what there is to remember of it, for JSON."""
 
     def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:
         """Write what depends on all parts; `records` are theirs, in order. May run again after a crash."""
 
 
-Opener = Callable[[], contextlib.AbstractContextManager[Any]]
-"""Opens a `Job`; can be pickled where there are several workers."""
-
-
 def run_job(
-    job: Job, open_job: Opener, out: Path, *, workers: int = 1, progress: Progress | None = None
+    job: Job[Any], out: Path, *, workers: int = 1, progress: ProgressCallback | None = None
 ) -> list[dict[str, Any]]:
     """Make `out`, or go on where an earlier run ended.
 
     Args:
-        job: what to do.
-        open_job: opens it once more, for each worker where there are several, in a process of its own.
+        job: what to do. Several workers open it once more, each in a process of its own.
         out: what is to be made; it must not exist.
         workers: how many processes write parts.
         progress: told of every tensor, and of those that an earlier run has done.
@@ -105,7 +104,7 @@ def run_job(
             for index in pending:
                 run_part(job, index, staging, tell)
         else:
-            _in_processes(open_job, pending, staging, min(workers, len(pending)), tell)
+            _in_processes(job.reopen, pending, staging, min(workers, len(pending)), tell)
         records = [staging.record(index) or {} for index in range(len(job.parts))]
         job.finish(staging, records)
         for name, before in job.sources.items():
@@ -137,7 +136,7 @@ def described(directory: Path) -> dict[str, Any]:
     return {"directory": str(directory.absolute()), "files": files}
 
 
-def run_part(job: Job, index: int, staging: Staging, tell: Tell) -> None:
+def run_part(job: Job[Any], index: int, staging: Staging, tell: Tell) -> None:
     """Do one part, and note that it is done."""
     part = job.parts[index]
     with staging.file(part.file) as path:

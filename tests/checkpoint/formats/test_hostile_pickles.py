@@ -115,6 +115,7 @@ def _put(checkpoint: Path, file: str, content: bytes) -> Path:
 _SCRIPT = """
 import resource, sys, torch
 from pathlib import Path
+from megatron_fp32 import CheckpointError
 from megatron_fp32.checkpoint.formats.common_state import read_common_state
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

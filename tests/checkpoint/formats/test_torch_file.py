@@ -243,7 +243,7 @@ def _in_2_gb(code: str, path: Path) -> str:
     """Run code in a process with 2 GB more than torch takes; `run()` reads the file."""
     script = (
         "import resource, sys, torch\nfrom pathlib import Path\n"
-        "from megatron_fp32.weights.tensors import CheckpointError\n"
+        "from megatron_fp32 import CheckpointError\n"
         "from megatron_fp32.checkpoint.formats.torch_file import open_torch_file\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 10**9,) * 2)\n"
