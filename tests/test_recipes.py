@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
+import re
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_fp32 import apply, check_fp32
+from megatron_fp32 import add_fp32_arguments, apply, check_fp32
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.optimizer import native_fp32
 from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
@@ -224,6 +226,13 @@ def test_a_recipe_says_where_it_goes_and_how_it_is_launched(recipe: Path) -> Non
     if recipe.stem != "nemo_rl_fp32_worker":  # its launcher says it
         assert "Where to put it:" in text
         assert "Launch" in text
+
+
+def test_megatron_lms_recipe_names_every_flag() -> None:
+    parser = add_fp32_arguments(argparse.ArgumentParser())
+    flags = set(re.findall(r"\[?(--[\w-]+)", parser.format_usage())) - {"--fp32-logits"}
+    text = (ROOT / "examples/recipes/megatron_lm_fp32.py").read_text()
+    assert flags == set(re.findall(r"`(--(?:no-)?fp32-[\w-]+)`", text))
 
 
 def test_there_is_a_recipe_for_each_program_and_none_hides_a_package() -> None:

@@ -1,8 +1,9 @@
 """Pretrain or fine-tune with Megatron-LM 0.19, with fp32 logits and fp32 gated-delta-net parameters.
 
 This script takes the place of `pretrain_gpt.py`: it imports the data sets and the forward step from there, and calls
-the same `pretrain()`. It accepts every flag of `pretrain_gpt.py` and the `--fp32-...` flags of megatron_fp32. `--help`
-lists them.
+the same `pretrain()`. It accepts every flag of `pretrain_gpt.py`, and the flags of megatron_fp32: `--no-fp32-logits`,
+`--fp32-logits-grad-precision`, `--fp32-logits-invariant`, `--fp32-fused-loss`, `--fp32-vocab-size` and
+`--fp32-gated-delta-net`. Without them, the logits, `A_log` and `out_norm` are fp32.
 
 Where to put it: anywhere. `PYTHONPATH` must name the Megatron-LM checkout, because `pretrain_gpt` is imported from it.
 
