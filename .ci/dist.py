@@ -2,9 +2,9 @@
 
     python .ci/dist.py LOCK OUT    LOCK pins click and rich; OUT gets the two files
 
-The sdist must hold every tracked file, and the wheel the package. In an environment with only the wheel, click and rich,
-without torch and megatron-core, `megatron-fp32 --help` must work for every command, and the package must list its
-public names.
+The sdist must hold every tracked file, and the wheel must hold the package. In an environment with only the wheel,
+click and rich, without torch and megatron-core, `megatron-fp32 --help` must work for every command, and the package
+must list its public names.
 """
 
 from __future__ import annotations
