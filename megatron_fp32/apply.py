@@ -11,30 +11,25 @@ from megatron_fp32 import needs_megatron  # noqa: F401
 # isort: split
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
-from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.experimental_attention_variant_module_specs import get_linear_attention_pattern
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.utils import unwrap_model
 from torch import nn
 
 from megatron_fp32.config import Fp32Config, Weights, check_weights, config_or_default
+from megatron_fp32.find_layers import Model, expected_heads, find_output_layers, named_chunks, why_no_vocabulary_head
 from megatron_fp32.gated_delta_net.layer import VARIANTS, check_gated_delta_net, to_fp32_gated_delta_net
 from megatron_fp32.kept_parameters.keep_in_fp32 import KeptParameter
-from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
+from megatron_fp32.optimizer.native_fp32 import OptimizerRepairs, install_optimizer_repairs
 from megatron_fp32.output_layer.fused_loss import check_owner, set_fused_loss
 from megatron_fp32.output_layer.layer import check_output_layer, to_fp32_output_layer
 
 logger = logging.getLogger(__name__)
-
-Model = nn.Module | Sequence[nn.Module]
-"""A model, or the chunks of a (virtual) pipeline stage."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,15 +103,39 @@ def apply_fp32(model: Model, config: Fp32Config | None = None, *, weights: Weigh
     return Fp32Report(output_layers=tuple(name for name, _, _ in heads), parameters=tuple(parameters), left=tuple(left))
 
 
-def pre_wrap_hook(config: Fp32Config | None = None, *, weights: Weights) -> Callable[[list[Any]], list[Any]]:
+class PreWrapHook:
+    """`apply_fp32` as a hook that takes the list of chunks and returns it. Made by `pre_wrap_hook`.
+
+    Attributes:
+        optimizer_repairs: the handle of the optimizer repairs that the first call with kept parameters installs; None
+            before. `undo()` it after the run.
+    """
+
+    is_megatron_fp32 = True
+    """Tells this hook from others in a list of hooks."""
+
+    def __init__(self, config: Fp32Config, weights: Weights) -> None:
+        self.optimizer_repairs: OptimizerRepairs | None = None
+        self._config, self._weights = config, weights
+
+    def __call__(self, chunks: list[Any]) -> list[Any]:
+        """Apply it to the chunks of this rank, log the report, and return the chunks."""
+        report = apply_fp32(chunks, self._config, weights=self._weights)
+        logger.info("megatron_fp32:\n%s", report)
+        # By the configuration: a pipeline stage without such a layer must save and load as the others do.
+        if self._config.gated_delta_net and self.optimizer_repairs is None:
+            self.optimizer_repairs = install_optimizer_repairs()
+        return chunks
+
+
+def pre_wrap_hook(config: Fp32Config | None = None, *, weights: Weights) -> PreWrapHook:
     """`apply_fp32` as a hook that takes the list of chunks and returns it.
 
     For `pre_wrap_hooks` of megatron-core's model configurations (HybridModel >= 0.18, GPTModel >= 0.19), and for
-    Megatron-Bridge's `register_pre_wrap_hook(hook, prepend=True)`. What was done is logged.
+    Megatron-Bridge's `register_pre_wrap_hook(hook, prepend=True)`. The hook logs what it did.
 
     A hook that is to keep parameters also installs the optimizer repairs, on every rank, because the optimizer of such
-    a model is built next and could not save. `hook.optimizer_repairs` is their handle then, and None before: `undo()`
-    it after the run.
+    a model is built next and could not save; see `PreWrapHook.optimizer_repairs`.
 
     Args:
         config: see `apply_fp32`.
@@ -126,33 +145,10 @@ def pre_wrap_hook(config: Fp32Config | None = None, *, weights: Weights) -> Call
         ValueError: for another value of `weights`.
     """
     check_weights(weights)
-
-    config = config_or_default(config)
-
-    def hook(chunks: list[Any]) -> list[Any]:
-        report = apply_fp32(chunks, config, weights=weights)
-        logger.info("megatron_fp32:\n%s", report)
-        # By the configuration: a pipeline stage without such a layer must save and load as the others do.
-        if config.gated_delta_net and hook.optimizer_repairs is None:  # type: ignore[attr-defined]
-            hook.optimizer_repairs = install_optimizer_repairs()  # type: ignore[attr-defined]
-        return chunks
-
-    hook.optimizer_repairs = None  # type: ignore[attr-defined]
-    hook.is_megatron_fp32 = True  # type: ignore[attr-defined]
-    return hook
+    return PreWrapHook(config_or_default(config), weights)
 
 
 # Finding
-
-
-def named_chunks(model: Model) -> list[tuple[str, nn.Module]]:
-    """(what its names begin with, chunk) of every chunk."""
-    if isinstance(model, nn.Module):
-        return [("", model)]
-    chunks = list(model)
-    if not chunks or not all(isinstance(chunk, nn.Module) for chunk in chunks):
-        raise TypeError(f"expected a module or a non-empty list of modules, got {model!r}")
-    return [(f"chunk {i}: " if len(chunks) > 1 else "", chunk) for i, chunk in enumerate(chunks)]
 
 
 def _refuse_wrapped(name: str, chunk: nn.Module) -> None:
@@ -162,43 +158,6 @@ def _refuse_wrapped(name: str, chunk: nn.Module) -> None:
                 f"{name}the model is wrapped in {type(module).__name__} already: apply_fp32 must come before, because "
                 "the wrapper has rounded, or remembers the dtype of, what is to stay fp32"
             )
-
-
-def find_output_layers(chunk: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """(name, the module that has it, the layer) of every `output_layer`, looked up inside of LoRA wrappers."""
-    for name, layer in chunk.named_modules():
-        parent, _, leaf = name.rpartition(".")
-        if leaf != "output_layer":
-            continue
-        owner = chunk.get_submodule(parent)
-        while (wrapped := _inside(layer)) is not None:
-            attribute, layer = wrapped
-            name = f"{name}.{attribute}"
-        yield name, owner, layer
-
-
-def _inside(layer: nn.Module) -> tuple[str, nn.Module] | None:
-    """What a LoRA layer wraps: `to_wrap` in Megatron-Bridge, `base_layer` in PEFT."""
-    for attribute in ("to_wrap", "base_layer"):
-        if isinstance(inner := getattr(layer, attribute, None), nn.Module):
-            return attribute, inner
-    return None
-
-
-def why_no_vocabulary_head(layer: nn.Module, owner: nn.Module) -> str | None:
-    """The reason why a layer is no projection onto the vocabulary; None when it is one."""
-    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-    rows, vocab = (
-        getattr(layer, "output_size", getattr(layer, "out_features", None)),
-        getattr(owner, "vocab_size", None),
-    )
-    if isinstance(layer, nn.Linear) and (vocab is None or layer.out_features < vocab):
-        return f"a value head ({kind})"
-    if not isinstance(layer, ColumnParallelLinear) and rows is not None and vocab is not None and rows < vocab:
-        tensor_parallel = getattr(getattr(layer, "config", None), "tensor_model_parallel_size", 1)
-        if rows * tensor_parallel < vocab:
-            return f"a head of {rows} outputs for a vocabulary of {vocab} ({kind})"
-    return None
 
 
 def _find_heads(
@@ -220,33 +179,6 @@ def _find_heads(
                 )
             heads.append((prefix + name, owner, layer))
     return heads, left
-
-
-def expected_heads(chunks: list[tuple[str, nn.Module]]) -> list[tuple[str, str]]:
-    """Why chunks without an output layer need none, as (name, reason).
-
-    Raises:
-        ValueError: unless every one of them says so.
-    """
-    bare = [(prefix, unwrap_model(chunk)) for prefix, chunk in chunks]
-    encoders = [pair for pair in bare if getattr(pair[1], "add_decoder", True) is False]
-    left = [(f"{prefix}{type(chunk).__name__}", "an encoder without a decoder") for prefix, chunk in encoders]
-    chunks = [pair for pair in bare if pair not in encoders]
-    if not chunks:
-        return left
-    stages: list[tuple[str, Any]] = [
-        (prefix + (name or type(module).__name__), module)
-        for prefix, chunk in chunks
-        for name, module in chunk.named_modules()
-        if isinstance(module, LanguageModule)
-    ]
-    if not stages:
-        raise ValueError("no module called output_layer, and no language model that says whether it should have one")
-    # A T5 encoder's last stage has none.
-    missing = [name for name, module in stages if module.post_process and getattr(module, "add_decoder", True)]
-    if missing:
-        raise ValueError(f"no module called output_layer in {', '.join(missing)}, a last pipeline stage")
-    return left
 
 
 def _find_gated_delta_nets(

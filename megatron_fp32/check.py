@@ -12,8 +12,8 @@ import torch
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from torch import nn
 
-from megatron_fp32.apply import Model, expected_heads, find_output_layers, named_chunks, why_no_vocabulary_head
 from megatron_fp32.config import Fp32Config, config_or_default
+from megatron_fp32.find_layers import Model, expected_heads, find_output_layers, named_chunks, why_no_vocabulary_head
 from megatron_fp32.gated_delta_net.layer import Fp32GatedDeltaNet
 from megatron_fp32.kept_parameters.keep_in_fp32 import kept_parameters, kept_problems
 from megatron_fp32.optimizer.checks import communication_problems, offload_problems

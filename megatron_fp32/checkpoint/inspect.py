@@ -19,6 +19,7 @@ from megatron_fp32.checkpoint.sidecar import Sidecar
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.validation import check_path
 from megatron_fp32.weights.families.registry import find_family
+from megatron_fp32.weights.hf_config.text import text_part
 from megatron_fp32.weights.naming import MTP, VISION
 from megatron_fp32.weights.stacking import has_stacked_layers
 from megatron_fp32.weights.tensors import DTYPE_NAMES, TensorInfo
@@ -213,8 +214,7 @@ def _sidecar_details(sidecar: Sidecar | None) -> SidecarDetails | None:
 
 
 def _model_type(config: dict[str, Any]) -> str | None:
-    text = config.get("text_config", config)
-    found = text.get("model_type") if isinstance(text, dict) else None
+    found = (text_part(config) or {}).get("model_type")
     return found if isinstance(found, str) else None
 
 

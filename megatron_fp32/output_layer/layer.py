@@ -52,6 +52,14 @@ class Fp32OutputLayer(ColumnParallelLinear):
         _check_convertible(self, config)
         _take_over(self, config)
 
+    def __repr__(self) -> str:
+        """megatron-core's text, and what is fp32: the class keeps megatron-core's name."""
+        config = self.fp32_config
+        shown = f"fp32_logits=True, grad_precision={config.grad_precision!r}"
+        shown += ", invariant=True" if config.invariant else ""
+        shown += f", fused_loss={config.fused_loss!r}" if config.fused_loss != "off" else ""
+        return f"{super().__repr__().removesuffix(')')}, {shown})"
+
     def forward(
         self,
         input_: Tensor,

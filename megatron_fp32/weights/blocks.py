@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from megatron_fp32.weights.experts import DOWN, GATE_UP, expert_prefix
 from megatron_fp32.weights.hf_config.decoder import LINEAR, DecoderConfig
 from megatron_fp32.weights.mapping import (
     TensorMapping,
@@ -159,12 +160,12 @@ def _fused_expert(config: DecoderConfig, hf: str, megatron: str, naming: Naming)
     source, target = f"{hf}mlp.experts.", f"{megatron}mlp.experts.experts."
     hidden, ffn = config.hidden_size, config.moe_intermediate_size
     layout = transposed if naming.transposed_experts else rename
-    yield layout(f"{source}gate_up_proj", f"{target}linear_fc1.weight", (2 * ffn, hidden))
-    yield layout(f"{source}down_proj", f"{target}linear_fc2.weight", (hidden, ffn))
+    yield layout(f"{source}{GATE_UP}", f"{target}linear_fc1.weight", (2 * ffn, hidden))
+    yield layout(f"{source}{DOWN}", f"{target}linear_fc2.weight", (hidden, ffn))
 
 
 def _expert(config: DecoderConfig, hf: str, megatron: str, index: int) -> Iterator[TensorMapping]:
-    source, target = f"{hf}mlp.experts.{index}.", f"{megatron}mlp.experts.experts."
+    source, target = expert_prefix(f"{hf}mlp.", index), f"{megatron}mlp.experts.experts."
     yield from _gated_mlp(config.hidden_size, config.moe_intermediate_size, source, target)
 
 

@@ -11,6 +11,8 @@ import dataclasses
 import re
 from collections.abc import Collection, Mapping
 
+from megatron_fp32.weights.experts import DOWN, GATE_UP
+
 PREFIXES = ("model.language_model.", "model.")
 """What the text model's tensors may start with, the longer first: inside of a vision-language model, and alone."""
 
@@ -71,13 +73,13 @@ class Naming:
             ValueError: when no text model is among them.
         """
         mtp = [name for name in names if name.startswith(MTP)]
-        fused = [name for name in names if name.endswith(".experts.gate_up_proj")]
+        fused = [name for name in names if name.endswith(f".experts.{GATE_UP}")]
         layers = [_mtp_layer(name) for name in mtp if name.startswith(f"{MTP}layers.")]
         return cls(
             prefix=find_prefix(names),
             fused_experts=any(not name.startswith(MTP) for name in fused),
             fused_mtp_experts=any(name.startswith(MTP) for name in fused),
-            transposed_experts=any(_is_transposed(name.removesuffix("gate_up_proj"), shapes or {}) for name in fused),
+            transposed_experts=any(_is_transposed(name.removesuffix(GATE_UP), shapes or {}) for name in fused),
             mtp_layers=max(layers, default=0) + 1 if mtp else 0,
             head=HEAD in names,
         )
@@ -92,7 +94,7 @@ def _mtp_layer(name: str) -> int:
 
 def _is_transposed(experts: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """[E, H, 2F] beside [E, F, H], which no sizes make [E, 2F, H] beside [E, H, F]."""
-    gate_up, down = (shapes.get(f"{experts}{name}", ()) for name in ("gate_up_proj", "down_proj"))
+    gate_up, down = (shapes.get(f"{experts}{name}", ()) for name in (GATE_UP, DOWN))
     return len(gate_up) == len(down) == 3 and gate_up[1:] == (down[2], 2 * down[1])
 
 

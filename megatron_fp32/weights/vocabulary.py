@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.errors import CheckpointError
+from megatron_fp32.weights.hf_config.text import text_part
 
 PADDED_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Megatron tensors whose rows a trainer pads."""
@@ -87,9 +88,8 @@ def with_vocab_size(hf_config: dict[str, Any], vocab_size: int, source_size: int
             "not take tokens away"
         )
     changed = copy.deepcopy(hf_config)
-    parts = (changed, changed.get("text_config"))
-    text = parts[1] if isinstance(parts[1], dict) else changed
-    for part in parts:
-        if isinstance(part, dict) and (part is text or "vocab_size" in part):
+    text = text_part(changed)
+    for part in (changed, text):
+        if part is not None and (part is text or "vocab_size" in part):
             part["vocab_size"] = vocab_size
     return changed

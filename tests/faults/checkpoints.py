@@ -52,7 +52,7 @@ CHECKPOINTS = [
     ),
     Mutant(
         name="swap gate and up of an expert",
-        file="weights/fp8/tensors.py",
+        file="weights/experts.py",
         old='[("gate_proj", 0, rows // 2), ("up_proj", rows // 2, rows)]',
         new='[("up_proj", 0, rows // 2), ("gate_proj", rows // 2, rows)]',
         test=f"{FP8_FILES}::TestFusedExperts",

@@ -32,21 +32,21 @@ FP8 = [
     ),
     Mutant(
         name="forget the tied head in a list of modules",
-        file="checkpoint/fp8/config.py",
+        file="weights/fp8/config.py",
         old='kept = {"lm_head"}',
         new="kept: set[str] = set()",
         test=f"{FP8_LOADING}::TestTransformers",
     ),
     Mutant(
         name="list the modules of an inner text model under one name",
-        file="checkpoint/fp8/config.py",
+        file="weights/fp8/config.py",
         old="kept.update([alone + name.removeprefix(inside) for name in kept if name.startswith(inside)])",
         new="del alone",
         test=f"{FP8_LOADING}::TestTransformers",
     ),
     Mutant(
         name="forget the experts that are kept in a list of modules",
-        file="checkpoint/fp8/config.py",
+        file="weights/fp8/config.py",
         old="kept.update(module for module, quantized in experts.items() if not quantized)",
         new="pass",
         test=f"{FP8_LOADING}::TestTransformers",
@@ -67,7 +67,7 @@ FP8 = [
     ),
     Mutant(
         name="leave the files of another quantization in a float8 export",
-        file="checkpoint/fp8/config.py",
+        file="checkpoint/fp8/write.py",
         old="    remove_claims(directory, config)\n",
         new="",
         test=CLAIMS,

@@ -78,14 +78,14 @@ LAYERS = [
     Mutant(
         name="train by a hook without the optimizer repairs",
         file="apply.py",
-        old="if config.gated_delta_net and hook.optimizer_repairs is None:",
+        old="if self._config.gated_delta_net and self.optimizer_repairs is None:",
         new="if False:",
         test="tests/test_hooks.py",
     ),
     Mutant(
         name="train by a provider without the optimizer repairs",
         file="models/provider.py",
-        old="if provider.optimizer_repairs is None and keeps:",
+        old="if self.optimizer_repairs is None and self._keeps_parameters:",
         new="if False:",
         test="tests/models/test_provider.py",
     ),
@@ -147,7 +147,7 @@ LAYERS = [
     ),
     Mutant(
         name="accept a last stage without a head",
-        file="apply.py",
+        file="find_layers.py",
         old="    if missing:\n",
         new="    if False:\n",
         test="tests/test_apply.py::TestNothingMatched",

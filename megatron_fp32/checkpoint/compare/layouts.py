@@ -13,12 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from megatron_fp32.weights.experts import FUSED
 from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.model_map import ModelMap
 from megatron_fp32.weights.spec import TensorSpec
 from megatron_fp32.weights.tensors import TensorInfo
-
-_FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 
 _Part = tuple[str, tuple[int, ...], tuple[int, ...]]
 """Name, index and shape of a Megatron tensor."""
@@ -72,7 +71,7 @@ def under_common_names(a: Entries, b: Entries, plans: Sequence[ModelMap]) -> tup
     of_b = [m.place(hf=lambda spec: dataclasses.replace(spec, name=renamed(spec.name))) for m in second.mappings]
     named_a, named_b = _taken_apart(a, of_a, alike, of_b), _taken_apart(alike, of_b, a, of_a)
     if first.naming.transposed_experts != second.naming.transposed_experts:
-        named_b = {n: _turned(e) if n in named_a and n.endswith(_FUSED) else e for n, e in named_b.items()}
+        named_b = {n: _turned(e) if n in named_a and FUSED.fullmatch(n) else e for n, e in named_b.items()}
     return named_a, named_b
 
 

@@ -1,9 +1,10 @@
 """float8 checkpoints in the formats of those who make them: which tensors, under which names, with which config."""
 
-from megatron_fp32.checkpoint.fp8.config import extra_files, quantization_config, scheme_from_config
 from megatron_fp32.checkpoint.fp8.detect import detect_scheme, scheme_of_tensors
+from megatron_fp32.weights.experts import expert_parts
+from megatron_fp32.weights.fp8.config import extra_files, quantization_config, scheme_from_config
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme, is_quantized, named_scheme
-from megatron_fp32.weights.fp8.tensors import expert_parts, fp8_infos, partial_blocks, quantize_tensor
+from megatron_fp32.weights.fp8.tensors import fp8_infos, partial_blocks, quantize_tensor
 
 __all__ = [
     "Fp8Scheme",

@@ -11,10 +11,11 @@ import torch
 from megatron_fp32.checkpoint.formats.directory import existing_directory, refuse_pointers
 from megatron_fp32.checkpoint.formats.files import read_json_object
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
-from megatron_fp32.checkpoint.fp8.config import MODELOPT_FILE, scheme_from_config
 from megatron_fp32.errors import CheckpointError, checkpoint_named
 from megatron_fp32.ops.fp8.scales import ScaleFormat
+from megatron_fp32.weights.fp8.config import MODELOPT_FILE, scheme_from_config
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme, Layout
+from megatron_fp32.weights.hf_config.text import text_part
 from megatron_fp32.weights.tensors import TensorInfo
 
 SCALES = (".weight_scale_inv", ".weight_scale")
@@ -88,10 +89,9 @@ def read_quantization_config(directory: Path) -> dict[str, Any] | None:
         CheckpointError: when they are no JSON objects.
     """
     main = _read_json(directory / "config.json") or {}
-    text = main.get("text_config")
-    text = text if isinstance(text, dict) else {}
+    parts = (main, text_part(main) or {})
     # compressed-tensors wrote the second before its 0.8.
-    entries = [part.get(key) for part in (main, text) for key in ("quantization_config", "compression_config")]
+    entries = [part.get(key) for part in parts for key in ("quantization_config", "compression_config")]
     found = next((entry for entry in entries if entry), None)
     if found is not None and not isinstance(found, dict):
         raise CheckpointError(f"{directory / 'config.json'}: the quantization_config must be an object")

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_fp32.checkpoint.formats.digests import Digests
 from megatron_fp32.checkpoint.formats.safetensors_writer import cut_into_shards, shard_names, write_index
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader, known_non_model_entries
-from megatron_fp32.checkpoint.fp8.config import described_scheme, write_configs
+from megatron_fp32.checkpoint.fp8.write import write_configs
 from megatron_fp32.checkpoint.identify import check_direction
 from megatron_fp32.checkpoint.jobs.read_back import SafetensorsPart
 from megatron_fp32.checkpoint.jobs.run import Opener, Part, Tell, described
@@ -23,6 +23,7 @@ from megatron_fp32.checkpoint.quantization_claims import find_claims, remove_cla
 from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, find_sidecar
 from megatron_fp32.errors import CheckpointError, checkpoint_named, listing
 from megatron_fp32.weights.families.registry import find_family
+from megatron_fp32.weights.fp8.config import described_scheme
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
 from megatron_fp32.weights.fp8.tensors import fp8_infos, infos_of, quantize_element
 from megatron_fp32.weights.mapping import TensorMapping

@@ -15,14 +15,15 @@ from megatron_fp32.checkpoint.assets import assets_of, copy_files
 from megatron_fp32.checkpoint.formats.digests import Digests
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.formats.safetensors_writer import cut_into_shards, shard_names, write_index
-from megatron_fp32.checkpoint.fp8.config import described_scheme, write_configs
 from megatron_fp32.checkpoint.fp8.detect import SCALES, read_quantization_config
+from megatron_fp32.checkpoint.fp8.write import write_configs
 from megatron_fp32.checkpoint.identify import check_direction, read_config, refuse_adapter
 from megatron_fp32.checkpoint.jobs.read_back import SafetensorsPart
 from megatron_fp32.checkpoint.jobs.run import Opener, Part, Tell, described
 from megatron_fp32.checkpoint.jobs.staging import Staging
 from megatron_fp32.checkpoint.quantization_claims import RECIPE, find_claims
 from megatron_fp32.errors import CheckpointError
+from megatron_fp32.weights.fp8.config import described_scheme
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
 from megatron_fp32.weights.fp8.tensors import fp8_infos, infos_of, quantize_tensor
 from megatron_fp32.weights.tensors import DTYPE_NAMES, TensorInfo

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_fp32.weights.families import llama, qwen3, qwen3_5, qwen3_5_moe, qwen3_moe, qwen3_next
 from megatron_fp32.weights.hf_config.decoder import DecoderConfig
+from megatron_fp32.weights.hf_config.text import text_part
 from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.naming import Naming
 
@@ -63,8 +64,7 @@ def find_family(hf_config: Any) -> Family:
     """
     if not isinstance(hf_config, dict):
         raise ValueError(f"config.json must hold an object, got {type(hf_config).__name__}")
-    text = hf_config.get("text_config", hf_config)
-    found = text.get("model_type") if isinstance(text, dict) else None
+    found = (text_part(hf_config) or {}).get("model_type")
     for family in FAMILIES:
         if found in family.model_types:
             return family

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from collections.abc import Mapping
 
 import torch
@@ -12,56 +10,9 @@ from torch import Tensor
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.ops.fp8 import Quantized, quantize_blockwise, quantize_channelwise
 from megatron_fp32.ops.fp8.scales import scale_dtype
+from megatron_fp32.weights.experts import check_fused_experts, expert_parts
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme, is_quantized
 from megatron_fp32.weights.tensors import TensorInfo
-
-_FUSED = re.compile(r"(?P<experts>(?:.*\.)?experts\.)(?P<kind>gate_up_proj|down_proj)$")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertPart:
-    """One expert's weight inside of a fused tensor: `tensor[expert, start:stop]`."""
-
-    name: str
-    expert: int
-    start: int
-    stop: int
-    shape: tuple[int, int]
-
-
-def expert_parts(name: str, shape: tuple[int, ...]) -> tuple[ExpertPart, ...]:
-    """The experts in a fused tensor of Qwen3.5-MoE, under the names that engines read float8 experts by.
-
-    `experts.gate_up_proj` [E, 2 I, H] holds gate and then up; `experts.down_proj` is [E, H, I]
-    (transformers/models/qwen3_5_moe). They become `experts.{i}.gate_proj.weight`, `up_proj` and `down_proj`, as in
-    Qwen3-Next and Qwen's float8 releases.
-
-    Args:
-        name: of any tensor.
-        shape: of it.
-
-    Returns:
-        The parts, expert by expert; none when the name is not that of a fused tensor.
-    """
-    match = _FUSED.match(name)
-    if match is None or len(shape) != 3:
-        return ()
-    count, rows, columns = shape
-    if match["kind"] == "down_proj":
-        pieces = [("down_proj", 0, rows)]
-    else:
-        pieces = [("gate_proj", 0, rows // 2), ("up_proj", rows // 2, rows)]
-    return tuple(
-        ExpertPart(
-            name=f"{match['experts']}{expert}.{kind}.weight",
-            expert=expert,
-            start=start,
-            stop=stop,
-            shape=(stop - start, columns),
-        )
-        for expert in range(count)
-        for kind, start, stop in pieces
-    )
 
 
 def fp8_infos(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[str, TensorInfo]:
@@ -77,7 +28,7 @@ def fp8_infos(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[str, T
         CheckpointError: for fused experts that are laid out otherwise, and for weights that the scheme's `modules` name
             but that are never quantized.
     """
-    _check_experts(infos)
+    check_fused_experts(infos)
     found: dict[str, TensorInfo] = {}
     for name, info in infos.items():
         outputs = infos_of(name, info, scheme)
@@ -218,18 +169,3 @@ def _quantize(weight: Tensor, scheme: Fp8Scheme, check: bool) -> Quantized:
 def _outputs(name: str, quantized: Quantized, scheme: Fp8Scheme) -> dict[str, Tensor]:
     scale = quantized.scale.squeeze(-1) if scheme.layout == "modelopt" else quantized.scale
     return {name: quantized.weight, _scale_name(name, scheme): scale}
-
-
-def _check_experts(infos: Mapping[str, TensorInfo]) -> None:
-    """Other families have transposed experts under the same names: their sizes give that away."""
-    for name, info in infos.items():
-        match = _FUSED.match(name)
-        if match is None or match["kind"] == "down_proj":
-            continue
-        other = infos.get(f"{match['experts']}down_proj")
-        shapes = (info.shape, other.shape if other is not None else None)
-        count, hidden, width = other.shape if other is not None and len(other.shape) == 3 else (0, 0, 0)
-        if info.shape != (count, 2 * width, hidden):
-            raise CheckpointError(
-                f"{name} and its down_proj are {shapes[0]} and {shapes[1]}; expected [E, 2 I, H] and [E, H, I]"
-            )

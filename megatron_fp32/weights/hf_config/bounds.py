@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from megatron_fp32.weights.experts import GATE_UP
+
 if TYPE_CHECKING:
     from megatron_fp32.weights.hf_config.decoder import DecoderConfig
 
@@ -69,7 +71,7 @@ def check_presence(config: DecoderConfig, names: Collection[str], shapes: Mappin
     for name in names:
         if ".experts." in name:
             # Fused experts are the first axis of a tensor.
-            held += (shapes.get(name, (MOST_EXPERTS,)) or (0,))[0] if name.endswith("experts.gate_up_proj") else 1
+            held += (shapes.get(name, (MOST_EXPERTS,)) or (0,))[0] if name.endswith(f"experts.{GATE_UP}") else 1
     described = config.num_experts * sum(config.moe_layer_pattern)
     if described > held + _SPARE_EXPERTS:
         raise ValueError(

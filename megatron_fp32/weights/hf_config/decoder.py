@@ -15,6 +15,7 @@ from typing import Any
 from megatron_fp32.weights.hf_config.bounds import MOST_LAYERS, check_bounds
 from megatron_fp32.weights.hf_config.rotary import SCALING_FIELDS, Llama3RopeScaling, rope_parameters, rotary_fields
 from megatron_fp32.weights.hf_config.sizes import LINEAR_ATTENTION_FIELDS, impossible_sizes
+from megatron_fp32.weights.hf_config.text import text_part
 
 LINEAR, FULL = "linear_attention", "full_attention"
 """transformers' names for a layer with a gated delta net and for one with softmax attention over the whole context."""
@@ -211,9 +212,10 @@ def text_config(config: Any, family: str, model_types: Collection[str]) -> dict[
     Raises:
         ValueError: for anything but a model of one of `model_types`.
     """
-    text = config.get("text_config", config) if isinstance(config, dict) else None
-    if not isinstance(text, dict):
-        raise ValueError(f"config.json must hold an object, got {type(text or config).__name__}")
+    text = text_part(config)
+    if text is None:
+        found = config["text_config"] if isinstance(config, dict) else config
+        raise ValueError(f"config.json must hold an object, got {type(found).__name__}")
     if text.get("model_type") not in model_types:
         wanted = " or ".join(map(repr, model_types))
         raise ValueError(f"{family}: expected model_type {wanted}, got {text.get('model_type')!r}")

@@ -1,16 +1,14 @@
-"""The part of a config that says how the weights are quantized, written and read."""
+"""The part of a config that says how the weights are quantized: made from a scheme, and a scheme from it."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_fp32.checkpoint.quantization_claims import remove_claims, write_config
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme, named_scheme
 from megatron_fp32.weights.naming import PREFIXES
@@ -56,21 +54,6 @@ def quantization_config(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> d
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
     }
-
-
-def write_configs(directory: Path, config: dict[str, Any], infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> None:
-    """`config.json` and whatever else says how a checkpoint is quantized, in place of what the source said of it.
-
-    Args:
-        directory: to write into.
-        config: the model's `config.json`, parsed.
-        infos: all tensors of the float8 checkpoint.
-        scheme: its format.
-    """
-    remove_claims(directory, config)
-    quantized = {**config, "quantization_config": quantization_config(infos, scheme)}
-    for file, content in {"config.json": quantized, **extra_files(infos, scheme)}.items():
-        write_config(directory, content, file)
 
 
 def described_scheme(scheme: Fp8Scheme) -> dict[str, Any]:
