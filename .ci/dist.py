@@ -87,12 +87,15 @@ def wheel_problems(wheel: Path, lock: Path, venv: Path) -> list[str]:
     command(*pip, "--no-deps", str(wheel))
     names = "import megatron_fp32; print(megatron_fp32.__version__, len(dir(megatron_fp32)), *megatron_fp32.__all__)"
     problems = [f"the environment has {name}" for name in ("torch", "numpy", "megatron") if installed(python, name)]
+    named = commands(tool)
+    if not named:
+        problems.append("megatron-fp32 --help lists no commands")
     for line, expected in (
         ((tool, "--version"), version),
         ((python, "-m", "megatron_fp32", "--version"), version),
         ((python, "-c", names), version),
         ((python, "-c", names), "apply_fp32"),
-        *(((tool, *name, "--help"), "Usage: ") for name in ([], *([name] for name in commands(tool)))),
+        *(((tool, *name, "--help"), "Usage: ") for name in ([], *([name] for name in named))),
     ):
         ran = subprocess.run([str(word) for word in line], capture_output=True, text=True, env=clean(), cwd=venv)
         if ran.returncode or expected not in ran.stdout:
