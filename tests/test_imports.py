@@ -48,10 +48,11 @@ ALLOWED: dict[str, set[str]] = {
     "gated_delta_net": GROUND | {"config", "kept_parameters"} | OPS,
     "output_layer": GROUND | {"config", "kept_parameters"} | OPS,
     # One call that changes a built model, and one that looks at it.
-    "apply": GROUND | {"config"} | LAYERS,
-    "check": GROUND | {"config", "apply"} | LAYERS,
-    # Building a model from a Hugging Face config.
-    "build": GROUND | {"config", "apply", "check", "weights", "checkpoint"} | OPS | LAYERS,
+    "find_layers": GROUND,
+    "apply": GROUND | {"config", "find_layers"} | LAYERS,
+    "check": GROUND | {"config", "find_layers"} | LAYERS,
+    # Building a model from a Hugging Face config, and reading its tensors.
+    "models": GROUND | {"config", "apply", "check", "weights", "checkpoint"} | OPS | LAYERS,
     # Training and ranks without a GPU.
     "testing": GROUND,
     # The command line.
@@ -65,9 +66,6 @@ EXCEPTIONS = {
     ("optimizer.float16", "checkpoint.formats.torch_dist_metadata"): "reads which optimizer states a checkpoint holds",
 }
 """Imports that the rules below do not see, and why each of them stays."""
-
-FORMER = {"models": "build", "cli_compare": "cli", "terminal": "cli"}
-"""Rooms under the names that they had before."""
 
 WITHOUT_MEGATRON = [*OPS, "weights", "checkpoint", "config", "cli"]
 """Rooms that can be read, tested and used where megatron-core is not installed."""
@@ -112,7 +110,7 @@ def room_of(module: str) -> str:
     for length in range(len(parts), 0, -1):
         if (name := ".".join(parts[:length])) in ALLOWED:
             return name
-    return FORMER.get(parts[0], parts[0])
+    return parts[0]
 
 
 def refused(module: str, imported: set[str]) -> set[str]:
