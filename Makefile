@@ -8,7 +8,7 @@ ready := $(venv)/ready-$(shell cksum < $(lock) | cut -d' ' -f1)
 # megatron-core warns, on every rank, of every optional package that is absent.
 run := OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(venv)/bin/python
 
-.PHONY: demo test test-gpu smoke mutants lint clean
+.PHONY: demo test test-gpu smoke mutants lint docs dist clean
 
 demo: $(ready)
 	$(run) examples/demo.py $(if $(HF_DIR),--hf-dir $(HF_DIR))
@@ -27,6 +27,14 @@ smoke: $(ready)
 	  test -d $$dir || $(venv)/bin/pip install -q --no-deps --target $$dir megatron-core==$$version || exit 1; \
 	  PYTHONPATH=$$dir $(run) -m pytest -q tests/smoke || exit 1; \
 	done
+
+# The API reference, in build/docs; fails on a broken link and on a public name without a docstring.
+docs: $(ready)
+	$(run) docs/make.py site build/docs
+
+# sdist and wheel, in build/dist; fails when a file is missing or the wheel does not run in an empty environment.
+dist: $(ready)
+	$(run) .ci/dist.py $(lock) build/dist
 
 mutants: $(ready)
 	$(run) tests/mutants.py

@@ -11,7 +11,6 @@ from megatron_fp32 import needs_megatron  # noqa: F401
 # isort: split
 import dataclasses
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
@@ -26,7 +25,7 @@ from megatron_fp32.config import Fp32Config, Weights, check_weights, config_or_d
 from megatron_fp32.find_layers import Model, expected_heads, find_output_layers, named_chunks, why_no_vocabulary_head
 from megatron_fp32.gated_delta_net.layer import VARIANTS, check_gated_delta_net, to_fp32_gated_delta_net
 from megatron_fp32.kept_parameters.keep_in_fp32 import KeptParameter
-from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
+from megatron_fp32.optimizer.native_fp32 import OptimizerRepairs, install_optimizer_repairs
 from megatron_fp32.output_layer.fused_loss import check_owner, set_fused_loss
 from megatron_fp32.output_layer.layer import check_output_layer, to_fp32_output_layer
 
@@ -104,15 +103,39 @@ def apply_fp32(model: Model, config: Fp32Config | None = None, *, weights: Weigh
     return Fp32Report(output_layers=tuple(name for name, _, _ in heads), parameters=tuple(parameters), left=tuple(left))
 
 
-def pre_wrap_hook(config: Fp32Config | None = None, *, weights: Weights) -> Callable[[list[Any]], list[Any]]:
+class PreWrapHook:
+    """`apply_fp32` as a hook that takes the list of chunks and returns it. Made by `pre_wrap_hook`.
+
+    Attributes:
+        optimizer_repairs: the handle of the optimizer repairs that the first call with kept parameters installs; None
+            before. `undo()` it after the run.
+    """
+
+    is_megatron_fp32 = True
+    """Tells this hook from others in a list of hooks."""
+
+    def __init__(self, config: Fp32Config, weights: Weights) -> None:
+        self.optimizer_repairs: OptimizerRepairs | None = None
+        self._config, self._weights = config, weights
+
+    def __call__(self, chunks: list[Any]) -> list[Any]:
+        """Apply it to the chunks of this rank, log the report, and return the chunks."""
+        report = apply_fp32(chunks, self._config, weights=self._weights)
+        logger.info("megatron_fp32:\n%s", report)
+        # By the configuration: a pipeline stage without such a layer must save and load as the others do.
+        if self._config.gated_delta_net and self.optimizer_repairs is None:
+            self.optimizer_repairs = install_optimizer_repairs()
+        return chunks
+
+
+def pre_wrap_hook(config: Fp32Config | None = None, *, weights: Weights) -> PreWrapHook:
     """`apply_fp32` as a hook that takes the list of chunks and returns it.
 
     For `pre_wrap_hooks` of megatron-core's model configurations (HybridModel >= 0.18, GPTModel >= 0.19), and for
-    Megatron-Bridge's `register_pre_wrap_hook(hook, prepend=True)`. What was done is logged.
+    Megatron-Bridge's `register_pre_wrap_hook(hook, prepend=True)`. The hook logs what it did.
 
     A hook that is to keep parameters also installs the optimizer repairs, on every rank, because the optimizer of such
-    a model is built next and could not save. `hook.optimizer_repairs` is their handle then, and None before: `undo()`
-    it after the run.
+    a model is built next and could not save; see `PreWrapHook.optimizer_repairs`.
 
     Args:
         config: see `apply_fp32`.
@@ -122,20 +145,7 @@ def pre_wrap_hook(config: Fp32Config | None = None, *, weights: Weights) -> Call
         ValueError: for another value of `weights`.
     """
     check_weights(weights)
-
-    config = config_or_default(config)
-
-    def hook(chunks: list[Any]) -> list[Any]:
-        report = apply_fp32(chunks, config, weights=weights)
-        logger.info("megatron_fp32:\n%s", report)
-        # By the configuration: a pipeline stage without such a layer must save and load as the others do.
-        if config.gated_delta_net and hook.optimizer_repairs is None:  # type: ignore[attr-defined]
-            hook.optimizer_repairs = install_optimizer_repairs()  # type: ignore[attr-defined]
-        return chunks
-
-    hook.optimizer_repairs = None  # type: ignore[attr-defined]
-    hook.is_megatron_fp32 = True  # type: ignore[attr-defined]
-    return hook
+    return PreWrapHook(config_or_default(config), weights)
 
 
 # Finding

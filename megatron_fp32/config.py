@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
+from megatron_fp32.ops.products.grad_precision import GradPrecision, check_grad_precision
 from megatron_fp32.validation import check_choice, check_count, check_flag
 
 FusedLoss = Literal["off", "recompute", "saved"]
 """How a model's loss is computed: from logits; or without them, computed again or saved for the backward pass."""
 
-GradPrecision = Literal["bf16", "bf16x2", "bf16x3"]
-"""How the gradient of the logits enters the backward matrix products."""
-
 Weights = Literal["initialized", "loaded"]
 """Where the values of a built model come from: megatron-core's initialization, or a checkpoint."""
 
 DEFAULT_KEPT_PARAMETERS = ("A_log", "out_norm.weight")
-
-
-def check_grad_precision(value: object) -> None:
-    """Raise ValueError unless `value` is a `GradPrecision`."""
-    check_choice("grad_precision", value, get_args(GradPrecision))
 
 
 def check_weights(value: object) -> None:
@@ -73,6 +67,35 @@ class Fp32Config:
 
     gated_delta_net: tuple[str, ...] = DEFAULT_KEPT_PARAMETERS
     """Parameters of every gated-delta-net layer that stay fp32, named relative to the layer. Empty keeps none."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Fp32Config:
+        """The configuration in a section of a framework's own config, such as parsed YAML or an OmegaConf node.
+
+        `fused_loss: off` without quotes is False in YAML 1.1, and is taken for `"off"`.
+
+        Args:
+            values: fields by name; a field that is left out has its default.
+
+        Raises:
+            ValueError: for a name that is not a field, or a value that the field does not allow.
+            TypeError: for a value of another type, such as the text "true", or a section that is not a mapping.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"expected a mapping with the fields of Fp32Config, got {values!r}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise ValueError(
+                f"Fp32Config has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(known)}"
+            )
+        fields = dict(values)
+        if fields.get("fused_loss") is False:
+            fields["fused_loss"] = "off"
+        names = fields.get("gated_delta_net")
+        if isinstance(names, Sequence) and not isinstance(names, str):
+            fields["gated_delta_net"] = tuple(names)
+        return cls(**fields)
 
     def __post_init__(self) -> None:
         check_flag("logits", self.logits)

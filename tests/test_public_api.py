@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.metadata
 import importlib.resources
 import inspect
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import yaml
 
 import megatron_fp32
 
@@ -18,6 +21,8 @@ NAMES = [
     "Fp32GatedDeltaNet",
     "Fp32OutputLayer",
     "Fp8Scheme",
+    "LogitsTransform",
+    "VocabParallel",
     "__version__",
     "add_fp32_arguments",
     "apply_fp32",
@@ -119,3 +124,45 @@ class TestConfig:
 
     def test_no_names_keep_nothing(self) -> None:
         assert megatron_fp32.Fp32Config(gated_delta_net=()).gated_delta_net == ()
+
+
+class TestConfigFromADict:
+    """As frameworks give it: parsed YAML, or a node of OmegaConf."""
+
+    def test_every_field(self) -> None:
+        section = {
+            "logits": True,
+            "grad_precision": "bf16x2",
+            "invariant": True,
+            "fused_loss": "saved",
+            "vocab_size": 151936,
+            "gated_delta_net": ["A_log"],
+        }
+        expected = megatron_fp32.Fp32Config(
+            grad_precision="bf16x2", invariant=True, fused_loss="saved", vocab_size=151936, gated_delta_net=("A_log",)
+        )
+        assert megatron_fp32.Fp32Config.from_dict(section) == expected
+        assert megatron_fp32.Fp32Config.from_dict(dataclasses.asdict(expected)) == expected
+        assert megatron_fp32.Fp32Config.from_dict({}) == megatron_fp32.Fp32Config()
+
+    def test_yaml_reads_off_as_false(self) -> None:
+        section = yaml.safe_load("fused_loss: off\ngated_delta_net: []\n")
+        assert section["fused_loss"] is False
+        assert megatron_fp32.Fp32Config.from_dict(section) == megatron_fp32.Fp32Config(gated_delta_net=())
+
+    @pytest.mark.parametrize(
+        ("section", "error", "message"),
+        [
+            ({"logit": True}, ValueError, "has no field 'logit'; its fields are logits, grad_precision"),
+            ({"logits": "true"}, TypeError, "logits must be True or False, got 'true'"),
+            ({"logits": 1}, TypeError, "logits must be True or False, got 1"),
+            ({"vocab_size": "151936"}, TypeError, "vocab_size must be an int, got '151936'"),
+            ({"gated_delta_net": "A_log"}, ValueError, "gated_delta_net must be a tuple of non-empty parameter names"),
+            ({"fused_loss": True}, ValueError, "fused_loss must be one of"),
+            ("logits: true", TypeError, "expected a mapping with the fields of Fp32Config, got 'logits: true'"),
+            (None, TypeError, "expected a mapping"),
+        ],
+    )
+    def test_what_is_refused(self, section: Any, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            megatron_fp32.Fp32Config.from_dict(section)

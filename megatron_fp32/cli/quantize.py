@@ -48,14 +48,13 @@ def command(
     towers keep their bytes.
     """
     with errors_exit(1, output=fp8_dir):
-        if scheme is None and like is None:
+        chosen = options.chosen_scheme(scheme, like, names="--scheme and --like")
+        if chosen is None:
             raise click.UsageError("pass either --scheme or --like")
         source = local(hf_dir)
     with errors_exit(1, output=fp8_dir), progress() as tell:
         from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 
-        chosen = options.chosen_scheme(scheme, like, names="--scheme and --like")
-        assert chosen is not None
         report = quantize_checkpoint(
             source,
             fp8_dir,

@@ -73,6 +73,10 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
         self.fp32_calls = 0
         self._hook: RemovableHandle | None = None
 
+    def extra_repr(self) -> str:
+        """The parameters that are fp32: the class keeps megatron-core's name."""
+        return f"fp32_parameters={self._fp32_parameters}"
+
     def reset_parameters(self) -> None:
         """Initialize as megatron-core does, then draw `A_log` again in fp32 where it is kept."""
         draws = "A_log" in self._fp32_parameters and self.config.perform_initialization and not self.A_log.is_meta

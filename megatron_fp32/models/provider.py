@@ -19,7 +19,7 @@ from megatron_fp32.checkpoint.formats.directory import why_no_config, why_no_dir
 from megatron_fp32.checkpoint.identify import read_config
 from megatron_fp32.config import Fp32Config, config_or_default
 from megatron_fp32.models.specs import decoder_block_spec, mtp_block_spec
-from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
+from megatron_fp32.optimizer.native_fp32 import OptimizerRepairs, install_optimizer_repairs
 from megatron_fp32.output_layer.fused_loss import set_fused_loss
 from megatron_fp32.output_layer.layer import to_fp32_output_layer
 from megatron_fp32.validation import check_count, check_flag, check_path
@@ -209,49 +209,95 @@ def drop_unread_head(model: GPTModel) -> None:
         model.output_layer.weight = None
 
 
-def model_provider(hf_dir: str | Path, *, fp32: Fp32Config | None = None, **overrides: Any) -> Any:
-    """A provider with Megatron's signature: `provider(pre_process, post_process, vp_stage, config, pg_collection)`.
+class ModelProvider:
+    """Builds a model as Megatron's `pretrain()` asks for it. Made by `model_provider`.
 
-    The last three are optional; `config`, which newer releases may give, wins over `overrides`.
-
-    A provider of a model with kept parameters also installs the optimizer repairs, on every rank, because the optimizer
-    of such a model is built next and could not save. `provider.optimizer_repairs` is their handle then, and None
-    before: `undo()` it after the run.
-
-    Args:
-        hf_dir: directory with the model's `config.json`.
-        fp32: what to keep in fp32.
-        overrides: fields of `TransformerConfig`; see `transformer_config`.
+    Attributes:
+        optimizer_repairs: the handle of the optimizer repairs that the first model with kept parameters installs;
+            None before. `undo()` it after the run.
     """
-    check_path("hf_dir", hf_dir)
-    fp32 = config_or_default(fp32, name="fp32")
-    _check_overrides(overrides)
-    model = read_hf_config(hf_dir)
-    dtype = torch.bfloat16 if overrides.get("bf16") else torch.float16 if overrides.get("fp16") else torch.float32
-    overrides = {"params_dtype": dtype, **overrides}
 
-    # By the configuration: a pipeline stage without such a layer must save and load as the others do.
-    keeps = bool(fp32.gated_delta_net) and LINEAR in model.layer_types
+    def __init__(
+        self,
+        model: DecoderConfig,
+        fp32: Fp32Config,
+        overrides: dict[str, Any],
+        *,
+        max_sequence_length: int,
+        vocab_divisible_by: int,
+    ) -> None:
+        self.optimizer_repairs: OptimizerRepairs | None = None
+        self._model, self._fp32, self._overrides = model, fp32, overrides
+        self._max_sequence_length, self._vocab_divisible_by = max_sequence_length, vocab_divisible_by
+        # By the configuration: a pipeline stage without such a layer must save and load as the others do.
+        self._keeps_parameters = bool(fp32.gated_delta_net) and LINEAR in model.layer_types
 
-    def provider(
+    def __call__(
+        self,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
         config: TransformerConfig | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> GPTModel:
+        """The model of a pipeline stage, not yet wrapped.
+
+        Args:
+            pre_process, post_process, vp_stage: the pipeline stage, as in megatron-core.
+            config: in place of the provider's own, which newer releases of Megatron pass.
+            pg_collection: process groups; None takes megatron-core's global ones.
+        """
         built = build_model(
-            model,
-            config if config is not None else transformer_config(model, **overrides),
-            fp32,
+            self._model,
+            config if config is not None else transformer_config(self._model, **self._overrides),
+            self._fp32,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
+            max_sequence_length=self._max_sequence_length,
+            vocab_divisible_by=self._vocab_divisible_by,
             pg_collection=pg_collection,
         )
-        if provider.optimizer_repairs is None and keeps:  # type: ignore[attr-defined]
-            provider.optimizer_repairs = install_optimizer_repairs()  # type: ignore[attr-defined]
+        if self.optimizer_repairs is None and self._keeps_parameters:
+            self.optimizer_repairs = install_optimizer_repairs()
         return built
 
-    provider.optimizer_repairs = None  # type: ignore[attr-defined]
-    return provider
+
+def model_provider(
+    hf_dir: str | Path,
+    *,
+    fp32: Fp32Config | None = None,
+    max_sequence_length: int = 4096,
+    vocab_divisible_by: int = 128,
+    **overrides: Any,
+) -> ModelProvider:
+    """A provider with Megatron's signature: `provider(pre_process, post_process, vp_stage, config, pg_collection)`.
+
+    A provider of a model with kept parameters also installs the optimizer repairs, on every rank, because the optimizer
+    of such a model is built next and could not save; see `ModelProvider.optimizer_repairs`.
+
+    Args:
+        hf_dir: directory with the model's `config.json`.
+        fp32: what to keep in fp32.
+        max_sequence_length: tokens of the longest sequence.
+        vocab_divisible_by: Megatron's `--make-vocab-size-divisible-by`; see `padded_vocab_size`.
+        overrides: fields of `TransformerConfig`; see `transformer_config`.
+
+    Raises:
+        ValueError: for a model that is not supported, or an override that the model does not allow.
+        TypeError: for an argument of another type.
+    """
+    check_path("hf_dir", hf_dir)
+    fp32 = config_or_default(fp32, name="fp32")
+    check_count("max_sequence_length", max_sequence_length)
+    check_count("vocab_divisible_by", vocab_divisible_by)
+    _check_overrides(overrides)
+    model = read_hf_config(hf_dir)
+    dtype = torch.bfloat16 if overrides.get("bf16") else torch.float16 if overrides.get("fp16") else torch.float32
+    return ModelProvider(
+        model,
+        fp32,
+        {"params_dtype": dtype, **overrides},
+        max_sequence_length=max_sequence_length,
+        vocab_divisible_by=vocab_divisible_by,
+    )

@@ -78,14 +78,14 @@ LAYERS = [
     Mutant(
         name="train by a hook without the optimizer repairs",
         file="apply.py",
-        old="if config.gated_delta_net and hook.optimizer_repairs is None:",
+        old="if self._config.gated_delta_net and self.optimizer_repairs is None:",
         new="if False:",
         test="tests/test_hooks.py",
     ),
     Mutant(
         name="train by a provider without the optimizer repairs",
         file="models/provider.py",
-        old="if provider.optimizer_repairs is None and keeps:",
+        old="if self.optimizer_repairs is None and self._keeps_parameters:",
         new="if False:",
         test="tests/models/test_provider.py",
     ),
@@ -232,8 +232,8 @@ LAYERS = [
     Mutant(
         name="forget a scale of logits that are not there",
         file="output_layer/fused_loss.py",
-        old="            scale=scale,\n            backward",
-        new="            scale=1.0,\n            backward",
+        old="LogitsTransform(scale=scale),\n            backward",
+        new="LogitsTransform(scale=1.0),\n            backward",
         test="tests/output_layer/test_fused_loss.py::TestOneProcess",
     ),
     Mutant(

@@ -314,3 +314,15 @@ def _mtp_parts(model: DecoderConfig, options: dict[str, Any]) -> tuple[str, str]
     parts = block.layer_specs[0].submodules
     layer = getattr(parts, "mtp_model_layer", None) or parts.transformer_layer  # its name up to megatron-core 0.16
     return repr(layer.submodules.self_attention), repr(layer.submodules.mlp)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_the_provider_takes_the_padding_and_the_length_of_a_launch_line(hf_dir: Path) -> None:
+    provide = provider.model_provider(hf_dir, max_sequence_length=17, vocab_divisible_by=1, **provider.cpu_overrides())
+    assert isinstance(provide, provider.ModelProvider)
+    built = provide()
+    assert built.max_sequence_length == 17
+    assert built.vocab_size == provider.read_hf_config(hf_dir).vocab_size
+    assert "fp32_parameters=('A_log', 'out_norm.weight')" in repr(built)
+    with pytest.raises(TypeError, match="max_sequence_length must be an int, got '17'"):
+        provider.model_provider(hf_dir, max_sequence_length="17")  # type: ignore[arg-type]

@@ -236,3 +236,13 @@ class TestInAModel:
         expected = torch.matmul(hidden, model.output_layer.weight.t()).transpose(0, 1)
         assert logits.dtype == torch.bfloat16
         assert torch.equal(logits.view(torch.int16), expected.contiguous().view(torch.int16))
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_printed_model_tells_what_is_fp32() -> None:
+    layer = to_fp32_output_layer(stock_layer(), Fp32Config(grad_precision="bf16x2", invariant=True))
+    text = repr(layer)
+    assert text.startswith("ColumnParallelLinear(in_features=")
+    assert text.endswith(", TP=1, fp32_logits=True, grad_precision='bf16x2', invariant=True)")
+    fused = repr(to_fp32_output_layer(stock_layer(), Fp32Config(fused_loss="saved")))
+    assert fused.endswith(", fp32_logits=True, grad_precision='bf16', fused_loss='saved')")

@@ -5,7 +5,7 @@ Every logit is one dot product over the whole hidden dimension, summed from its 
 the batch or the shard a logit lies, so its bits do not either. cuBLAS promises that for no two shapes.
 
 The maximum and the sums that a softmax needs are taken while a tile is still in registers, over blocks of
-`STATISTICS_BLOCK` columns. Then the logits need not be stored at all.
+`BLOCK` columns. Then the logits need not be stored at all.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-STATISTICS_BLOCK = 128
-"""Columns whose statistics are taken together. Only 128 divides every shard of every vocabulary under Megatron's
-padding."""
+from megatron_fp32.ops.products.shard import BLOCK
 
 # One configuration for every shape: another could sum in another order. The fastest on an H200 of those that fit.
-_BLOCK_M, _BLOCK_N, _BLOCK_K, _GROUP_M = 128, 2 * STATISTICS_BLOCK, 64, 8
+_BLOCK_M, _BLOCK_N, _BLOCK_K, _GROUP_M = 128, 2 * BLOCK, 64, 8
 _WARPS, _STAGES = 8, 3
 
 
@@ -67,7 +65,7 @@ def store_statistics(  # type: ignore[no-untyped-def]
 
     `MEAN` is the number of fields beyond these three: 1 for the sum of z, 2 for the sum of z - maximum and the number
     of its terms. The label takes part in the sum of z only: what remains is the probability that it lacks, without the
-    cancellation of 1 - p, and however far the label is above the rest.
+    cancellation of 1 - p, however far the label is above the other logits.
 
     The maximum skips a NaN; the sums do not.
     """
@@ -81,7 +79,7 @@ def store_statistics(  # type: ignore[no-untyped-def]
     top = tl.max(others, 1)
     origin = tl.where(top == float("-inf"), 0.0, top)
     distance = others - origin[:, None]
-    # exp(-150) is 0, and 0 times a finite distance is, too.
+    # exp(-150) is 0, and so is 0 times a finite distance.
     bounded = tl.maximum(distance, -150.0, propagate_nan=tl.PropagateNan.ALL)
     e = _exp_of_distance(bounded, INTERPRETED)
     stride = tl.cast(tokens, tl.int64)
@@ -111,8 +109,8 @@ def _finish(  # type: ignore[no-untyped-def]
         logits.store([row, column], raw)
     if STATISTICS:
         rows = row + tl.arange(0, ROWS)
-        heat = tl.load(inverse_temperature + rows, mask=rows < tokens, other=1.0)
-        z = transform(raw, scale, cap, heat[:, None], CAPPED)
+        inverse = tl.load(inverse_temperature + rows, mask=rows < tokens, other=1.0)
+        z = transform(raw, scale, cap, inverse[:, None], CAPPED)
         e = store_statistics(
             z, rows, column, tokens, columns, valid_columns, statistics, labels, label_logits, MEAN, INTERPRETED, WIDTH
         )  # fmt: skip
@@ -180,7 +178,7 @@ def project_triton(
         weight: [columns, hidden], likewise.
         logits: [tokens, columns] with rows aligned to 16 bytes: float32 for the products; or, when statistics are
             taken, float16 for exp(z - maximum) with the maximum of the block, and 0 for the label.
-        statistics: [ceil(columns / STATISTICS_BLOCK), 3 to 5, tokens] float32; see `store_statistics`. The rest of the
+        statistics: [ceil(columns / BLOCK), 3 to 5, tokens] float32; see `store_statistics`. The rest of the
             arguments is for them.
         labels: [tokens] int32, the column of each token's label; any other value for none.
         label_logits: [tokens] float32; written where the label is one of these columns.
@@ -200,7 +198,7 @@ def project_triton(
         TensorDescriptor.from_tensor(hidden, [_BLOCK_M, _BLOCK_K]),
         TensorDescriptor.from_tensor(weight, [_BLOCK_N, _BLOCK_K]),
         tokens, weight.shape[0], hidden_size, valid_columns,
-        TensorDescriptor.from_tensor(logits, [_BLOCK_M, STATISTICS_BLOCK]) if store else 0,
+        TensorDescriptor.from_tensor(logits, [_BLOCK_M, BLOCK]) if store else 0,
         statistics, labels, label_logits, inverse_temperature, scale, 0.0 if softcap is None else softcap,
         STORE=store, EXPONENTIALS=logits is not None and logits.dtype == torch.float16,
         STATISTICS=take, MEAN=0 if statistics is None else statistics.shape[1] - 3, CAPPED=softcap is not None,

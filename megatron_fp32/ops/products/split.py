@@ -43,7 +43,7 @@ def split(x: Tensor, count: int, dtype: torch.dtype, *, scale: Tensor | None = N
     assert scale is None or dtype == torch.float16
     assert scale is not None or dtype != torch.float16 or count == 1
     if x.is_cuda:
-        from megatron_fp32.ops.logits.split_triton import split_triton
+        from megatron_fp32.ops.products.split_triton import split_triton
 
         with torch.cuda.device(x.device):
             parts = split_triton(x, count, dtype, scale)
@@ -55,15 +55,15 @@ def split(x: Tensor, count: int, dtype: torch.dtype, *, scale: Tensor | None = N
 def split_scale(x: Tensor, count: int, dtype: torch.dtype, *, may_overflow: bool = True) -> Tensor | None:
     """The power of two [] float32 that `x` is multiplied by before it is split; None where it need not be.
 
-    Rows with an infinite or NaN value have no say in it: they must not cost the others their digits. 1 when no other
-    row has a value that is not zero.
+    Rows with an infinite or NaN value do not count: they must not cost the other rows their digits. The scale is 1 when
+    all other rows are zeros.
 
     Args:
         x: [rows, columns], or [rows] with the largest magnitude of each.
         count: as for `split`.
         dtype: as for `split`.
-        may_overflow: a single piece needs no scale, because an overflow is for Megatron's loss scaler to see. Hidden
-            states have nobody who looks.
+        may_overflow: leave a single piece without a scale. That is right for gradients, where Megatron's loss scaler
+            must see an overflow. Nothing looks for one in hidden states.
     """
     if dtype != torch.float16 or x.dtype == dtype or (count == 1 and may_overflow):
         return None

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_fp32.ops.logits.devices import why_not_tiles
-from megatron_fp32.ops.logits.gemm import mm_fp32
+from megatron_fp32.ops.products.devices import why_not_tiles
+from megatron_fp32.ops.products.gemm import mm_fp32
 
 ROWS, COLUMNS = 64, 128
 
@@ -65,7 +65,7 @@ def fixed_order_product(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         return out
     if not hidden.is_cuda:
         return _on_cpu(hidden, weight, out)
-    from megatron_fp32.ops.logits.project_triton import project_triton
+    from megatron_fp32.ops.products.project_triton import project_triton
 
     fits = out.stride(1) == 1 and out.stride(0) % 4 == 0 and out.data_ptr() % 16 == 0
     # The tensor memory accelerator wants rows at multiples of 16 bytes.

@@ -2,50 +2,18 @@
 
 The product of two bf16 (or fp16) values is exact in fp32, so all that a 16-bit product loses is the accumulator when it
 is rounded on the way out. On CUDA `torch.mm(out_dtype=float32)` stores it instead; on the CPU, where that overload does
-not exist, the operands are widened first, which is the same sum in another order.
+not exist, the operands are widened first: the terms are equal and the order of the sum differs.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-_SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-
-
-def check_operands(hidden: Tensor, weight: Tensor, *, names: tuple[str, str]) -> None:
-    """Refuse operands that a matrix product here would have to round.
-
-    Raises:
-        TypeError: for DTensors, and unless the second is bfloat16, float16 or float32 and the first has its dtype or is
-            float32.
-        ValueError: for two float32 operands on CUDA while TF32 is allowed.
-    """
-    check_plain(**dict(zip(names, (hidden, weight), strict=True)))
-    if weight.dtype not in (*_SIXTEEN_BIT, torch.float32) or hidden.dtype not in (weight.dtype, torch.float32):
-        raise TypeError(
-            f"{names[0]} and {names[1]} must both be bfloat16, float16 or float32, or {names[0]} float32, "
-            f"got {hidden.dtype} and {weight.dtype}"
-        )
-    if weight.is_cuda and weight.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        raise ValueError(
-            f"{names[0]} and {names[1]} are float32 and TF32 is allowed: the product would keep 10 of their 23 bits. "
-            "Set torch.backends.cuda.matmul.fp32_precision = 'ieee', or pass 16-bit operands, which TF32 does not touch"
-        )
-
-
-def check_plain(**tensors: object) -> None:
-    """Raise TypeError, with the name, where a tensor is a DTensor: the operators know process groups, not meshes."""
-    for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
-            raise TypeError(
-                f"{name} must be a plain tensor beside an explicit tp_group, got a DTensor: pass its to_local(), where "
-                "all ranks have equally many rows of the weight"
-            )
+from megatron_fp32.ops.products.operands import SIXTEEN_BIT
 
 
 @contextlib.contextmanager
@@ -82,7 +50,7 @@ def mm_fp32(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     if a.numel() == 0 or b.numel() == 0:
         return out.zero_()
     with _full_precision(a.device):
-        if a.is_cuda and a.dtype in _SIXTEEN_BIT:
+        if a.is_cuda and a.dtype in SIXTEEN_BIT:
             return torch.mm(a, b, out_dtype=torch.float32, out=out)
         return torch.mm(a.float(), b.float(), out=out)
 
@@ -92,6 +60,17 @@ def addmm_fp32_(accumulator: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if a.numel() == 0 or b.numel() == 0:
         return accumulator
     with _full_precision(a.device):
-        if a.is_cuda and a.dtype in _SIXTEEN_BIT:
+        if a.is_cuda and a.dtype in SIXTEEN_BIT:
             return torch.addmm(accumulator, a, b, out_dtype=torch.float32, out=accumulator)
         return accumulator.addmm_(a.float(), b.float())
+
+
+def sum_of_products_(out: Tensor, products: Iterable[tuple[Tensor, Tensor]], *, accumulate: bool) -> Tensor:
+    """`out = sum of a @ b`, or `+=` with `accumulate`, in fp32; out [m, n] float32, a [m, k] and b [k, n]."""
+    for a, b in products:
+        if accumulate:
+            addmm_fp32_(out, a, b)
+        else:
+            mm_fp32(a, b, out=out)
+        accumulate = True
+    return out

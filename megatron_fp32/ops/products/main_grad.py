@@ -1,8 +1,9 @@
 """Megatron's protocol for the gradient of a weight: where dW goes, and what autograd is told.
 
-That of `LinearWithGradAccumulationAndAsyncCommunication.backward` (megatron/core/tensor_parallel/layers.py) and of
-DistributedDataParallel's backward hook, which adds `param.grad` to `main_grad` only where nobody said
-`grad_added_to_main_grad`, unless `zero_out_wgrad` says that a tied embedding's gradient comes the same way.
+The protocol has two sides. `LinearWithGradAccumulationAndAsyncCommunication.backward`
+(megatron/core/tensor_parallel/layers.py) adds dW to `main_grad` and sets `grad_added_to_main_grad`.
+DistributedDataParallel's backward hook then leaves `param.grad` alone, unless `zero_out_wgrad` announces that the
+gradient of a tied embedding comes through `param.grad`, too.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_fp32.ops.logits.products import WeightGrad
+from megatron_fp32.ops.products.weight_grad import WeightGrad
 
 
 def follows_main_grad(weight: Tensor) -> bool:
     """Whether Megatron's DistributedDataParallel keeps a gradient buffer for this weight.
 
-    Megatron-FSDP does too, but whether a gradient overwrites its buffer or is added to it is known to its hooks alone:
-    they take a real gradient, and so they get one.
+    Megatron-FSDP has a buffer too, but only its hooks know whether a gradient overwrites the buffer or is added to it.
+    They take a real gradient, so the answer for its weights is False.
     """
     if hasattr(weight, "__fsdp_param__"):
         return False

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megatron_fp32.ops.logits.devices import why_not_tiles
+from megatron_fp32.ops.products.devices import why_not_tiles
 
 _BLOCK_M, _BLOCK_N, _BLOCK_K, _GROUP_M = 128, 256, 64, 8
 _WARPS, _STAGES = 8, 3

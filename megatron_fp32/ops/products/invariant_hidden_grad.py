@@ -1,10 +1,11 @@
 """dX in an order of summation that neither the batch nor the sharding of the vocabulary changes.
 
 dX contracts over the vocabulary, of which every rank has a part. The vocabulary is cut into groups of columns, counted
-from its beginning, whatever the ranks. Within a group the terms are added one step of the product after another; where
-a group lies on several ranks, each takes up the sums where the one before it ended. The sums of the groups are added as
-integers, units of 2^-61 of a bound that all ranks know: integers add up to the same in any order, and so does their
-reduction over the ranks. A unit is 2^37 times finer than the last bit of an fp32 number as large as the bound.
+from its beginning, whatever the ranks. Within a group the terms are added one step of the product after another. Where
+a group lies on several ranks, each rank continues the sums of the rank before it. The sums of the groups are added as
+integers, in units of 2^-61 of a bound that all ranks know. A sum of integers does not depend on the order, so neither
+does their reduction over the ranks. A unit is 2^37 times finer than the last bit of an fp32 number as large as the
+bound.
 """
 
 from __future__ import annotations
@@ -16,30 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fp32.ops.logits.fixed_order import COLUMNS, ROWS
-from megatron_fp32.ops.logits.gemm import mm_fp32
-from megatron_fp32.ops.logits.products import CHUNK, UNSPLIT_CHUNK, chunks_of
-from megatron_fp32.ops.logits.ranks import HiddenGrad
-from megatron_fp32.ops.logits.split import Pieces
+from megatron_fp32.ops.products.chunks import CHUNK, UNSPLIT_CHUNK, even_chunks
+from megatron_fp32.ops.products.fixed_order import COLUMNS, ROWS
+from megatron_fp32.ops.products.gemm import mm_fp32
+from megatron_fp32.ops.products.hidden_grad import HiddenGrad
+from megatron_fp32.ops.products.shard import Shard
+from megatron_fp32.ops.products.split import Pieces
 
 _BITS = 61
 _TOKENS_AT_A_TIME = 1024
 """Rows that become integers at a time."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Columns:
-    """The part of the vocabulary that a rank's weight stands for.
-
-    Args:
-        first: index of its first column in the whole vocabulary.
-        valid: so many of its columns are no padding.
-        vocab_size: columns of all ranks that are no padding.
-    """
-
-    first: int
-    valid: int
-    vocab_size: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,18 +38,18 @@ class _Segment:
     ends: bool
 
 
-def segments(part: Columns, size: int) -> list[_Segment]:
+def segments(shard: Shard, size: int) -> list[_Segment]:
     """What this rank has of each group of `size` columns, in the order in which they are to be worked on.
 
     First what the next rank waits for, last what waits for the rank before.
     """
     found = []
-    start, end = part.first, part.first + part.valid
+    start, end = shard.first_column, shard.first_column + shard.valid_columns
     while start < end:
         stop = min(end, (start // size + 1) * size)
-        columns = slice(start - part.first, stop - part.first)
+        columns = slice(start - shard.first_column, stop - shard.first_column)
         found.append(
-            _Segment(columns=columns, begins=start % size == 0, ends=stop % size == 0 or stop == part.vocab_size)
+            _Segment(columns=columns, begins=start % size == 0, ends=stop % size == 0 or stop == shard.vocab_size)
         )
         start = stop
     return sorted(found, key=lambda s: (not s.begins, s.ends))
@@ -74,36 +61,25 @@ class InvariantHiddenGrad(HiddenGrad):
     Args:
         tokens: how many.
         weight: [columns, hidden], this rank's rows.
-        part: what they are.
+        shard: which rows they are, and the tensor-parallel ranks.
         pieces: how many stand for dY.
-        group: the tensor-parallel ranks; None for one.
         scatter: every rank receives the sum of its own tokens.
     """
 
-    def __init__(
-        self,
-        tokens: int,
-        weight: Tensor,
-        *,
-        part: Columns,
-        pieces: int,
-        group: dist.ProcessGroup | None,
-        scatter: bool,
-    ) -> None:
+    def __init__(self, tokens: int, weight: Tensor, *, shard: Shard, pieces: int, scatter: bool) -> None:
+        group = shard.group
         total = torch.zeros(tokens, weight.shape[1], dtype=torch.int64, device=weight.device)
         super().__init__(total, group=group, scatter=scatter, reduce=not scatter and group is not None)
-        self._weight, self._part = weight, part
+        self._shard = shard
         self._size = CHUNK if pieces > 1 else UNSPLIT_CHUNK
         self._units = torch.full((tokens,), torch.nan, dtype=torch.float64, device=weight.device)
-        self._largest = _largest(weight[: part.valid], group)
+        self._largest = _largest(weight[: shard.valid_columns], group)
 
     def of(self, tokens: slice, bounds: Callable[[], Tensor] | None = None) -> InvariantSum:
         """As the base class, with bounds that are the same on every rank."""
         assert bounds is not None
         self._units[tokens] = _units(bounds(), self._largest)
-        return InvariantSum(
-            self.partial[tokens], self._units[tokens], self._weight, self._part, size=self._size, group=self._group
-        )
+        return InvariantSum(self.partial[tokens], self._units[tokens], self._shard, size=self._size)
 
     def finish(self) -> Tensor:
         """The sum, [tokens, hidden] float32, or [tokens / tp, hidden] after a scatter."""
@@ -120,12 +96,10 @@ class InvariantHiddenGrad(HiddenGrad):
 class InvariantSum:
     """dX of a block of tokens, as `accumulate_gradients` fills it: a `HiddenSum`."""
 
-    def __init__(
-        self, total: Tensor, units: Tensor, weight: Tensor, part: Columns, *, size: int, group: dist.ProcessGroup | None
-    ) -> None:
-        self._total, self._units, self._weight, self._part = total, units, weight, part
-        self._group = group
-        self._segments = segments(part, size)
+    def __init__(self, total: Tensor, units: Tensor, shard: Shard, *, size: int) -> None:
+        self._total, self._units = total, units
+        self._group, self._valid = shard.group, shard.valid_columns
+        self._segments = segments(shard, size)
         self._chain = torch.empty(total.shape, dtype=torch.float32, device=total.device)
         self._sent: list[tuple[dist.Work, Tensor]] = []
         self._received: tuple[dist.Work, Tensor] | None = None
@@ -135,11 +109,11 @@ class InvariantSum:
         chunks = [
             slice(s.columns.start + c.start, s.columns.start + c.stop)
             for s in self._segments
-            for c in chunks_of(s.columns.stop - s.columns.start, largest)
+            for c in even_chunks(s.columns.stop - s.columns.start, largest)
         ]
-        if self._part.valid < columns or not chunks:
-            padding = chunks_of(columns - self._part.valid, largest)
-            chunks += [slice(self._part.valid + c.start, self._part.valid + c.stop) for c in padding]
+        if self._valid < columns or not chunks:
+            padding = even_chunks(columns - self._valid, largest) or [slice(0, 0)]
+            chunks += [slice(self._valid + c.start, self._valid + c.stop) for c in padding]
         if any(not s.begins for s in self._segments):
             self._receive()
         return chunks
@@ -156,7 +130,7 @@ class InvariantSum:
             work.wait()
         begin = opens and segment.begins
         if self._chain.is_cuda:
-            from megatron_fp32.ops.logits.hidden_grad_triton import add_hidden_grad
+            from megatron_fp32.ops.products.hidden_grad_triton import add_hidden_grad
 
             with torch.cuda.device(self._chain.device):
                 add_hidden_grad(self._chain, grad.parts, weight, begin=begin)
@@ -200,7 +174,7 @@ def _posted(work: dist.Work | None) -> dist.Work:
 
 
 def _add_on_cpu(chain: Tensor, grads: tuple[Tensor, ...], weight: Tensor, *, begin: bool) -> None:
-    """Products of one fixed shape, as those of `fixed_order_product`; small terms first."""
+    """Products of one fixed shape, as in `fixed_order_product`; small terms first."""
     tokens, hidden_size = chain.shape
     dy = chain.new_empty(ROWS, COLUMNS)
     block = chain.new_empty(COLUMNS, hidden_size)
