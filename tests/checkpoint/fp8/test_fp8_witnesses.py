@@ -202,7 +202,7 @@ def test_lists_are_read_as_their_producers_read_them(module: str, entry: str) ->
     try:
         re.compile(entry)
     except re.error:
-        with pytest.raises(ValueError, match="no regular expression"):
+        with pytest.raises(ValueError, match="not a regular expression"):
             named_scheme("blockwise", skip=(entry,))
         return
     assert named_scheme("channelwise", skip=(f"re:{entry}",)).skips(module) == match_name(module, f"re:{entry}")
