@@ -1,9 +1,10 @@
-"""What the commands share: text, progress and errors on a terminal."""
+"""What the commands share: text on stdout, JSON, and errors as messages and exit statuses."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -12,12 +13,9 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_fp32.checkpoint.formats.directory import hub_hint
-from megatron_fp32.checkpoint.jobs.staging import staging_directory
-from megatron_fp32.checkpoint.progress import ProgressCallback
-from megatron_fp32.errors import CheckpointError
+from megatron_fp32.checkpoint.formats.directory import staging_directory
+from megatron_fp32.cli.flags import all_options, with_flags
 from megatron_fp32.extras import MissingPackageError
 
 INTERRUPTED = 130
@@ -31,12 +29,14 @@ _REMEDIES = {
     errno.EROFS: "choose a directory on a disk that can be written to",
     errno.EMFILE: "raise the limit on open files (ulimit -n), or use fewer --workers",
     errno.ENFILE: "close other programs that hold many files open, or use fewer --workers",
-    errno.EFBIG: "lower --max-shard-bytes, or raise the limit on the size of a file (ulimit -f)",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EIO: "check the disk or the network file system",
     errno.ESTALE: "check the network file system",
 }
 """What to do about an error of the operating system."""
+
+_FILE_SIZES = ("max_part_bytes", "max_shard_bytes")
 
 
 class Commands(click.Group):
@@ -51,35 +51,34 @@ class Commands(click.Group):
             sys.exit(INTERRUPTED)
 
 
-class ExistingDirectory(click.Path):
-    """A directory that must exist. For the id of a Hugging Face repository, it says how to download that."""
-
-    def __init__(self) -> None:
-        super().__init__(exists=True, file_okay=False, path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The directory as a Path."""
-        try:
-            return super().convert(value, param, ctx)
-        except click.BadParameter as error:
-            error.message = f"{error.message.removesuffix('.')}{hub_hint(value) or '.'}"
-            raise
-
-
 def console(width: int | None = None) -> Console:
     """For text on stdout; `width` instead of the terminal's."""
     # Paths may hold brackets, which rich would take for markup.
     return Console(highlight=False, soft_wrap=True, markup=False, width=width)
 
 
+def wide_console() -> Console:
+    """For tables on stdout. A pipe has no width: names must come whole."""
+    return console(width=None if sys.stdout.isatty() else 1000)
+
+
+def print_json(content: dict[str, Any], *, indent: int | None = None) -> None:
+    """One JSON document on stdout. Paths and dtypes become text, sets become sorted lists."""
+
+    def plain(value: Any) -> Any:
+        return sorted(value) if isinstance(value, frozenset) else str(value)
+
+    click.echo(json.dumps(content, default=plain, indent=indent, allow_nan=False))
+
+
 @contextlib.contextmanager
 def errors_exit(status: int, *, output: Path | None = None) -> Iterator[None]:
-    """What is wrong becomes a message on stderr and this exit status; an interruption has status 130.
+    """An error in the block becomes a message on stderr and an exit status; an interruption has status 130.
 
     Args:
-        status: for a checkpoint that is not what it should be, for what is not installed, and for what the operating
-            system refuses.
-        output: what the command makes; it can go on with what there is of it.
+        status: for a checkpoint that cannot be read or converted, for a package that is not installed, and for what
+            the operating system refuses.
+        output: what the command makes. The message says whether the same command can go on with it.
     """
     try:
         yield
@@ -89,9 +88,16 @@ def errors_exit(status: int, *, output: Path | None = None) -> Iterator[None]:
     except OSError as error:
         click.echo(f"megatron-fp32: {_operating_system(error, output)}", err=True)
         sys.exit(status)
-    except (CheckpointError, ValueError, MissingPackageError) as error:
-        click.echo(f"megatron-fp32: {error}", err=True)
+    except (ValueError, MissingPackageError) as error:
+        click.echo(f"megatron-fp32: {in_flags(str(error))}", err=True)
         sys.exit(status)
+
+
+def in_flags(message: str) -> str:
+    """A message of the Python functions, with flags in the place of arguments."""
+    group = click.get_current_context().find_root().command
+    assert isinstance(group, click.Group)
+    return with_flags(message, all_options(group))
 
 
 def _interrupted(output: Path | None) -> str:
@@ -110,30 +116,16 @@ def _operating_system(error: OSError, output: Path | None) -> str:
     if error.errno is not None and error.strerror is not None:
         message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
         if error.errno in _REMEDIES:
-            message += f". What to do: {_REMEDIES[error.errno]}"
+            message += f". What to do: {_remedy(error.errno)}"
     # Unlike those of Path, these take any text, such as a name that is too long.
     if output is not None and not os.path.exists(output) and os.path.exists(partial := staging_directory(output)):
         message += f". What is finished stays in {partial}: run the same command again to go on from there"
     return message
 
 
-@contextlib.contextmanager
-def progress(*, only_on_terminals: bool) -> Iterator[ProgressCallback]:
-    """Bars on stderr, with throughput and the time that is left."""
-    columns = (
-        TextColumn("{task.description:>7}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    stderr = Console(stderr=True)
-    with Progress(*columns, console=stderr, disable=only_on_terminals and not stderr.is_terminal) as bars:
-        tasks = {}
-
-        def tell(action: str, nbytes: int, total: int) -> None:
-            if action not in tasks:
-                tasks[action] = bars.add_task(action, total=total)
-            bars.update(tasks[action], advance=nbytes)
-
-        yield tell
+def _remedy(number: int) -> str:
+    params = click.get_current_context().command.params
+    flags = [param.opts[0] for param in params if param.name in _FILE_SIZES]
+    if number == errno.EFBIG and flags:
+        return f"lower {flags[0]}, or {_REMEDIES[number]}"
+    return _REMEDIES[number]

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
-from megatron_fp32 import cli, cli_compare
+from megatron_fp32 import cli
 from megatron_fp32.checkpoint.convert import import_checkpoint
 from tests.checkpoint.support import A_LOG, NORM, rewrite, stored_tensors, write_small
 from tests.families import case, unfuse
@@ -50,6 +50,14 @@ def _run(*args: str | Path) -> Result:
     return CliRunner().invoke(cli.main, [str(arg) for arg in args])
 
 
+def _blocks(text: str) -> dict[str, list[str]]:
+    """Names of the tensors that `verify` lists, each with its lines; a line that was wrapped comes whole."""
+    found: dict[str, list[str]] = {}
+    for block in re.findall(r"^(\S*[^:\s])\n((?:  .+\n)+)", text, re.MULTILINE):
+        found[block[0]] = [line.strip() for line in block[1].replace("\n    ", " ").splitlines()]
+    return found
+
+
 def _json(result: Result) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(result.stdout, parse_constant=lambda name: pytest.fail(name))
     return content
@@ -71,28 +79,32 @@ class TestVerify:
     def test_differences_have_status_1_and_are_listed(self, pair: Pair, changed: Path) -> None:
         result = _run("verify", pair[0], changed)
         assert result.exit_code == 1
-        lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
-        assert "only in A" in lines["lm_head.weight"]
-        assert "only in B" in lines["more"]
-        assert re.search(r"other shape +F32 +\[22\] / \[21\]", lines[NORM])
+        found = _blocks(result.stdout)
+        bias = A_LOG.replace("A_log", "dt_bias")
+        assert list(found) == ["lm_head.weight", "more", NORM, A_LOG, bias]
+        assert found["lm_head.weight"] == ["only in A; BF16 [57, 27]"]
+        assert found["more"] == ["only in B; F32 [3]"]
+        assert found[NORM] == ["other shape; F32 [22] in A, F32 [21] in B"]
         before = torch.frombuffer(bytearray(stored_tensors(pair[0])[A_LOG][2]), dtype=torch.float32)[4]
-        assert re.search(
-            rf"F32 +\[9\] +1 of 9 +0\.5 +\[4\]: {float(before):.9g} / {float(before) + 0.5:.7g}", lines[A_LOG]
-        )
-        assert re.search(
-            r"same values, other dtype +BF16 / F32 +\[9\] +0 of 9", lines[A_LOG.replace("A_log", "dt_bias")]
-        )
+        a, b = float(before), float(before + 0.5)
+        assert found[A_LOG] == [
+            "other values: 1 of 9; F32 [9]",
+            f"largest |a - b|: 0.5 at [4], {a:.9g} in A, {b:.9g} in B",
+            f"largest relative difference: {0.5 / b:.4g} at [4]",
+        ]
+        assert found[bias] == ["same values, other dtype; BF16 [9] in A, F32 [9] in B"]
         total = len(stored_tensors(pair[0])) - 2
-        assert result.stdout.splitlines()[-1] == (
-            f"DIFFERENT: {total - 2} of {total} byte for byte; only in A: 1; only in B: 1; other shape: 1; "
-            "other values: 1; same values, other dtype: 1"
+        *_, counts, more, verdict = result.stdout.splitlines()
+        assert f"{counts} {more.strip()}" == (
+            "only in A: 1; only in B: 1; other shape: 1; other values: 1; same values, other dtype: 1"
         )
+        assert verdict == f"DIFFERENT: {total - 2} of {total} byte for byte"
 
     def test_a_limit_hides_what_comes_last_and_says_so(self, pair: Pair, changed: Path) -> None:
         short = _run("verify", pair[0], changed, "--limit", "2")
         assert short.exit_code == 1
         assert "and 3 more; --limit 0 lists all of them" in short.stdout
-        assert A_LOG not in short.stdout
+        assert list(_blocks(short.stdout)) == ["lm_head.weight", "more"]
         assert _run("verify", pair[0], changed, "--limit", "0").stdout == _run("verify", pair[0], changed).stdout
 
     def test_values_only_accepts_another_dtype_and_nothing_else(
@@ -154,8 +166,7 @@ class TestVerify:
         rewrite(separate, lambda tensors: {n: t * 2 if n.startswith(f"{start}3.up") else t for n, t in tensors.items()})
         result = _run("verify", fused, separate)
         assert result.exit_code == 1
-        (line,) = [line for line in result.stdout.splitlines() if line.startswith(f"{start}3.up_proj.weight ")]
-        assert line.endswith(f" {start}gate_up_proj[3] in A")
+        assert _blocks(result.stdout)[f"{start}3.up_proj.weight"][-1] == f"{start}gate_up_proj[3] in A"
         assert "compared by name alone" not in result.stdout
 
         (separate / "config.json").unlink()
@@ -189,7 +200,7 @@ class TestVerify:
         shutil.copytree(pair[0], tmp_path / "damaged")
         (tmp_path / "damaged" / "model.safetensors").write_bytes(b"damaged")
         (tmp_path / "empty").mkdir()
-        for path, message in (("damaged", "no readable safetensors file"), ("empty", "holds no checkpoint")):
+        for path, message in (("damaged", "is not a readable safetensors file"), ("empty", "holds no checkpoint")):
             for flags in ([], ["--json"]):
                 result = _run("verify", pair[0], tmp_path / path, *flags)
                 assert (result.exit_code, result.stdout) == (2, "")
@@ -286,7 +297,13 @@ class TestInspect:
 
 @pytest.mark.parametrize(
     "args",
-    [["verify"], ["verify", "."], ["verify", ".", "no/such"], ["verify", ".", ".", "--limit", "-1"], ["inspect"]],
+    [
+        ["verify"],
+        ["verify", "."],
+        ["verify", ".", "no/such/directory"],
+        ["verify", ".", ".", "--limit", "-1"],
+        ["inspect"],
+    ],
     ids=" ".join,
 )
 def test_a_mistake_on_the_command_line_has_status_2(args: list[str]) -> None:
@@ -299,10 +316,10 @@ def test_a_mistake_on_the_command_line_has_status_2(args: list[str]) -> None:
     ("command", "mentioned"),
     [
         (
-            cli_compare.verify,
+            cli.verify.command,
             ["0 when A and B are equal, 1 when they differ, 2 for", "0.0 and -0.0", "NaN", "--source"],
         ),
-        (cli_compare.inspect, ["Exit status: 0, or 2", "--match GLOB"]),
+        (cli.inspect.command, ["Exit status: 0, or 2", "--match GLOB"]),
     ],
     ids=["verify", "inspect"],
 )
