@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import json
 import platform
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import click
 import torch
+from timing import take_turns
 from torch import Tensor
 
 from megatron_fp32.ops.fp8 import Quantized, kernels, quantize_blockwise, quantize_channelwise
@@ -31,31 +31,17 @@ CHECKED_VALUES = 1 << 27
 """The largest part of an output that is compared with the CPU's."""
 
 
-def once(way: Callable[[], Any], flush: Tensor) -> tuple[float, Any]:
-    """The time on the device: it starts late, so that the host is ahead."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    flush.zero_()
-    torch.cuda._sleep(2_000_000)
-    start.record()
-    output = way()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end), output
-
-
 def paired(way: Callable[[], Any], unit: Callable[[], Any], repeats: int) -> tuple[float, float, Any]:
     """Median ms of both, and the last output."""
     flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
-    once(way, flush)
-    once(unit, flush)
-    times: list[tuple[float, float]] = []
-    output = None
-    for _ in range(repeats):
-        output = None
-        unit_ms, _ = once(unit, flush)
-        ms, output = once(way, flush)
-        times.append((ms, unit_ms))
-    return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times), output
+
+    def before(name: str) -> None:
+        flush.zero_()
+        # The device starts late, so that the host is ahead.
+        torch.cuda._sleep(2_000_000)
+
+    found = take_turns({"unit": unit, "way": way}, repeats=repeats, warm_ups=1, before=before)
+    return found["way"].ms, found["unit"].ms, found["way"].output
 
 
 def copy_of(weight: Tensor) -> Callable[[], Any]:

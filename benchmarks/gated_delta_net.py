@@ -10,9 +10,9 @@ layer with all of its parameters and activations in fp32.
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import click
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
+from timing import take_turns
 from torch import Tensor
 
 from megatron_fp32.config import Fp32Config
@@ -114,32 +115,26 @@ def measure(layers: dict[str, torch.nn.Module], tokens: int, repeats: int, spec:
     torch._dynamo.reset()
     hidden = torch.randn(tokens, 1, MODEL.hidden_size, device="cuda").bfloat16().requires_grad_()
     cotangent = torch.randn_like(hidden)
-    names = ("stock", "fp32")
-    times: dict[str, list[float]] = {name: [] for name in names}
-    outputs: dict[str, Tensor] = {}
-    for turn in range(repeats + 5):
-        for name in names if turn % 2 else names[::-1]:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            outputs[name] = layers[name](hidden, None)[0]
-            outputs[name].backward(cotangent)
-            end.record()
-            end.synchronize()
-            if turn >= 5:
-                times[name].append(start.elapsed_time(end))
+
+    def step(layer: torch.nn.Module) -> Tensor:
+        output: Tensor = layer(hidden, None)[0]
+        output.backward(cotangent)
+        return output
+
+    ways = {name: functools.partial(step, layers[name]) for name in ("stock", "fp32")}
+    found = take_turns(ways, repeats=repeats, warm_ups=5, swap=True)
     with torch.no_grad():
         truth = layers["truth"](hidden.float(), None)[0]
-    stock = statistics.median(times["stock"])
     return [
         {
             "spec": spec,
             "tokens": tokens,
             "layer": name,
-            "ms": statistics.median(times[name]),
-            "ratio": statistics.median(times[name]) / stock,
-            "error": relative_error(outputs[name].detach(), truth),
+            "ms": timing.ms,
+            "ratio": timing.ms / found["stock"].ms,
+            "error": relative_error(timing.output.detach(), truth),
         }
-        for name in names
+        for name, timing in found.items()
     ]
 
 

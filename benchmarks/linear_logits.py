@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import platform
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import Any, get_args
 
 import click
 import torch
+from timing import time_one
 from torch import Tensor
 
-from megatron_fp32.config import GradPrecision
 from megatron_fp32.ops.logits import fp32_logits
 from megatron_fp32.ops.logits.reference import relative_error
+from megatron_fp32.ops.products.grad_precision import GradPrecision
 
 
 @click.command()
@@ -68,7 +68,7 @@ def forward_rows(hidden: Tensor, weight: Tensor, repeats: int) -> list[dict[str,
     }
     rows: list[dict[str, Any]] = []
     for what, way in ways.items():
-        ms, output = timed(way, repeats if "upcast" not in what else 3)
+        ms, _, output = time_one(way, repeats=repeats if "upcast" not in what else 3)
         unit = rows[0]["ms"] if rows else ms
         rows.append({"what": what, "ms": ms, "ratio": ms / unit, "error": relative_error(output[sample], truth)})
         del output
@@ -94,7 +94,7 @@ def backward_rows(hidden: Tensor, weight: Tensor, labels: Tensor, repeats: int) 
     weight = weight.clone().requires_grad_()
     weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
     weight.grad_added_to_main_grad = False
-    zero_ms, _ = timed(weight.main_grad.zero_, repeats)
+    zero_ms = time_one(weight.main_grad.zero_, repeats=repeats).ms
     for precision in get_args(GradPrecision):
         # dX of an fp32 residual stream leaves in fp32, and shows what its rounding to bf16 hides.
         for dtype, name in ((torch.bfloat16, "bf16 hidden"), (torch.float32, "fp32 hidden")):
@@ -109,7 +109,8 @@ def backward_rows(hidden: Tensor, weight: Tensor, labels: Tensor, repeats: int) 
 
 def bare_products(hidden: Tensor, weight: Tensor, low: Tensor, repeats: int) -> tuple[float, Tensor]:
     """Median ms of dX and dW as two bare products of a bf16 dY, and dX."""
-    return timed(lambda: (low @ weight, low.t() @ hidden)[0], repeats)
+    timing = time_one(lambda: (low @ weight, low.t() @ hidden)[0], repeats=repeats)
+    return timing.ms, timing.output
 
 
 def timed_backward(
@@ -123,10 +124,8 @@ def timed_backward(
         weight.main_grad.zero_()
         return torch.autograd.grad(logits, (leaf, weight), grad, retain_graph=True)[0]
 
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    ms, hidden_grad = timed(backward, repeats)
-    return ms, (torch.cuda.max_memory_allocated() - before) / 2**30, hidden_grad
+    ms, peak, hidden_grad = time_one(backward, repeats=repeats)
+    return ms, peak / 2**30, hidden_grad
 
 
 def softmax_gradient(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -137,21 +136,6 @@ def softmax_gradient(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     gradient = logits.softmax(-1)
     gradient[rows, labels] -= 1
     return gradient / labels.numel()
-
-
-def timed(way: Callable[[], Tensor], repeats: int) -> tuple[float, Tensor]:
-    """Median of CUDA-event timings in ms after three warm-ups, and the last output."""
-    for _ in range(3):
-        output = way()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        output = way()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times), output
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import functools
 import json
 import os
 import platform
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,12 +26,13 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
+from timing import take_turns
 from torch import Tensor
 
 from megatron_fp32.ops.logits import fp32_logits
-from megatron_fp32.ops.logits.fixed_order import fixed_order_product
 from megatron_fp32.ops.logits.reference import relative_error
-from megatron_fp32.ops.logprobs import linear_logprobs, weighted_cross_entropy
+from megatron_fp32.ops.logprobs import VocabParallel, linear_logprobs, weighted_cross_entropy
+from megatron_fp32.ops.products.fixed_order import fixed_order_product
 
 SHAPES = ("8192,4096,151936", "8192,7168,129280")
 GIB = 2**30
@@ -44,14 +44,15 @@ class Problem:
     def __init__(self, tokens: int, hidden: int, vocab: int, group: dist.ProcessGroup | None) -> None:
         ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
         torch.manual_seed(0)
-        self.group, self.name = group, f"T={tokens} H={hidden} V={vocab}" + (f" TP={ranks}" if ranks > 1 else "")
+        self.name = f"T={tokens} H={hidden} V={vocab}" + (f" TP={ranks}" if ranks > 1 else "")
         whole = (torch.randn(vocab, hidden, device="cuda") / hidden**0.5).bfloat16()
         self.labels = torch.randint(vocab, (tokens,), device="cuda")
         towards = torch.empty(tokens, 1, device="cuda").uniform_(4, 24)
         x = torch.randn(tokens, hidden, device="cuda") + towards * whole[self.labels].float()
         self.hidden = x.bfloat16().requires_grad_()
         # Megatron's padding; one rank needs none.
-        self.vocab, columns = vocab, -(-vocab // (128 * ranks)) * 128 if ranks > 1 else vocab
+        columns = -(-vocab // (128 * ranks)) * 128 if ranks > 1 else vocab
+        self.parallel = VocabParallel(group=group, vocab_size=vocab)
         first = columns * rank
         self._truth(whole, first, min(columns, vocab - first))
         # A copy: the whole weight would stay in memory.
@@ -101,41 +102,6 @@ class Problem:
         return lambda: [product() for product in chosen] and None
 
 
-def paired(way: Callable[[], Any], unit: Callable[[], Any], before: Callable[[], Any], repeats: int) -> tuple[Any, ...]:
-    """Median ms of both, peak bytes above what was there, and the last output.
-
-    The two alternate without a pause, and nothing waits for the device until the end: as in the middle of a training
-    step the host is ahead and the clocks are what the power allows. A GPU that has rested is faster for some time.
-    """
-    for _ in range(3):
-        way()
-        unit()
-    spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {"way": [], "unit": []}
-    output, peak = None, 0
-    torch.cuda._sleep(20_000_000)
-    for _ in range(repeats):
-        span, _ = timed(unit)
-        spans["unit"].append(span)
-        output = None
-        before()
-        allocated = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        span, output = timed(way)
-        spans["way"].append(span)
-        peak = torch.cuda.max_memory_allocated() - allocated
-    torch.cuda.synchronize()
-    ms = {name: statistics.median(start.elapsed_time(end) for start, end in each) for name, each in spans.items()}
-    return ms["way"], ms["unit"], peak, output
-
-
-def timed(way: Callable[[], Any]) -> tuple[tuple[torch.cuda.Event, torch.cuda.Event], Any]:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    output = way()
-    end.record()
-    return (start, end), output
-
-
 class Table:
     """Rows, printed as they come."""
 
@@ -154,12 +120,14 @@ class Table:
             return
         p = self.problem
 
-        def before() -> None:
-            p.main_grad.zero_()
-            p.hidden.grad = p.weight.grad = p.plain_weight.grad = None
+        def before(name: str) -> None:
+            if name == "way":
+                p.main_grad.zero_()
+                p.hidden.grad = p.weight.grad = p.plain_weight.grad = None
 
         unit_way = p.unit(unit) if isinstance(unit, str) else unit
-        ms, unit_ms, peak, output = paired(way, unit_way, before, self.repeats)
+        found = take_turns({"unit": unit_way, "way": way}, repeats=self.repeats, before=before, wait=False)
+        (unit_ms, *_), (ms, peak, output) = found["unit"], found["way"]
         row = {"shape": p.name, "what": what, "ms": ms, "unit": unit if isinstance(unit, str) else "custom"}
         row |= {"unit_ms": unit_ms, "ratio": ms / unit_ms, "peak_gib": peak / GIB, **check(output)}
         self.rows.append(row)
@@ -203,7 +171,7 @@ def forward_rows(table: Table) -> None:
 
     @torch.no_grad()
     def logprobs(invariant: bool) -> Any:
-        return linear_logprobs(x, w, p.labels, tp_group=p.group, vocab_size=p.vocab, invariant=invariant)
+        return linear_logprobs(x, w, p.labels, vocab_parallel=p.parallel, invariant=invariant)
 
     table.add("log-probs and entropy", "logits", lambda: logprobs(False), probs_error)
     table.add("log-probs and entropy, invariant", "logits", lambda: logprobs(True), probs_error)
@@ -225,7 +193,7 @@ def backward_rows(table: Table) -> None:
 
     def weighted(precision: Any, hidden: Tensor | None = None, invariant: bool = False) -> Tensor:
         out = weighted_cross_entropy(
-            p.hidden if hidden is None else hidden, p.weight, p.labels, p.weights, tp_group=p.group, vocab_size=p.vocab,
+            p.hidden if hidden is None else hidden, p.weight, p.labels, p.weights, vocab_parallel=p.parallel,
             grad_precision=precision, invariant=invariant,
         )  # fmt: skip
         out.total.backward()
@@ -233,7 +201,7 @@ def backward_rows(table: Table) -> None:
 
     def logprobs(backward: Any, precision: Any = "bf16", invariant: bool = False) -> Tensor:
         out = linear_logprobs(
-            p.hidden, p.weight, p.labels, tp_group=p.group, vocab_size=p.vocab, backward=backward,
+            p.hidden, p.weight, p.labels, vocab_parallel=p.parallel, backward=backward,
             grad_precision=precision, invariant=invariant,
         )  # fmt: skip
         out.logprobs.backward(-p.weights)

@@ -22,6 +22,8 @@ if _typing.TYPE_CHECKING:
     from megatron_fp32.models.flags import fp32_config_from_args as fp32_config_from_args
     from megatron_fp32.models.provider import model_provider as model_provider
     from megatron_fp32.ops.logits import fp32_logits as fp32_logits
+    from megatron_fp32.ops.logprobs import LogitsTransform as LogitsTransform
+    from megatron_fp32.ops.logprobs import VocabParallel as VocabParallel
     from megatron_fp32.ops.logprobs import linear_cross_entropy as linear_cross_entropy
     from megatron_fp32.ops.logprobs import linear_logprobs as linear_logprobs
     from megatron_fp32.ops.logprobs import weighted_cross_entropy as weighted_cross_entropy
@@ -41,6 +43,8 @@ _MODULES = {
     "Fp32GatedDeltaNet": "gated_delta_net.layer",
     "Fp32OutputLayer": "output_layer.layer",
     "Fp8Scheme": "weights.fp8.scheme",
+    "LogitsTransform": "ops.logprobs",
+    "VocabParallel": "ops.logprobs",
     "add_fp32_arguments": "models.flags",
     "apply_fp32": "apply",
     "check_fp32": "check",

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+from megatron_fp32.cli import main as commands
 
 
 def main() -> None:
-    """Run the command. An interruption while torch is imported, which takes seconds, is no traceback either."""
-    try:
-        from megatron_fp32.cli import main as command
-    except KeyboardInterrupt:
-        print("megatron-fp32: interrupted before anything was done", file=sys.stderr)
-        sys.exit(130)
-    command(prog_name="megatron-fp32")
+    """Run the command. Its name is the same whichever way it was started; shell completion depends on it."""
+    commands(prog_name="megatron-fp32")
 
 
 if __name__ == "__main__":

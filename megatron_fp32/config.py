@@ -6,23 +6,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from megatron_fp32.ops.products.grad_precision import GradPrecision, check_grad_precision
 from megatron_fp32.validation import check_choice, check_count, check_flag
 
 FusedLoss = Literal["off", "recompute", "saved"]
 """How a model's loss is computed: from logits; or without them, computed again or saved for the backward pass."""
 
-GradPrecision = Literal["bf16", "bf16x2", "bf16x3"]
-"""How the gradient of the logits enters the backward matrix products."""
-
 Weights = Literal["initialized", "loaded"]
 """Where the values of a built model come from: megatron-core's initialization, or a checkpoint."""
 
 DEFAULT_KEPT_PARAMETERS = ("A_log", "out_norm.weight")
-
-
-def check_grad_precision(value: object) -> None:
-    """Raise ValueError unless `value` is a `GradPrecision`."""
-    check_choice("grad_precision", value, get_args(GradPrecision))
 
 
 def check_weights(value: object) -> None:

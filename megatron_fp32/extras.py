@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 _REMEDIES = {
     "megatron": "pip install 'megatron_fp32[megatron]', or put a Megatron-LM checkout on PYTHONPATH",
-    "einops": "pip install 'megatron_fp32[megatron]', or beside a Megatron-LM checkout: pip install einops",
-    "psutil": "pip install 'megatron_fp32[megatron]', or beside a Megatron-LM checkout: pip install psutil",
+    "einops": "pip install 'megatron_fp32[megatron]', or with a Megatron-LM checkout: pip install einops",
+    "psutil": "pip install 'megatron_fp32[megatron]', or with a Megatron-LM checkout: pip install psutil",
     "transformers": "pip install 'megatron_fp32[transformers]'",
     "fla": "pip install 'megatron_fp32[gpu]'",
+    "matplotlib": "pip install 'megatron_fp32[plot]'",
+    "huggingface_hub": "pip install 'megatron_fp32[hub]'",
     "triton": "pip install triton; torch's wheels for CUDA on Linux bring it along",
     "transformer_engine": "pip install 'transformer-engine[pytorch]', or build the model with transformer_impl='local'",
 }

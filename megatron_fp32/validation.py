@@ -44,13 +44,20 @@ def check_finite(name: str, value: object, *, positive: bool = False) -> None:
 
 
 def check_path(name: str, value: object, *, optional: bool = False) -> None:
-    """Raise TypeError unless `value` is a str or a Path (None where it is optional), ValueError for an empty one."""
+    """Raise unless `value` is a path (None where it is optional).
+
+    Raises:
+        TypeError: for a value that is not a str or a Path.
+        ValueError: for a path that is empty or holds a null byte.
+    """
     if optional and value is None:
         return
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name} must be a path (str or Path){' or None' if optional else ''}, got {value!r}")
     if not os.fspath(value):
         raise ValueError(f"{name} must be a path, got an empty text")
+    if "\0" in str(value):
+        raise ValueError(f"{name} must be a path, got a text with a null byte: {str(value)!r}")
 
 
 def check_callable(name: str, value: object) -> None:

@@ -21,9 +21,10 @@ from click.testing import CliRunner, Result
 from megatron.core.models.gpt import gpt_layer_specs
 
 from megatron_fp32 import cli
-from megatron_fp32.checkpoint import convert
-from megatron_fp32.checkpoint.convert import import_checkpoint
+from megatron_fp32.checkpoint import convert, inspect
+from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_fp32.checkpoint.formats.torch_dist_writer import DataFile
+from megatron_fp32.cli import inspect_text
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.extras import MissingPackageError
 from megatron_fp32.models.provider import read_hf_config, transformer_config
@@ -202,6 +203,38 @@ class TestWhatIsInTheDirectory:
         assert f"{hf} holds no hf_source" in message
         assert "is a Hugging Face checkpoint: run megatron-fp32 import, and pass what that makes" in message
 
+    @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+    def test_weights_behind_a_link_that_leads_nowhere(self, hf: Path, original: Path, name: str) -> None:
+        (hf / "model.safetensors").unlink()
+        (hf / name).symlink_to("../../blobs/4d7a2146")
+        for command in (("inspect", hf), ("verify", hf, original), ("verify", original, hf)):
+            message = _refused(*command, status=2)
+            assert f"{hf / name} is a link to ../../blobs/4d7a2146, which cannot be reached: download" in message
+
+    def test_metadata_behind_a_link_that_leads_nowhere(self, megatron: Path) -> None:
+        (megatron / "release" / ".metadata").unlink()
+        (megatron / "release" / ".metadata").symlink_to("gone")
+        message = _refused("inspect", megatron / "release", status=2)
+        assert f"{megatron / 'release' / '.metadata'} is a link to gone, which cannot be reached" in message
+
+    @pytest.mark.parametrize("scheme", ["blockwise", "channelwise"])
+    def test_a_source_that_is_quantized(self, original: Path, tmp_path: Path, scheme: str) -> None:
+        assert _run("quantize", original, tmp_path / "fp8", "--scheme", scheme).exit_code == 0
+        message = _refused("import", tmp_path / "fp8", tmp_path / "out")
+        assert f"{tmp_path / 'fp8'}: " in message
+        assert "weights are quantized to F8_E4M3 and have scales: model.layers.0." in message
+        assert "import the checkpoint that was quantized" in message
+
+    def test_a_source_that_does_not_exist(self, megatron: Path, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"no/such/directory does not exist$"):
+            export_checkpoint(megatron, tmp_path / "out", source="no/such/directory")
+
+    @pytest.mark.parametrize("argument", ["hf_dir", "out"])
+    def test_a_path_with_a_null_byte(self, original: Path, tmp_path: Path, argument: str) -> None:
+        paths = {"hf_dir": str(original), "out": str(tmp_path / "out"), argument: "a\0b"}
+        with pytest.raises(ValueError, match=rf"^{argument} must be a path, got a text with a null byte: 'a\\x00b'$"):
+            import_checkpoint(**paths)
+
     def test_a_config_that_is_not_there(self, hf: Path, tmp_path: Path) -> None:
         (hf / "config.json").unlink()
         message = _refused("import", hf, tmp_path / "out")
@@ -234,13 +267,22 @@ class TestWhatIsInTheDirectory:
 class TestHubId:
     @pytest.mark.parametrize("given", ["Qwen/Qwen3-8B", "https://huggingface.co/Qwen/Qwen3-8B", "hf://Qwen/Qwen3-8B"])
     @pytest.mark.parametrize("command", ["import", "quantize", "inspect", "verify"])
-    def test_on_the_command_line(self, given: str, command: str, tmp_path: Path, original: Path) -> None:
+    def test_on_the_command_line_without_huggingface_hub(
+        self, given: str, command: str, tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
         more = {"import": [tmp_path / "out"], "quantize": [tmp_path / "out", "--scheme", "blockwise"]}
         message = _refused(
             command, given, *more.get(command, []), *([original] if command == "verify" else []), status=2
         )
         assert "does not exist" in message
         assert "hf download Qwen/Qwen3-8B --local-dir Qwen3-8B" in message
+        assert "Or let this command download it: huggingface_hub is not installed. Install it: pip install " in message
+        assert "'megatron_fp32[hub]'" in message
+
+    def test_of_a_checkpoint_that_is_not_fetched(self, tmp_path: Path) -> None:
+        message = _refused("export", "Qwen/Qwen3-8B@v1", tmp_path / "out", status=2)
+        assert "hf download Qwen/Qwen3-8B --revision v1 --local-dir Qwen3-8B" in message
 
     def test_in_python(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
@@ -295,7 +337,9 @@ class TestNames:
         hf = write_small(tmp_path / "hf")
         rewrite(hf, lambda tensors: {**tensors, name: torch.ones(2)})
         message = _refused("import", hf, tmp_path / "out")
-        assert f"{hf}: the tensor {name!r} names no layer: expected mtp.layers.N., where N is a number" in message
+        assert (
+            f"{hf}: the tensor {name!r} does not name a layer: expected mtp.layers.N., where N is a number" in message
+        )
 
     def test_a_shape_in_the_sidecar(self, megatron: Path, tmp_path: Path) -> None:
         path, name = megatron / "hf_source/source.json", "model.layers.0.mlp.gate_proj.weight"
@@ -315,7 +359,7 @@ class TestOperatingSystem:
             (errno.ENOSPC, "make room on that disk"),
             (errno.EDQUOT, "quota"),
             (errno.EMFILE, "ulimit -n"),
-            (errno.EFBIG, "--max-shard-bytes"),
+            (errno.EFBIG, "lower --max-part-bytes, or raise the limit"),
         ],
     )
     def test_an_error_that_names_no_file(
@@ -393,14 +437,21 @@ class TestInterruption:
         message = _refused(target.split("_")[0], source, tmp_path / "out", status=130)
         assert f"interrupted before anything of {tmp_path / 'out'} was written" in message
 
-    @pytest.mark.parametrize("function", ["inspect_checkpoint", "console"])
+    @pytest.mark.parametrize("function", ["inspect_checkpoint", "HuggingFaceReader"])
     def test_of_a_command_that_writes_nothing(
         self, original: Path, monkeypatch: pytest.MonkeyPatch, function: str
     ) -> None:
         def interrupted(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(cli.cli_compare, function, interrupted)
+        monkeypatch.setattr(inspect, function, interrupted)
+        assert _refused("inspect", original, status=130) == "megatron-fp32: interrupted\n"
+
+    def test_while_it_prints(self, original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupted(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(inspect_text, "print_inspection", interrupted)
         assert _refused("inspect", original, status=130) == "megatron-fp32: interrupted\n"
 
     def test_of_all_processes_while_workers_start(self, original: Path, tmp_path: Path) -> None:
@@ -422,7 +473,11 @@ class TestInterruption:
             return "libtorch" in Path(f"/proc/{process}/maps").read_text()
 
         status, stderr = _interrupt(["import", str(original), str(tmp_path / "out")], when=is_importing)
-        assert (status, stderr) == (130, "megatron-fp32: interrupted before anything was done\n")
+        assert status == 130
+        assert stderr == (
+            f"megatron-fp32: interrupted before anything of {tmp_path / 'out'} was written. Run the same command "
+            "again to begin\n"
+        )
         assert list(tmp_path.iterdir()) == []
 
 

@@ -21,6 +21,8 @@ NAMES = [
     "Fp32GatedDeltaNet",
     "Fp32OutputLayer",
     "Fp8Scheme",
+    "LogitsTransform",
+    "VocabParallel",
     "__version__",
     "add_fp32_arguments",
     "apply_fp32",

@@ -32,7 +32,7 @@ from megatron_fp32.models.provider import (
     transformer_config,
 )
 from megatron_fp32.ops.logits import fp32_logits
-from megatron_fp32.ops.logprobs import linear_cross_entropy, linear_logprobs, weighted_cross_entropy
+from megatron_fp32.ops.logprobs import VocabParallel, linear_cross_entropy, linear_logprobs, weighted_cross_entropy
 from megatron_fp32.output_layer.layer import to_fp32_output_layer
 from megatron_fp32.output_layer.logprobs_processor import logprobs_processor
 from megatron_fp32.testing.cpu import model_parallel, single_process
@@ -272,20 +272,25 @@ def test_arguments_that_did_not_come_from_the_parser(name: str, value: Any) -> N
 @pytest.mark.parametrize("name", ["sequence_parallel", "reduce_hidden_grad", "invariant", "mean_logit"])
 def test_flags_of_operators(name: str, value: Any) -> None:
     hidden, weight, labels = torch.ones(2, 8), torch.ones(5, 8), torch.zeros(2, dtype=torch.int64)
-    operators: list[Callable[..., Any]] = [lambda **flags: linear_logprobs(hidden, weight, labels, **flags)]
-    if name != "mean_logit":
+    operators: list[Callable[..., Any]] = []
+    if name in ("invariant", "mean_logit"):
+        operators.append(lambda **flags: linear_logprobs(hidden, weight, labels, **flags))
+    else:
+        operators.append(VocabParallel)
+    if name == "invariant":
         operators += [
-            lambda **flags: fp32_logits(hidden, weight, **flags),
             lambda **flags: linear_cross_entropy(hidden, weight, labels, **flags),
             lambda **flags: weighted_cross_entropy(hidden, weight, labels, torch.ones(2), **flags),
         ]
+    if name != "mean_logit":
+        operators.append(lambda **flags: fp32_logits(hidden, weight, **flags))
     for operator in operators:
         with pytest.raises(TypeError, match=f"{name} must be True or False, got {value!r}"):
             operator(**{name: value})
 
 
 def test_text_only_and_carry(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"text_only \(--text-only\) drops.*vision='carry' \(--vision\)"):
+    with pytest.raises(ValueError, match=r"text_only=True drops.*vision='carry' and mtp='convert' were"):
         import_checkpoint("hf", tmp_path / "out", text_only=True, vision="carry")
 
 

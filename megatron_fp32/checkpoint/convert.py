@@ -18,12 +18,11 @@ from megatron_fp32.checkpoint.jobs.export_job import ExportOptions, open_export
 from megatron_fp32.checkpoint.jobs.import_job import RELEASE, open_import
 from megatron_fp32.checkpoint.jobs.run import run_job
 from megatron_fp32.checkpoint.jobs.staging import check_output
-from megatron_fp32.checkpoint.plan import Mtp, Vision
 from megatron_fp32.checkpoint.progress import ProgressCallback
 from megatron_fp32.validation import check_callable, check_choice, check_count, check_flag, check_path
+from megatron_fp32.weights.choices import PART_BYTES, SHARD_BYTES, ExportDtype, Mtp, Vision
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
 from megatron_fp32.weights.fp8.tensors import partial_blocks
-from megatron_fp32.weights.restore import ExportDtype
 from megatron_fp32.weights.vocabulary import CutRows, check_vocab_size, is_padding
 
 
@@ -81,7 +80,7 @@ def import_checkpoint(
     text_only: bool = False,
     vision: Vision = "refuse",
     mtp: Mtp = "convert",
-    max_part_bytes: int = 2 * 10**9,
+    max_part_bytes: int = PART_BYTES,
     workers: int = 1,
     progress: ProgressCallback | None = None,
 ) -> ImportReport:
@@ -116,8 +115,8 @@ def import_checkpoint(
     check_callable("progress", progress)
     if text_only and "carry" in (vision, mtp):
         raise ValueError(
-            f"text_only (--text-only) drops the parts that vision={vision!r} (--vision) and mtp={mtp!r} (--mtp) carry: "
-            "leave it out, or carry nothing"
+            f"text_only=True drops vision and multi-token prediction, but vision={vision!r} and mtp={mtp!r} were "
+            "passed with it: leave out text_only=True, or what carries them"
         )
     if text_only:
         vision = mtp = "drop"
@@ -147,7 +146,7 @@ def export_checkpoint(
     dtype: ExportDtype = "trained",
     fp8: Fp8Scheme | None = None,
     vocab_size: int | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = SHARD_BYTES,
     workers: int = 1,
     progress: ProgressCallback | None = None,
 ) -> ExportReport:

@@ -10,6 +10,7 @@ from megatron_fp32.checkpoint.formats.directory import (
     existing_directory,
     is_adapter_file,
     is_legacy,
+    refuse_no_file,
     refuse_pointers,
     saved_iterations,
     why_no_checkpoint,
@@ -33,6 +34,8 @@ def kind_of(directory: str | Path) -> Kind:
         CheckpointError: when it holds neither, or both.
     """
     directory = existing_directory(directory)
+    for name in (INDEX, "model.safetensors", ".metadata", TRACKER):
+        refuse_no_file(directory / name)
     found: dict[Kind, bool] = {
         "huggingface": any((directory / name).is_file() for name in (INDEX, "model.safetensors")),
         "megatron": any((directory / name).is_file() for name in (".metadata", TRACKER)),
@@ -113,7 +116,7 @@ def read_config(hf_dir: Path) -> dict[str, Any]:
     """The `config.json` of a Hugging Face checkpoint, parsed.
 
     Raises:
-        CheckpointError: when there is none, or it is no JSON object.
+        CheckpointError: when there is none, or it is not a JSON object.
     """
     path = hf_dir / "config.json"
     if not path.is_file():

@@ -149,7 +149,7 @@ def inspect_checkpoint(path: str | Path, *, source: str | Path | None = None) ->
     if kind_of(path) == "megatron":
         return _inspect_megatron(path, source)
     if source is not None:
-        raise ValueError(f"a source is for Megatron checkpoints, and {path} is a Hugging Face one: leave --source out")
+        raise ValueError(f"source must be left out, because {path} is not a Megatron checkpoint")
     return _inspect_huggingface(path)
 
 
@@ -236,4 +236,4 @@ def _float8(tensors: dict[str, TensorInfo], path: Path) -> str | None:
         scheme = scheme_of_tensors(tensors, read_quantization_config(path))
     except CheckpointError as error:
         return f"unknown: {error}"
-    return f"{scheme.layout}, scales {scheme.scale_format}"
+    return f"{scheme.format}, scales {scheme.scale_format}"

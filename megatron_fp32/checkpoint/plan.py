@@ -5,21 +5,16 @@ from __future__ import annotations
 import dataclasses
 from argparse import Namespace
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from megatron_fp32.errors import CheckpointError, listing
+from megatron_fp32.weights.choices import Mtp, Vision
 from megatron_fp32.weights.hf_config.decoder import DecoderConfig
 from megatron_fp32.weights.model_map import ModelMap, map_model, mismatches
 from megatron_fp32.weights.naming import MTP, VISION, is_rotary_frequencies
-from megatron_fp32.weights.tensors import TensorInfo
-
-Vision = Literal["refuse", "carry", "drop"]
-"""Tensors of the vision part: none may be there, or they are kept beside the checkpoint, or left out."""
-
-Mtp = Literal["convert", "carry", "drop"]
-"""Tensors of multi-token prediction: they become a Megatron MTP layer, or as above."""
+from megatron_fp32.weights.tensors import DTYPE_NAMES, TensorInfo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,16 +52,27 @@ def plan_import(
     carried = (*carried, *frequencies)
     if refused:
         raise CheckpointError(
-            f"{len(refused)} tensors of its vision part cannot be converted: {listing(refused)}. --vision carry keeps "
-            "them beside the checkpoint for the export, --vision drop or --text-only leaves them out"
+            f"{len(refused)} tensors of its vision part cannot be converted: {listing(refused)}. Pass vision='carry' "
+            "to keep them in hf_source/ for the export, or vision='drop' or text_only=True to leave them out"
         )
     converted = {name: info for name, info in hf.items() if name not in {*carried, *dropped}}
+    _refuse_quantized(converted)
     found = map_model(hf_config, converted)
     problems = [*mismatches(found.hf_shapes, {n: i.shape for n, i in converted.items()}), *_dtype_problems(found, hf)]
     if problems:
         raise CheckpointError("the tensors do not match config.json: " + "; ".join(problems))
     known = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     return ImportPlan(**known, carried=carried, left_out=dropped, frequencies=frequencies)
+
+
+def _refuse_quantized(tensors: Mapping[str, TensorInfo]) -> None:
+    weights = [name for name in tensors if f"{name}_scale_inv" in tensors or f"{name}_scale" in tensors]
+    if weights:
+        dtypes = ", ".join(sorted({DTYPE_NAMES[tensors[name].dtype] for name in weights}))
+        raise CheckpointError(
+            f"{len(weights)} weights are quantized to {dtypes} and have scales: {listing(weights)}. An import reads "
+            "weights of 16 bits or more: import the checkpoint that was quantized, such as the bf16 release"
+        )
 
 
 def _dtype_problems(model: ModelMap, hf: Mapping[str, TensorInfo]) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_fp32.checkpoint.assets import assets_of, copy_files, sidecar_assets_of
 from megatron_fp32.checkpoint.formats.digests import Digests, compare, digest
-from megatron_fp32.checkpoint.formats.directory import refuse_pointers
+from megatron_fp32.checkpoint.formats.directory import existing_directory, refuse_pointers
 from megatron_fp32.checkpoint.formats.files import read_json_object
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.formats.safetensors_writer import HuggingFaceWriter
@@ -63,7 +63,7 @@ class Sidecar(SourceRecord):
                 raise CheckpointError(
                     f"{self.directory / 'source.json'} gives {name!r} the shape {source.info.shape}, and by assets/"
                     f"config.json beside it the shape is {shapes[name]}: one of the two files was changed after the "
-                    "import. Import the Hugging Face checkpoint again, and pass the result as --source"
+                    "import. Import the Hugging Face checkpoint again, and pass the result as source=DIR"
                 )
 
     def originals(self) -> dict[str, Tensor]:
@@ -191,6 +191,8 @@ def find_sidecar(megatron_dir: str | Path, source: str | Path | None = None) -> 
     Raises:
         CheckpointError: when there is none, or it is damaged.
     """
+    if source is not None:
+        existing_directory(source)
     places = [Path(source), Path(source) / DIRECTORY] if source is not None else _places(Path(megatron_dir))
     for directory in places:
         if (directory / "source.json").is_file():
@@ -204,8 +206,8 @@ def find_sidecar(megatron_dir: str | Path, source: str | Path | None = None) -> 
             f"one{kind}"
         )
     raise CheckpointError(
-        f"there is no {DIRECTORY} beside {megatron_dir}. A checkpoint that a trainer saved does not know its Hugging "
-        "Face config, tokenizer, names and dtypes: pass the directory that the import made as --source"
+        f"there is no {DIRECTORY} in or next to {megatron_dir}. A checkpoint that a trainer saved does not hold its "
+        "Hugging Face config, tokenizer, names and dtypes: pass the directory that the import made as source=DIR"
     )
 
 

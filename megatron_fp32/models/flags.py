@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TypeVar, get_args
 
-from megatron_fp32.config import DEFAULT_KEPT_PARAMETERS, Fp32Config, FusedLoss, GradPrecision
+from megatron_fp32.config import DEFAULT_KEPT_PARAMETERS, Fp32Config, FusedLoss
+from megatron_fp32.ops.products.grad_precision import GradPrecision
 
 Parser = TypeVar("Parser", bound=argparse.ArgumentParser)
 

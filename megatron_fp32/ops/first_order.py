@@ -1,8 +1,8 @@
-"""Gradients that cannot be differentiated again say so.
+"""An error for gradients that cannot be differentiated again.
 
 A fused operator computes its first derivative only. torch's `once_differentiable` raises in a double backward pass
-where an upstream gradient requires a gradient itself. Where none does, as under `loss.sum()`, the gradients leave as
-constants: a gradient penalty then lacks terms, without an error.
+only where an upstream gradient requires a gradient itself. Where none does, as under `loss.sum()`, the gradients would
+be returned as constants, and a gradient penalty would lack terms without an error.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch import Tensor
 def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate the `backward` of an autograd Function, below `staticmethod`.
 
-    Its gradients are those of the function. With `create_graph=True` they raise RuntimeError when they are
-    differentiated.
+    The gradients stay what they are. With `create_graph=True` they raise RuntimeError when they are differentiated.
     """
 
     @functools.wraps(backward)

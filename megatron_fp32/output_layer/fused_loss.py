@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.kept_parameters.fp32_calls import count_fp32_call
-from megatron_fp32.ops.logits.ranks import gather_first_dim
-from megatron_fp32.ops.logprobs import linear_cross_entropy, linear_logprobs
+from megatron_fp32.ops.logprobs import LogitsTransform, linear_cross_entropy, linear_logprobs
+from megatron_fp32.ops.products.ranks import gather_first_dim
 
 Use = Callable[[Any, Tensor, Tensor | None], Any]
 """What an output layer does with its hidden states and weight instead of returning logits."""
@@ -130,11 +130,11 @@ def _loss(labels: Tensor, scale: float) -> Use:
         count_fp32_call(layer)
         return linear_cross_entropy(
             hidden,
-            layer.weight_for_products(weight),
+            layer.choose_and_mark_weight(weight),
             labels,
-            scale=scale,
+            logits_transform=LogitsTransform(scale=scale),
             backward=layer.fp32_config.fused_loss,
-            **layer.head_arguments(),
+            **layer.operator_arguments(),
         )
 
     return use
@@ -142,13 +142,13 @@ def _loss(labels: Tensor, scale: float) -> Use:
 
 def _maximum(scale: float) -> Use:
     def use(layer: Any, hidden: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        weight = layer.weight_for_products(weight)
+        weight = layer.choose_and_mark_weight(weight)
         gathered = hidden.shape[0] * (layer.tp_group.size() if layer.sequence_parallel else 1)
         labels = torch.zeros(gathered, *hidden.shape[1:-1], dtype=torch.long, device=hidden.device)
         # This rank's columns as a vocabulary of their own.
         if layer.sequence_parallel:
             hidden = gather_first_dim(hidden, layer.tp_group)
-        top = linear_logprobs(hidden, weight, labels, scale=scale, top_k=1)
+        top = linear_logprobs(hidden, weight, labels, logits_transform=LogitsTransform(scale=scale), top_k=1)
         assert top.top_logprobs is not None
         assert top.top_tokens is not None
         return top.top_logprobs[..., 0] + top.logsumexp, top.top_tokens[..., 0]

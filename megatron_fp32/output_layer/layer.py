@@ -19,7 +19,8 @@ from megatron_fp32.config import Fp32Config, config_or_default
 from megatron_fp32.kept_parameters.fp32_calls import count_fp32_call
 from megatron_fp32.ops.logits import fp32_logits
 from megatron_fp32.ops.logits.autograd import DeferredWeightGrad
-from megatron_fp32.ops.logits.main_grad import follows_main_grad
+from megatron_fp32.ops.products.main_grad import follows_main_grad
+from megatron_fp32.ops.products.shard import VocabParallel
 from megatron_fp32.output_layer.fused_loss import DeferredLogits, Use
 
 try:
@@ -96,8 +97,15 @@ class Fp32OutputLayer(ColumnParallelLinear):
             runtime_gather_output = False
         return super().forward(input_, weight=weight, runtime_gather_output=runtime_gather_output)
 
-    def weight_for_products(self, weight: Tensor | None) -> Tensor:
-        """The weight to multiply with, ready for Megatron's protocol of `main_grad`; None for the layer's own."""
+    def choose_and_mark_weight(self, weight: Tensor | None) -> Tensor:
+        """The weight to multiply with: `weight`, or the layer's own for None.
+
+        Sets `zero_out_wgrad` on a tied weight with `main_grad`: Megatron's DistributedDataParallel then adds the
+        embedding's gradient to the gradient that the output layer has put into `main_grad`.
+
+        Raises:
+            ValueError: when there is neither.
+        """
         if weight is None:
             if self.weight is None:
                 raise ValueError("the output layer has no weight of its own, and none came with the call")
@@ -108,13 +116,15 @@ class Fp32OutputLayer(ColumnParallelLinear):
             weight.zero_out_wgrad = True  # type: ignore[attr-defined]
         return weight
 
-    def head_arguments(self) -> dict[str, Any]:
+    def operator_arguments(self) -> dict[str, Any]:
         """What the operators of `ops.logprobs` take from the layer and its configuration."""
         return {
-            "tp_group": self.tp_group,
-            "sequence_parallel": self.sequence_parallel,
-            "reduce_hidden_grad": self.allreduce_dgrad,
-            "vocab_size": self.fp32_config.vocab_size,
+            "vocab_parallel": VocabParallel(
+                group=self.tp_group,
+                sequence_parallel=self.sequence_parallel,
+                reduce_hidden_grad=self.allreduce_dgrad,
+                vocab_size=self.fp32_config.vocab_size,
+            ),
             "grad_precision": self.fp32_config.grad_precision,
             "invariant": self.fp32_config.invariant,
         }
@@ -137,7 +147,7 @@ class Fp32OutputLayer(ColumnParallelLinear):
         unknown = {k: v for k, v in newer.items() if k not in _NEUTRAL_ARGUMENTS or v not in _NEUTRAL_ARGUMENTS[k]}
         if unknown:
             raise ValueError(f"Fp32OutputLayer does not know these arguments of this megatron-core: {unknown}")
-        weight = self.weight_for_products(weight)
+        weight = self.choose_and_mark_weight(weight)
         deferred = None
         if grad_output_buffer is not None:
             deferred = DeferredWeightGrad(buffer=grad_output_buffer, limit=wgrad_deferral_limit or 0)

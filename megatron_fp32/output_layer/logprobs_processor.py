@@ -8,7 +8,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from megatron_fp32.kept_parameters.fp32_calls import count_fp32_call
-from megatron_fp32.ops.logprobs import Logprobs, linear_logprobs
+from megatron_fp32.ops.logprobs import LogitsTransform, Logprobs, linear_logprobs
 from megatron_fp32.ops.logprobs.options import Backward
 from megatron_fp32.output_layer.layer import Fp32OutputLayer, check_plain_product
 from megatron_fp32.validation import check_choice, check_count, check_flag
@@ -63,22 +63,22 @@ def logprobs_processor(
         if labels is None:
             raise ValueError("log-probs need labels, got None")
         check_plain_product(output_layer)
-        heat = temperature.t().contiguous() if isinstance(temperature, Tensor) else temperature
+        of_tokens = temperature.t().contiguous() if isinstance(temperature, Tensor) else temperature
 
         def use(layer: Any, hidden: Tensor, weight: Tensor | None) -> Logprobs:
             count_fp32_call(layer)
             return linear_logprobs(
                 hidden,
-                layer.weight_for_products(weight),
+                layer.choose_and_mark_weight(weight),
                 labels.t().contiguous(),
-                temperature=heat,
+                temperature=of_tokens,
                 # MuP's scale, which Megatron gives as a function of the logits.
-                scale=1.0 if scale_logits is None else float(scale_logits(1.0)),
+                logits_transform=LogitsTransform(scale=1.0 if scale_logits is None else float(scale_logits(1.0))),
                 backward=backward,
                 mean_logit=mean_logit,
                 top_k=top_k,
                 chunk_size=chunk_size,
-                **layer.head_arguments(),
+                **layer.operator_arguments(),
             )
 
         result = output_layer(hidden_states, weight=output_weight, use=use)

@@ -118,11 +118,11 @@ def map_trained_model(
     if missing and all(name.startswith(MTP) for name in missing):
         problems.append(
             "it was trained without its multi-token prediction: import the Hugging Face checkpoint once more, with "
-            "--mtp carry or --mtp drop, and name the result with --source"
+            "mtp='carry' or mtp='drop', and pass the result as source=DIR"
         )
     unknown = found.hf_shapes.keys() ^ hf.keys()
     if unknown:
-        problems.append(f"not the same tensors as were imported: {listing(sorted(unknown))}")
+        problems.append(f"other tensors than those that were imported: {listing(sorted(unknown))}")
     if problems:
         raise CheckpointError("this is not the model that was imported: " + "; ".join(problems))
     return found

@@ -88,7 +88,7 @@ class Naming:
 def _mtp_layer(name: str) -> int:
     number = name.split(".")[2]
     if not re.fullmatch("[0-9]{1,4}", number):
-        raise ValueError(f"the tensor {name!r} names no layer: expected {MTP}layers.N., where N is a number")
+        raise ValueError(f"the tensor {name!r} does not name a layer: expected {MTP}layers.N., where N is a number")
     return int(number)
 
 

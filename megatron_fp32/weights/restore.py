@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megatron_fp32.weights.choices import ExportDtype
 from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.source import TensorSource
 from megatron_fp32.weights.source_record import SourceRecord
 from megatron_fp32.weights.tensors import TensorInfo
 from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY
-
-ExportDtype = Literal["trained", "source"]
-"""A parameter that was trained in fp32 from a 16-bit source leaves as F32, or is rounded to the source's dtype."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -102,7 +102,7 @@ def test_a_sidecar_knows_dtypes_shapes_and_originals(source: Source, imported: S
 
 def test_without_a_sidecar_the_message_names_the_option(tmp_path: Path) -> None:
     (tmp_path / ".metadata").touch()
-    with pytest.raises(CheckpointError, match=r"no hf_source beside.*--source"):
+    with pytest.raises(CheckpointError, match=r"no hf_source in or next to.*source=DIR"):
         find_sidecar(tmp_path)
     with pytest.raises(CheckpointError, match="holds no hf_source"):
         find_sidecar(tmp_path, tmp_path)
@@ -126,7 +126,9 @@ def test_a_damaged_listing_is_refused(tmp_path: Path, content: str | dict[str, A
     whole = {"version": 2, "tensors": {}, "carried": {}, "left_out": []}
     text = content if isinstance(content, str) else json.dumps({**whole, **content})
     (tmp_path / "source.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"source\.json (is damaged|is no JSON object|must hold a JSON object)"):
+    with pytest.raises(
+        CheckpointError, match=r"source\.json (is damaged|is not a JSON object|must hold a JSON object)"
+    ):
         find_sidecar(tmp_path, tmp_path)
 
 

@@ -56,7 +56,7 @@ class TestRounded:
     def test_a_stock_models_checkpoint_is_refused_unless_allowed(
         self, stock: Path, source: Source, imported: Source, tmp_path: Path
     ) -> None:
-        with pytest.raises(CheckpointError, match=rf"were rounded.*{A_LOG}, {NORM}.*--allow-rounded"):
+        with pytest.raises(CheckpointError, match=rf"were rounded.*{A_LOG}, {NORM}.*Pass allow_rounded=True"):
             export_checkpoint(stock, tmp_path / "hf", source=imported())
         assert [p.name for p in tmp_path.iterdir()] == ["stock"]
 

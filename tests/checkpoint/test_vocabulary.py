@@ -204,7 +204,7 @@ class TestVerify:
             difference = the_only(report)
             assert (difference.name, difference.status) == ("model.embed_tokens.weight", "shape")
             trained = f"2 rows of {EMBEDDING} above the vocabulary of 57 are not zero"
-            assert difference.note == f"{trained}. --vocab-size 57 compares without them"
+            assert difference.note == f"{trained}. vocab_size=57 compares without them"
             assert difference.values is not None
             assert difference.values.count == 0
             assert report.equal == report.compared == len(stored_tensors(hf)) - 1

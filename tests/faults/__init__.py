@@ -1,6 +1,7 @@
 """The faults that `mutants.py` puts into the package, each with the test that must notice."""
 
 from faults.checkpoints import CHECKPOINTS
+from faults.cli import COMMANDS
 from faults.files import FILES
 from faults.fp8 import FP8
 from faults.hostile import CONTENTS
@@ -14,4 +15,16 @@ from faults.tokens import TOKENS
 
 __all__ = ["MUTANTS", "Mutant"]
 
-MUTANTS = [*NUMERICS, *TOKENS, *LAYERS, *OPTIMIZERS, *CHECKPOINTS, *FILES, *CONTENTS, *FP8, *ENTRANCES, *MODELS]
+MUTANTS = [
+    *NUMERICS,
+    *TOKENS,
+    *LAYERS,
+    *OPTIMIZERS,
+    *CHECKPOINTS,
+    *FILES,
+    *CONTENTS,
+    *FP8,
+    *ENTRANCES,
+    *COMMANDS,
+    *MODELS,
+]

@@ -150,10 +150,10 @@ CHECKPOINTS = [
     ),
     Mutant(
         name="end with 0 although checkpoints differ",
-        file="cli_compare.py",
+        file="cli/verify.py",
         old="sys.exit(0 if agrees else 1)",
         new="sys.exit(0)",
-        test="tests/test_cli_compare.py::TestVerify",
+        test="tests/cli/test_compare.py::TestVerify",
     ),
     Mutant(
         name="take an optimizer's tensors for the model's",
@@ -178,7 +178,7 @@ CHECKPOINTS = [
     ),
     Mutant(
         name="call an export that cut trained rows a success",
-        file="cli.py",
+        file="cli/export.py",
         old="if report.rounded or (report.cut_tokens and vocab_size is None):",
         new="if report.rounded:",
         test=f"{VOCABULARY}::TestExport::test_the_command_names_them_and_is_no_success",

@@ -232,8 +232,8 @@ LAYERS = [
     Mutant(
         name="forget a scale of logits that are not there",
         file="output_layer/fused_loss.py",
-        old="            scale=scale,\n            backward",
-        new="            scale=1.0,\n            backward",
+        old="LogitsTransform(scale=scale),\n            backward",
+        new="LogitsTransform(scale=1.0),\n            backward",
         test="tests/output_layer/test_fused_loss.py::TestOneProcess",
     ),
     Mutant(

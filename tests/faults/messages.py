@@ -73,7 +73,7 @@ ENTRANCES = [
     ),
     Mutant(
         name="end as an error after Ctrl-C",
-        file="terminal.py",
+        file="cli/terminal.py",
         old='    except KeyboardInterrupt:\n        click.echo(f"megatron-fp32: {_interrupted(output)}", err=True)\n',
         new='    except EOFError:\n        click.echo(f"megatron-fp32: {_interrupted(output)}", err=True)\n',
         test=f"{MESSAGES}::TestInterruption",

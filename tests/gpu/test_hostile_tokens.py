@@ -9,10 +9,10 @@ import torch
 
 from megatron_fp32.ops.logits import fp32_logits
 from megatron_fp32.ops.logits.reference import relative_error
-from megatron_fp32.ops.logits.split import split_torch
 from megatron_fp32.ops.logprobs import linear_cross_entropy, linear_logprobs, weighted_cross_entropy, workspace
+from megatron_fp32.ops.products.split import split_torch
 from tests.ops.hostile_tokens import CHECKS, Head, heads
-from tests.ops.logprobs_cases import VOCAB, case, with_main_grad
+from tests.ops.logprobs_cases import PADDED, case, with_main_grad
 
 pytestmark = pytest.mark.gpu
 
@@ -25,7 +25,7 @@ def test_what_a_hostile_token_touches(check: Callable[[Head], None], head: Head)
 
 def test_pieces_beyond_two_to_the_31st_element() -> None:
     """fp32 hidden states of 131072 tokens with a hidden size of 8192: the third piece begins at element 2^31."""
-    from megatron_fp32.ops.logits.split_triton import split_triton
+    from megatron_fp32.ops.products.split_triton import split_triton
 
     x = torch.randn(131072, 8192, device="cuda")
     parts = split_triton(x, 3, torch.bfloat16, None)
@@ -55,7 +55,11 @@ class TestGradScale:
         c = case(device="cuda")
         for _ in range(2):
             out = weighted_cross_entropy(
-                c.hidden, with_main_grad(c.weight), c.labels, torch.ones(len(c.labels), device="cuda"), vocab_size=VOCAB
+                c.hidden,
+                with_main_grad(c.weight),
+                c.labels,
+                torch.ones(len(c.labels), device="cuda"),
+                vocab_parallel=PADDED,
             )
             with pytest.raises(RuntimeError, match=r"received the gradient 2\.0, and grad_scale was 1\.0"):
                 (out.total * 2).backward()
@@ -66,7 +70,7 @@ class TestGradScale:
         c = case(device="cuda")
         for a, b in ((3, 7), (49, 11), (41, 47)):
             out = weighted_cross_entropy(
-                c.hidden, c.weight, c.labels, torch.ones(len(c.labels), device="cuda"), vocab_size=VOCAB,
+                c.hidden, c.weight, c.labels, torch.ones(len(c.labels), device="cuda"), vocab_parallel=PADDED,
                 grad_scale=1 / (a * b),
             )  # fmt: skip
             (out.total / a / b).backward()
@@ -83,7 +87,7 @@ class TestGradScale:
         for _ in range(2):  # the first compiles
             order.clear()
             out = weighted_cross_entropy(
-                c.hidden, c.weight, c.labels, torch.ones(len(c.labels), device="cuda"), vocab_size=VOCAB
+                c.hidden, c.weight, c.labels, torch.ones(len(c.labels), device="cuda"), vocab_parallel=PADDED
             )
             busy = torch.cuda.Event()
             torch.cuda._sleep(200_000_000)
@@ -99,7 +103,7 @@ class TestGradScale:
 
         def step() -> None:
             c.hidden.grad = c.weight.grad = None
-            weighted_cross_entropy(c.hidden, c.weight, c.labels, weights, vocab_size=VOCAB).total.backward()
+            weighted_cross_entropy(c.hidden, c.weight, c.labels, weights, vocab_parallel=PADDED).total.backward()
 
         step()
         expected = c.hidden.grad.clone()
@@ -138,11 +142,11 @@ class TestStrides:
         labels = c.labels[:tokens]
         results = []
         for hidden in (x.clone().requires_grad_(), strided.detach().requires_grad_()):
-            out = linear_logprobs(hidden, c.weight, labels, vocab_size=VOCAB, invariant=True)
+            out = linear_logprobs(hidden, c.weight, labels, vocab_parallel=PADDED, invariant=True)
             logits = fp32_logits(hidden, c.weight, invariant=True)
             with_main_grad(c.weight)
             loss = weighted_cross_entropy(
-                hidden, c.weight, labels, weights, vocab_size=VOCAB, grad_precision="bf16x2", invariant=True
+                hidden, c.weight, labels, weights, vocab_parallel=PADDED, grad_precision="bf16x2", invariant=True
             )
             loss.total.backward()
             results.append((out.logprobs, logits, hidden.grad, c.weight.main_grad))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_fp32.config import GradPrecision
 from megatron_fp32.ops.logits import fp32_logits
-from megatron_fp32.ops.logits.products import CHUNK
 from megatron_fp32.ops.logits.reference import gradients_reference, relative_error
-from megatron_fp32.ops.logits.split import split_scale, split_torch
+from megatron_fp32.ops.products.chunks import CHUNK
+from megatron_fp32.ops.products.grad_precision import GradPrecision
+from megatron_fp32.ops.products.split import split_scale, split_torch
 
 pytestmark = pytest.mark.gpu
 
@@ -113,7 +113,7 @@ def test_no_tokens() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_triton_split_is_bit_equal_to_the_definition(dtype: torch.dtype, count: int) -> None:
-    from megatron_fp32.ops.logits.split_triton import split_triton
+    from megatron_fp32.ops.products.split_triton import split_triton
 
     wide = torch.randn(300, 10001, device="cuda") * torch.logspace(-40, 37, 10001, device="cuda")
     wide[0, :6] = torch.tensor([0.0, -0.0, 3e38, -3.4e38, 1e-40, 2.0**-133], device="cuda")

@@ -8,39 +8,28 @@ import pytest
 import torch
 
 from megatron_fp32.ops.logits import fp32_logits
-from megatron_fp32.ops.logits.fixed_order import fixed_order_product
 from megatron_fp32.ops.logits.reference import relative_error
 from megatron_fp32.ops.logprobs import linear_logprobs, weighted_cross_entropy
 from megatron_fp32.ops.logprobs.gradient import gradient_torch, gradient_vectors
 from megatron_fp32.ops.logprobs.statistics import (
-    BLOCK,
-    Shard,
     block_statistics,
     combine,
     combine_torch,
     statistics_torch,
 )
 from megatron_fp32.ops.logprobs.tokens import token_statistics
-from tests.ops.logprobs_cases import VOCAB, case, rounded_error, with_main_grad
+from megatron_fp32.ops.products.fixed_order import fixed_order_product
+from megatron_fp32.ops.products.shard import BLOCK
+from tests.ops.logprobs_cases import BENT, PADDED, VOCAB, case, grouped, rounded_error, softmax, with_main_grad
 
 pytestmark = pytest.mark.gpu
 
-PLAIN: dict[str, Any] = {"vocab_size": VOCAB}
-BENT: dict[str, Any] = {"vocab_size": VOCAB, "softcap": 5.0, "scale": 1.3, "temperature": 0.7}
 # A truncating accumulator over 96 terms, then exponentials of an error of 2^-22.
 FP32 = 3e-6
 
 
-def shard(columns: int, **changes: Any) -> Shard:
-    values: dict[str, Any] = {
-        "group": None, "first_column": 0, "valid_columns": columns, "vocab_size": columns, "scale": 1.0,
-        "softcap": None, "ignore_index": -100, "invariant": False,
-    }  # fmt: skip
-    return Shard(**(values | changes))
-
-
 @pytest.mark.parametrize("backward", ["recompute", "saved"])
-@pytest.mark.parametrize("options", [PLAIN, BENT], ids=["plain", "bent"])
+@pytest.mark.parametrize("options", [{"vocab_size": VOCAB}, BENT], ids=["plain", "bent"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_outputs_and_gradients(dtype: torch.dtype, options: Any, backward: Any) -> None:
     c = case(dtype, device="cuda")
@@ -49,7 +38,7 @@ def test_outputs_and_gradients(dtype: torch.dtype, options: Any, backward: Any) 
         c.hidden.grad = c.weight.grad = None
         out = linear_logprobs(
             c.hidden, c.weight, c.labels, mean_logit=True, grad_precision="bf16x3", backward=backward,
-            chunk_size=chunk_size, **options,
+            chunk_size=chunk_size, **grouped(options),
         )  # fmt: skip
         torch.autograd.backward(out[:4], upstream)
         truth, dx, dw = c.truth(upstream, **options)
@@ -70,7 +59,7 @@ def test_weighted_loss(precision: Any, smooth: dict[str, float]) -> None:
         with_main_grad(c.weight)
         out = weighted_cross_entropy(
             c.hidden, c.weight, c.labels, weights, grad_precision=precision, grad_scale=0.5, chunk_size=chunk_size,
-            **PLAIN, **smooth,
+            vocab_parallel=PADDED, **smooth,
         )  # fmt: skip
         (out.total * 0.5).backward()
         x, w = c.hidden.detach().double().requires_grad_(), c.weight.detach().double().requires_grad_()
@@ -97,13 +86,13 @@ class TestKernels:
 
         raw = torch.randn(150, ROWS := 700, device="cuda") * 4
         labels = torch.randint(VOCAB, (150,), device="cuda").int()
-        heat = torch.rand(150, device="cuda") + 0.5
-        part = shard(ROWS, valid_columns=VOCAB, scale=1.1, softcap=softcap)
+        inverse_temperature = torch.rand(150, device="cuda") + 0.5
+        part = softmax(ROWS, valid_columns=VOCAB, scale=1.1, softcap=softcap)
         results = []
         for function in (statistics_triton, statistics_torch):
             statistics = torch.full((6, 4, 150), torch.nan, device="cuda")
             label_logits = torch.zeros(150, device="cuda")
-            function(raw, labels, heat, part, statistics, label_logits)
+            function(raw, labels, inverse_temperature, part, statistics, label_logits)
             results.append((statistics, label_logits))
         (a, a_label), (b, b_label) = results
         torch.testing.assert_close(a_label, b_label, rtol=1e-6, atol=1e-6)
@@ -116,15 +105,23 @@ class TestKernels:
         from megatron_fp32.ops.logprobs.kernels import gradient_triton
 
         c = case(device="cuda")
-        part = shard(700, valid_columns=VOCAB, vocab_size=VOCAB, scale=1.1, softcap=softcap)
-        heat = torch.rand(150, device="cuda") + 0.5
+        part = softmax(700, valid_columns=VOCAB, vocab_size=VOCAB, scale=1.1, softcap=softcap)
+        inverse_temperature = torch.rand(150, device="cuda") + 0.5
         x, w = c.hidden.detach(), c.weight.detach()
-        statistics = token_statistics(x, w, c.labels, heat, part, mean="logit")
+        statistics = token_statistics(x, w, c.labels, inverse_temperature, part, mean="logit")
         g = torch.randn(4, 150, device="cuda")
         vectors = gradient_vectors(
-            statistics, heat, part, c.labels, logprob=g[0], entropy=g[1], logsumexp=g[2], mean=g[3], mean_of="logit"
+            statistics,
+            inverse_temperature,
+            part,
+            c.labels,
+            logprob=g[0],
+            entropy=g[1],
+            logsumexp=g[2],
+            mean=g[3],
+            mean_of="logit",
         )
-        raw, labels = fp32_logits(x, w), part.local_labels(c.labels)
+        raw, labels = fp32_logits(x, w), part.shard.local_labels(c.labels)
         got = gradient_triton(raw[:, 128:500], vectors, labels, part, 128, count, torch.bfloat16, None)
         expected = gradient_torch(raw[:, 128:500], vectors, labels, part, 128, count, torch.bfloat16, None)
         a, b = (sum(piece.float() for piece in pieces) for pieces in (got, expected))
@@ -172,7 +169,7 @@ class TestInvariance:
 
     @pytest.mark.parametrize("count", [1, 2, 3])
     def test_the_chain_of_sums_can_be_interrupted(self, count: int) -> None:
-        from megatron_fp32.ops.logits.hidden_grad_triton import add_hidden_grad
+        from megatron_fp32.ops.products.hidden_grad_triton import add_hidden_grad
 
         torch.manual_seed(0)
         w = (torch.randn(9003, 520, device="cuda") / 8).bfloat16()
@@ -191,7 +188,7 @@ class TestInvariance:
         x = torch.randn(64, 256, device="cuda").bfloat16()
         rows = torch.randn(vocab, 256, device="cuda").bfloat16()
         y = torch.randint(vocab, (64,), device="cuda")
-        heat = torch.ones(64, device="cuda")
+        inverse_temperature = torch.ones(64, device="cuda")
         results = []
         for ranks in (1, 2, 4, 8):
             padded = -(-vocab // (128 * ranks)) * 128 * ranks
@@ -200,10 +197,16 @@ class TestInvariance:
             parts = []
             for rank in range(ranks):
                 first = rank * columns
-                part = shard(columns, first_column=first, valid_columns=min(max(vocab - first, 0), columns))
+                part = softmax(columns, first_column=first, valid_columns=min(max(vocab - first, 0), columns))
                 parts.append(
                     block_statistics(
-                        x, w[first : first + columns], part.local_labels(y), heat, part, mean="logit", keep=None
+                        x,
+                        w[first : first + columns],
+                        part.shard.local_labels(y),
+                        inverse_temperature,
+                        part,
+                        mean="logit",
+                        keep=None,
                     )
                 )
             statistics = combine(torch.cat([statistics for statistics, _ in parts]))
@@ -214,7 +217,7 @@ class TestInvariance:
 
     def test_the_last_tile_writes_nothing_beyond_its_blocks(self) -> None:
         """An odd number of blocks: the last tile is two blocks wide."""
-        from megatron_fp32.ops.logits.project_triton import project_triton
+        from megatron_fp32.ops.products.project_triton import project_triton
 
         x = torch.randn(64, 256, device="cuda").bfloat16()
         w = torch.randn(3 * BLOCK, 256, device="cuda").bfloat16()

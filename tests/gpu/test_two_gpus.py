@@ -12,7 +12,7 @@ import torch
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.ops.logits import fp32_logits
 from megatron_fp32.ops.logits.reference import gradients_reference, relative_error
-from megatron_fp32.ops.logprobs import linear_cross_entropy, linear_logprobs, weighted_cross_entropy
+from megatron_fp32.ops.logprobs import VocabParallel, linear_cross_entropy, linear_logprobs, weighted_cross_entropy
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
 from megatron_fp32.testing.training import Batch, Trainer, TrainerConfig, load_model
@@ -81,7 +81,8 @@ def head(tensor: int, sequence_parallel: bool, operator: str, options: dict[str,
     rows = torch.cat([full, torch.full((padded - vocab, hidden_size), 7.0, device="cuda").bfloat16()])
     weight = rows.chunk(tensor)[rank].clone().requires_grad_()
     x = (hidden.chunk(tensor)[rank] if sequence_parallel else hidden).clone().requires_grad_()
-    shared = {"tp_group": group, "sequence_parallel": sequence_parallel, "vocab_size": vocab, **options}
+    parallel = VocabParallel(group=group, sequence_parallel=sequence_parallel, vocab_size=vocab)
+    shared = {"vocab_parallel": parallel, **options}
     if operator == "weighted":
         out = weighted_cross_entropy(x, weight, labels, weights, **shared)
         out.total.backward()
@@ -179,12 +180,12 @@ def uneven_shards(operator: str) -> str:
     torch.manual_seed(0)
     hidden = torch.randn(8, 64, device="cuda").bfloat16().requires_grad_()
     weight = torch.randn(301, 64, device="cuda").bfloat16().chunk(2)[dist.get_rank()].clone().requires_grad_()
-    labels = torch.arange(8, device="cuda")
+    labels, parallel = torch.arange(8, device="cuda"), VocabParallel(group=dist.group.WORLD)
     try:
         if operator == "weighted":
-            weighted_cross_entropy(hidden, weight, labels, torch.ones(8, device="cuda"), tp_group=dist.group.WORLD)
+            weighted_cross_entropy(hidden, weight, labels, torch.ones(8, device="cuda"), vocab_parallel=parallel)
         else:
-            linear_logprobs(hidden, weight, labels, tp_group=dist.group.WORLD)
+            linear_logprobs(hidden, weight, labels, vocab_parallel=parallel)
     except ValueError as error:
         return str(error)
     return "no error"
@@ -193,4 +194,4 @@ def uneven_shards(operator: str) -> str:
 @pytest.mark.parametrize("operator", ["logprobs", "weighted"])
 def test_shards_of_different_sizes(pool: RankPool, operator: str) -> None:
     for error in pool.run(uneven_shards, operator):
-        assert "equally many rows on every rank of tp_group, got [151, 150] rows" in error
+        assert "equally many rows on every rank of vocab_parallel.group, got [151, 150] rows" in error

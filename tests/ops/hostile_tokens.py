@@ -1,7 +1,7 @@
 """Checks of what NaN logits, masked tokens, impossible labels and temperatures may touch: on any device.
 
 Each takes a `Head`: an operator with its options. They run on the CPU in `test_hostile_tokens.py`, with the Triton
-kernels in the interpreter in `interpreted_kernels.py`, and on a GPU in `tests/gpu/test_hostile_tokens.py`.
+kernels in the interpreter in `interpreted_hostile_tokens.py`, and on a GPU in `tests/gpu/test_hostile_tokens.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fp32.ops.logprobs import linear_cross_entropy, linear_logprobs, weighted_cross_entropy
+from megatron_fp32.ops.logprobs import VocabParallel, linear_cross_entropy, linear_logprobs, weighted_cross_entropy
+from tests.ops.logprobs_cases import grouped
 
 TOKENS, HIDDEN, ROWS, VOCAB = 70, 64, 384, 300  # the last 84 rows of the weight are padding, a whole block among them
 MASKED = [0, 5, 64, 69]
@@ -61,7 +62,7 @@ class Problem:
     def run(self, head: Head) -> Result:
         """Call the operator and differentiate what it returns."""
         x, w = self.hidden.clone().requires_grad_(), self.weight.clone().requires_grad_()
-        options = {"vocab_size": VOCAB, "temperature": self.temperature, **head.options}
+        options = grouped({"vocab_size": VOCAB, "temperature": self.temperature, **head.options})
         if head.operator == "logprobs":
             out = linear_logprobs(x, w, self.labels, mean_logit=True, top_k=3, **options)
             values = dict(zip(out._fields, out, strict=True))
@@ -166,7 +167,8 @@ def infinite_logits(head: Head) -> None:
     logits = p.hidden.double() @ p.weight.double().t()[:, :VOCAB] / p.temperature.double()[:, None]
     truth = logits.log_softmax(1).gather(1, p.labels[:, None])[:, 0]
     out = linear_logprobs(
-        p.hidden, p.weight, p.labels, vocab_size=VOCAB, temperature=p.temperature, top_k=2,
+        p.hidden, p.weight, p.labels, vocab_parallel=VocabParallel(vocab_size=VOCAB), temperature=p.temperature,
+        top_k=2,
         **{k: v for k, v in head.options.items() if k == "invariant"},
     )  # fmt: skip
     assert truth[::2].isfinite().all()

@@ -6,13 +6,17 @@ conversion; tests/gpu compares both on a GPU.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from megatron_fp32.ops.fp8 import Quantized, kernels
-from megatron_fp32.ops.fp8.quantize import quantize_torch
+from megatron_fp32.ops.fp8.quantize_torch import quantize_torch
+from megatron_fp32.ops.fp8.scales import ScaleFormat
 from tests.ops.fp8_cases import DTYPES, FORMATS, assert_same_bits, extremes, random_weight, ties
 
 
@@ -38,28 +42,48 @@ def compare(weight: Tensor, block: tuple[int, int], *options: Any) -> None:
     assert_same_bits(results[1], results[0])
 
 
-def main() -> None:
-    for dtype in DTYPES:
-        for scale_format in FORMATS:
-            for make in (ties, extremes):
-                weight = make(dtype)
-                compare(weight, (1, weight.shape[1]), scale_format, 0.5)
-                compare(weight, (2, 96), scale_format, 1.0)
-        weight = random_weight(2, 140, 260, dtype=dtype)
-        for view in (weight, weight[:, 3:, 5:], weight.transpose(1, 2), weight[1:, ::2]):
-            for block in ((128, 128), (48, 96), (1, view.shape[2])):
-                compare(view, block, "fp32", 1.0)
-    kernels.LONGEST_ROW, kernels._LONG_CHUNK = 64, 128
-    compare(random_weight(2, 5, 300, dtype=torch.bfloat16), (1, 300), "bf16", 1.0)
-    kernels.LARGEST_TILE = 64
-    compare(random_weight(2, 20, 30, dtype=torch.bfloat16), (16, 16), "fp32", 1.0)
-    bad = random_weight(3, 40, dtype=torch.float32)
-    bad[0, 3], bad[2, 39] = torch.inf, torch.nan
-    out, scale = torch.empty(1, 3, 40, dtype=torch.float8_e4m3fn), torch.empty(1, 3, 1)
-    kernels.quantize_triton(bad[None], out, scale, (1, 40), "ue8m0", 1.0, native=False)
+def ties_and_extremes(dtype: torch.dtype, scale_format: ScaleFormat) -> None:
+    for make in (ties, extremes):
+        weight = make(dtype)
+        compare(weight, (1, weight.shape[1]), scale_format, 0.5)
+        compare(weight, (2, 96), scale_format, 1.0)
+
+
+def views(dtype: torch.dtype) -> None:
+    weight = random_weight(2, 140, 260, dtype=dtype)
+    for view in (weight, weight[:, 3:, 5:], weight.transpose(1, 2), weight[1:, ::2]):
+        for block in ((128, 128), (48, 96), (1, view.shape[2])):
+            compare(view, block, "fp32", 1.0)
+
+
+def long_rows() -> None:
+    with mock.patch.multiple(kernels, LONGEST_ROW=64, _LONG_CHUNK=128):
+        compare(random_weight(2, 5, 300, dtype=torch.bfloat16), (1, 300), "bf16", 1.0)
+
+
+def blocks_beyond_the_largest_tile() -> None:
+    with mock.patch.object(kernels, "LARGEST_TILE", 64):
+        compare(random_weight(2, 20, 30, dtype=torch.bfloat16), (16, 16), "fp32", 1.0)
+
+
+def infinity_and_nan(columns: int) -> None:
+    """Short rows, and with a `LONGEST_ROW` of 32 long ones."""
+    bad = random_weight(3, columns, dtype=torch.float32)
+    bad[0, 3], bad[2, columns - 1] = torch.inf, torch.nan
+    out, scale = torch.empty(1, 3, columns, dtype=torch.float8_e4m3fn), torch.empty(1, 3, 1)
+    with mock.patch.multiple(kernels, LONGEST_ROW=32, _LONG_CHUNK=128):
+        kernels.quantize_triton(bad[None], out, scale, (1, columns), "ue8m0", 1.0, native=False)
     assert scale.isnan().flatten().tolist() == [True, False, True]
 
 
-if __name__ == "__main__":
-    main()
-    print("done")
+CASES: dict[str, Callable[[], None]] = {
+    **{
+        f"ties and extremes, {dtype}, {scale_format}": functools.partial(ties_and_extremes, dtype, scale_format)
+        for dtype in DTYPES
+        for scale_format in FORMATS
+    },
+    **{f"views, {dtype}": functools.partial(views, dtype) for dtype in DTYPES},
+    "long rows": long_rows,
+    "blocks beyond the largest tile": blocks_beyond_the_largest_tile,
+    **{f"infinity and NaN, {columns} columns": functools.partial(infinity_and_nan, columns) for columns in (32, 40)},
+}

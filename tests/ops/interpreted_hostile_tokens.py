@@ -6,45 +6,49 @@ The operators choose their definitions in torch on the CPU; here the kernels sta
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from megatron_fp32.ops.logits import invariant_grad
-from megatron_fp32.ops.logits.fixed_order import aligned, why_not_fixed_order
-from megatron_fp32.ops.logits.hidden_grad_triton import add_hidden_grad
-from megatron_fp32.ops.logits.project_triton import project_triton
 from megatron_fp32.ops.logprobs import gradient, kernels, statistics, tokens, weighted
+from megatron_fp32.ops.logprobs.softmax import FIELDS
+from megatron_fp32.ops.products import invariant_hidden_grad
+from megatron_fp32.ops.products.fixed_order import aligned, why_not_fixed_order
+from megatron_fp32.ops.products.hidden_grad_triton import add_hidden_grad
+from megatron_fp32.ops.products.project_triton import project_triton
+from megatron_fp32.ops.products.shard import BLOCK
 from tests.ops.hostile_tokens import CHECKS, Head
 
 
 def block_statistics(
-    hidden: Tensor, weight: Tensor, labels: Tensor, heat: Tensor, shard: Any, *, mean: Any, keep: Any
+    hidden: Tensor, weight: Tensor, labels: Tensor, inverse_temperature: Tensor, softmax: Any, *, mean: Any, keep: Any
 ) -> tuple[Tensor, Tensor]:
     """What `statistics.block_statistics` does on a GPU with the fused product."""
     if why_not_fixed_order(hidden, weight) is not None:
-        return statistics.block_statistics(hidden, weight, labels, heat, shard, mean=mean, keep=keep)
-    blocks = -(-weight.shape[0] // statistics.BLOCK)
-    found = torch.full((blocks, statistics.FIELDS[mean], hidden.shape[0]), 7.0)
+        return statistics.block_statistics(hidden, weight, labels, inverse_temperature, softmax, mean=mean, keep=keep)
+    blocks = -(-weight.shape[0] // BLOCK)
+    found = torch.full((blocks, FIELDS[mean], hidden.shape[0]), 7.0)
     label_logits = torch.zeros(hidden.shape[0])
     project_triton(
         aligned(hidden), weight, logits=None if keep is None else keep.values, statistics=found, labels=labels,
-        label_logits=label_logits, inverse_temperature=heat, valid_columns=shard.valid_columns, scale=shard.scale,
-        softcap=shard.softcap,
+        label_logits=label_logits, inverse_temperature=inverse_temperature, valid_columns=softmax.shard.valid_columns,
+        scale=softmax.transform.scale, softcap=softmax.transform.softcap,
     )  # fmt: skip
     statistics._keep_tops(keep, found, labels, label_logits)
     return found, label_logits
 
 
 def can_keep_exponentials(hidden: Tensor, weight: Tensor, options: Any) -> bool:
-    return options.pieces == 1 and options.shard.softcap is None and hidden.dtype == weight.dtype == torch.bfloat16
+    enough = options.pieces == 1 and options.softmax.transform.softcap is None
+    return enough and hidden.dtype == weight.dtype == torch.bfloat16
 
 
-def exponentials_gradient(kept: Any, vectors: Tensor, labels: Tensor, shard: Any) -> Tensor:
-    return kernels.exponentials_gradient_triton(kept.values, kept.tops, vectors, labels, shard)
+def exponentials_gradient(kept: Any, vectors: Tensor, labels: Tensor, softmax: Any) -> Tensor:
+    return kernels.exponentials_gradient_triton(kept.values, kept.tops, vectors, labels, softmax)
 
 
 @contextlib.contextmanager
@@ -60,7 +64,7 @@ def kernels_everywhere() -> Iterator[None]:
         mock.patch.object(gradient, "gradient_torch", kernels.gradient_triton),
         mock.patch.object(weighted, "_can_keep_exponentials", can_keep_exponentials),
         mock.patch.object(weighted, "exponentials_gradient", exponentials_gradient),
-        mock.patch.object(invariant_grad, "_add_on_cpu", add_hidden_grad),
+        mock.patch.object(invariant_hidden_grad, "_add_on_cpu", add_hidden_grad),
     ):
         yield
 
@@ -74,12 +78,10 @@ CHOSEN = [
 ]
 """Every kernel, and every branch in one."""
 
-if __name__ == "__main__":
+
+def run(check: Callable[[Head], None], head: Head) -> None:
     with kernels_everywhere():
-        for head in CHOSEN:
-            for check in CHECKS:
-                try:
-                    check(head)
-                except AssertionError as error:
-                    raise AssertionError(f"{check.__name__}: {head}: {error}") from error
-    print("done")
+        check(head)
+
+
+CASES = {f"{check.__name__}-{head}": functools.partial(run, check, head) for head in CHOSEN for check in CHECKS}

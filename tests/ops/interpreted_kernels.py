@@ -1,18 +1,19 @@
-"""Run in Triton's interpreter: the kernels of the head against their definitions in torch.
+"""Run in Triton's interpreter (see `interpreter.py`): the kernels against their definitions in torch.
 
 The interpreter rounds float32 to bfloat16 towards zero; pieces are compared by their sum.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from megatron_fp32.ops.logits.hidden_grad_triton import add_hidden_grad
-from megatron_fp32.ops.logits.project_triton import project_triton
 from megatron_fp32.ops.logits.reference import relative_error
-from megatron_fp32.ops.logits.weight_grad_triton import add_weight_grad
 from megatron_fp32.ops.logprobs.gradient import gradient_torch, gradient_vectors
 from megatron_fp32.ops.logprobs.kernels import (
     combine_triton,
@@ -21,87 +22,99 @@ from megatron_fp32.ops.logprobs.kernels import (
     gradient_triton,
     statistics_triton,
 )
+from megatron_fp32.ops.logprobs.softmax import Softmax
 from megatron_fp32.ops.logprobs.statistics import (
     KeptLogits,
-    Shard,
     combine_torch,
     finish_torch,
     statistics_torch,
 )
 from megatron_fp32.ops.logprobs.tokens import token_statistics
-from tests.ops.logprobs_cases import ROWS, TOKENS, VOCAB, case
+from megatron_fp32.ops.products.hidden_grad_triton import add_hidden_grad
+from megatron_fp32.ops.products.project_triton import project_triton
+from megatron_fp32.ops.products.weight_grad_triton import add_weight_grad
+from tests.ops.logprobs_cases import ROWS, TOKENS, VOCAB, case, softmax
 
 BLOCKS = -(-ROWS // 128)
 
 
-def shard(**changes: Any) -> Shard:
-    values: dict[str, Any] = {
-        "group": None, "first_column": 0, "valid_columns": VOCAB, "vocab_size": VOCAB, "scale": 1.1, "softcap": None,
-        "ignore_index": -100, "invariant": False,
-    }  # fmt: skip
-    return Shard(**(values | changes))
+def some(softcap: float | None = None, **changes: Any) -> Softmax:
+    return softmax(VOCAB, scale=1.1, softcap=softcap, **changes)
 
 
-def product_and_statistics(softcap: float | None) -> None:
-    """The fused product, with an odd and an even number of blocks, against products in float64."""
-    c, part = case(), shard(softcap=softcap)
-    heat = torch.rand(TOKENS) + 0.5
-    for rows in (ROWS, 384):
-        x, w = c.hidden.detach(), c.weight.detach()[:rows].contiguous()
-        part = shard(softcap=softcap, valid_columns=min(VOCAB, rows))
-        labels = part.local_labels(c.labels)
-        blocks = -(-rows // 128)
-        room = torch.full((blocks + 1, 4, TOKENS), torch.nan)
-        label_logits, expected_labels = torch.zeros(2, TOKENS)
-        kept = KeptLogits.allocate(TOKENS, w, exponentials=False).values.fill_(torch.nan)
-        statistics = room[:blocks]
-        project_triton(
-            x, w, logits=kept, statistics=statistics, labels=labels, label_logits=label_logits,
-            inverse_temperature=heat, valid_columns=part.valid_columns, scale=part.scale, softcap=softcap,
-        )  # fmt: skip
-        raw = (x.double() @ w.double().t()).float()
-        assert relative_error(kept, raw) < 1e-6
-        expected = torch.empty_like(statistics)
-        statistics_torch(raw, labels, heat, part, expected, expected_labels)
-        torch.testing.assert_close(statistics, expected, rtol=1e-5, atol=2e-5)
-        torch.testing.assert_close(label_logits, expected_labels, rtol=1e-5, atol=1e-5)
-        assert room[blocks:].isnan().all(), "statistics of a block that does not exist"
+def product_and_statistics(softcap: float | None, rows: int) -> None:
+    """The fused product against products in float64; blocks that are not there are not written."""
+    c, inverse_temperature = case(), torch.rand(TOKENS) + 0.5
+    x, w = c.hidden.detach(), c.weight.detach()[:rows].contiguous()
+    part = some(softcap, valid_columns=min(VOCAB, rows))
+    labels = part.shard.local_labels(c.labels)
+    blocks = -(-rows // 128)
+    room = torch.full((blocks + 1, 4, TOKENS), torch.nan)
+    label_logits, expected_labels = torch.zeros(2, TOKENS)
+    kept = KeptLogits.allocate(TOKENS, w, exponentials=False).values.fill_(torch.nan)
+    statistics = room[:blocks]
+    project_triton(
+        x, w, logits=kept, statistics=statistics, labels=labels, label_logits=label_logits,
+        inverse_temperature=inverse_temperature, valid_columns=part.shard.valid_columns, scale=1.1, softcap=softcap,
+    )  # fmt: skip
+    raw = (x.double() @ w.double().t()).float()
+    assert relative_error(kept, raw) < 1e-6
+    expected = torch.empty_like(statistics)
+    statistics_torch(raw, labels, inverse_temperature, part, expected, expected_labels)
+    torch.testing.assert_close(statistics, expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(label_logits, expected_labels, rtol=1e-5, atol=1e-5)
+    assert room[blocks:].isnan().all(), "statistics of a block that does not exist"
 
 
-def stored_statistics(softcap: float | None) -> None:
-    raw, heat, part = torch.randn(TOKENS, ROWS) * 4, torch.rand(TOKENS) + 0.5, shard(softcap=softcap)
-    labels = part.local_labels(case().labels)
-    for fields in (3, 4, 5):
-        got, expected = torch.full((2, BLOCKS, fields, TOKENS), torch.nan)
-        got_labels, expected_labels = torch.zeros(2, TOKENS)
-        statistics_triton(raw, labels, heat, part, got, got_labels)
-        statistics_torch(raw, labels, heat, part, expected, expected_labels)
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
-        torch.testing.assert_close(got_labels, expected_labels, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(combine_triton(expected), combine_torch(expected), rtol=1e-5, atol=2e-5)
-        many = expected.repeat(30, 1, 1)
-        torch.testing.assert_close(combine_triton(many), combine_torch(many), rtol=1e-5, atol=1e-3)
-        padding = many.new_tensor([-torch.inf, 0, 0, 0, 0])[None, :fields, None].expand(200, fields, TOKENS)
-        longer = torch.cat([many, padding])
-        assert torch.equal(combine_triton(many), combine_triton(longer)), "blocks of padding changed a bit"
-        whole, labels_of_tokens = combine_torch(expected), case().labels
-        for a, b in zip(
-            finish_triton(whole, expected_labels, labels_of_tokens, part),
-            finish_torch(whole, expected_labels, labels_of_tokens, part),
-            strict=True,
-        ):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+def raw_statistics(softcap: float | None, fields: int) -> tuple[Tensor, Tensor]:
+    """By the definition: of each block, and the labels' logits."""
+    raw, part = torch.randn(TOKENS, ROWS) * 4, some(softcap)
+    statistics, label_logits = torch.full((BLOCKS, fields, TOKENS), torch.nan), torch.zeros(TOKENS)
+    labels = part.shard.local_labels(case().labels)
+    statistics_torch(raw, labels, torch.rand(TOKENS) + 0.5, part, statistics, label_logits)
+    return statistics, label_logits
 
 
-def tokens_finished() -> None:
-    """Every kind of label, from e^-100 to all but e^-100 of the probability."""
+def stored_statistics(softcap: float | None, fields: int) -> None:
+    raw, inverse_temperature, part = torch.randn(TOKENS, ROWS) * 4, torch.rand(TOKENS) + 0.5, some(softcap)
+    labels = part.shard.local_labels(case().labels)
+    got, expected = torch.full((2, BLOCKS, fields, TOKENS), torch.nan)
+    got_labels, expected_labels = torch.zeros(2, TOKENS)
+    statistics_triton(raw, labels, inverse_temperature, part, got, got_labels)
+    statistics_torch(raw, labels, inverse_temperature, part, expected, expected_labels)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(got_labels, expected_labels, rtol=1e-6, atol=1e-6)
+
+
+def combined_blocks(softcap: float | None, fields: int) -> None:
+    statistics, _ = raw_statistics(softcap, fields)
+    torch.testing.assert_close(combine_triton(statistics), combine_torch(statistics), rtol=1e-5, atol=2e-5)
+    many = statistics.repeat(30, 1, 1)
+    torch.testing.assert_close(combine_triton(many), combine_torch(many), rtol=1e-5, atol=1e-3)
+    padding = many.new_tensor([-torch.inf, 0, 0, 0, 0])[None, :fields, None].expand(200, fields, TOKENS)
+    longer = torch.cat([many, padding])
+    assert torch.equal(combine_triton(many), combine_triton(longer)), "blocks of padding changed a bit"
+
+
+def finished_tokens(softcap: float | None, fields: int) -> None:
+    statistics, label_logits = raw_statistics(softcap, fields)
+    whole, labels, part = combine_torch(statistics), case().labels, some(softcap)
+    got = finish_triton(whole, label_logits, labels, part)
+    for a, b in zip(got, finish_torch(whole, label_logits, labels, part), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+TEN_TOKENS = softmax(10)
+
+
+def finished_labels_of_every_kind() -> None:
+    """From e^-100 to all but e^-100 of the probability."""
     labels = torch.tensor([0, 5, 9, -100, 10, -1]).repeat(40)
-    part = shard(vocab_size=10, valid_columns=10)
     statistics = torch.stack([torch.randn(240), torch.rand(240) * 9 + 1, -torch.rand(240)])[None]
     label_logits = statistics[0, 0] + torch.linspace(-100, 100, 240)
     label_logits[::7] = statistics[0, 0, ::7]
-    got = finish_triton(statistics, label_logits, labels, part)
-    expected = finish_torch(statistics.double(), label_logits.double(), labels, part)
+    got = finish_triton(statistics, label_logits, labels, TEN_TOKENS)
+    expected = finish_torch(statistics.double(), label_logits.double(), labels, TEN_TOKENS)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6, equal_nan=True)
     sure = (expected[3] < 1e-3) & (expected[3] > 1e-30)
@@ -109,54 +122,64 @@ def tokens_finished() -> None:
     torch.testing.assert_close(got[2][sure].double(), expected[2][sure], rtol=1e-5, atol=0)
     torch.testing.assert_close(got[3][sure].double(), expected[3][sure], rtol=1e-5, atol=0)
     assert got[2].isnan().sum() == 80
-    # With the label among equals, the logarithm's own error is all that there is.
+
+
+def finished_label_among_equals(place: float, lowest: int) -> None:
+    """The logarithm's own error is all that there is."""
     labels = torch.zeros(240, dtype=torch.int64)
-    for place, lowest in ((0.0, -30), (-1.0, 0)):
-        statistics = torch.stack([torch.zeros(240), torch.logspace(lowest, 6, 240), torch.zeros(240)])[None]
-        label_logits = torch.full((240,), place)
-        got = finish_triton(statistics, label_logits, labels, part)
-        expected = finish_torch(statistics.double(), label_logits.double(), labels, part)
-        torch.testing.assert_close(got[2].double(), expected[2], rtol=4e-7, atol=0)
-    alone = finish_triton(torch.tensor([-torch.inf, 0, 0])[None, :, None], torch.tensor([3.0]), labels[:1], part)
+    statistics = torch.stack([torch.zeros(240), torch.logspace(lowest, 6, 240), torch.zeros(240)])[None]
+    label_logits = torch.full((240,), place)
+    got = finish_triton(statistics, label_logits, labels, TEN_TOKENS)
+    expected = finish_torch(statistics.double(), label_logits.double(), labels, TEN_TOKENS)
+    torch.testing.assert_close(got[2].double(), expected[2], rtol=4e-7, atol=0)
+
+
+def finished_label_without_rivals() -> None:
+    statistics = torch.tensor([-torch.inf, 0, 0])[None, :, None]
+    alone = finish_triton(statistics, torch.tensor([3.0]), torch.zeros(1, dtype=torch.int64), TEN_TOKENS)
     assert [float(x) for x in alone] == [3, 0, 0, 0, 0]
 
 
-def gradients(softcap: float | None, *, entropy: bool) -> None:
-    c, part, heat = case(), shard(softcap=softcap), torch.rand(TOKENS) + 0.5
+def gradient_operands(softcap: float | None, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Softmax]:
+    """Products, vectors and local labels."""
+    c, part, inverse_temperature = case(), some(softcap), torch.rand(TOKENS) + 0.5
     x, w = c.hidden.detach(), c.weight.detach()
-    statistics = token_statistics(x, w, c.labels, heat, part, mean="none")
+    statistics = token_statistics(x, w, c.labels, inverse_temperature, part, mean="none")
     g = torch.randn(4, TOKENS)
     vectors = gradient_vectors(
-        statistics, heat, part, c.labels, logprob=g[0], entropy=g[1] if entropy else None, logsumexp=g[2], mean=g[3],
-        mean_of="logit",
+        statistics, inverse_temperature, part, c.labels, logprob=g[0], entropy=g[1] if entropy else None,
+        logsumexp=g[2], mean=g[3], mean_of="logit",
     )  # fmt: skip
-    raw, labels = (x.double() @ w.double().t()).float(), part.local_labels(c.labels)
-    for count in (1, 2, 3):
-        got = gradient_triton(raw[:, 128:ROWS], vectors, labels, part, 128, count, torch.bfloat16, None)
-        expected = gradient_torch(raw[:, 128:ROWS], vectors, labels, part, 128, count, torch.bfloat16, None)
-        error = relative_error(sum(p.double() for p in got), sum(p.double() for p in expected))
-        assert error < 2.0 ** (-7 * count) + 1e-5, error
-    gradient_in_place(raw, vectors, labels, part)
+    return (x.double() @ w.double().t()).float(), vectors, part.shard.local_labels(c.labels), part
 
 
-def gradient_in_place(raw: torch.Tensor, vectors: torch.Tensor, labels: torch.Tensor, part: Shard) -> None:
+def gradient(softcap: float | None, entropy: bool, count: int) -> None:
+    raw, *rest = gradient_operands(softcap, entropy)
+    got = gradient_triton(raw[:, 128:ROWS], *rest, 128, count, torch.bfloat16, None)
+    expected = gradient_torch(raw[:, 128:ROWS], *rest, 128, count, torch.bfloat16, None)
+    error = relative_error(sum(p.double() for p in got), sum(p.double() for p in expected))
+    assert error < 2.0 ** (-7 * count) + 1e-5, error
+
+
+def gradient_in_place(softcap: float | None, entropy: bool) -> None:
     """Two pieces of some columns take the place of those logits, and of nothing else."""
+    raw, *rest = gradient_operands(softcap, entropy)
     room = torch.full((TOKENS, -(-ROWS // 8) * 8 + 8), torch.nan)
     room[:, :ROWS] = raw
     for first, last in ((0, 256), (256, ROWS)):
-        expected = gradient_triton(room[:, first:last], vectors, labels, part, first, 2, torch.bfloat16, None)
+        expected = gradient_triton(room[:, first:last], *rest, first, 2, torch.bfloat16, None)
         before = room.clone()
-        got = gradient_triton(room[:, first:last], vectors, labels, part, first, 2, torch.bfloat16, None, True)
+        got = gradient_triton(room[:, first:last], *rest, first, 2, torch.bfloat16, None, True)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         assert got[0].data_ptr() == room[:, first].data_ptr()
         aligned_end = first + -(-(last - first) // 8) * 8
-        for rest in (slice(0, first), slice(aligned_end, None)):
-            assert torch.equal(before[:, rest].view(torch.int32), room[:, rest].view(torch.int32))
+        for others in (slice(0, first), slice(aligned_end, None)):
+            assert torch.equal(before[:, others].view(torch.int32), room[:, others].view(torch.int32))
 
 
-def kept_exponentials(*, peaked: bool) -> None:
-    c, part, heat = case(), shard(), torch.rand(TOKENS) + 0.5
-    x, w, labels = c.hidden.detach(), c.weight.detach(), part.local_labels(c.labels)
+def kept_exponentials(peaked: bool) -> None:
+    c, part, inverse_temperature = case(), some(), torch.rand(TOKENS) + 0.5
+    x, w, labels = c.hidden.detach(), c.weight.detach(), part.shard.local_labels(c.labels)
     if peaked:
         # Labels e^40 above their block: float16 would have nothing left for the others.
         inside = labels >= 0
@@ -165,14 +188,15 @@ def kept_exponentials(*, peaked: bool) -> None:
     statistics, label_logits = torch.empty(BLOCKS, 3, TOKENS), torch.zeros(TOKENS)
     project_triton(
         x, w, logits=kept.values, statistics=statistics, labels=labels, label_logits=label_logits,
-        inverse_temperature=heat, valid_columns=part.valid_columns, scale=part.scale,
+        inverse_temperature=inverse_temperature, valid_columns=part.shard.valid_columns, scale=1.1,
     )  # fmt: skip
     kept.tops.copy_(statistics[:, 0])
-    of_tokens = token_statistics(x, w, c.labels, heat, part, mean="none")
+    of_tokens = token_statistics(x, w, c.labels, inverse_temperature, part, mean="none")
     g = torch.randn(3, TOKENS)
     vectors = gradient_vectors(
-        of_tokens, heat, part, c.labels, logprob=g[0], entropy=None, logsumexp=g[1], mean=g[2], mean_of="logprob"
-    )
+        of_tokens, inverse_temperature, part, c.labels, logprob=g[0], entropy=None, logsumexp=g[1], mean=g[2],
+        mean_of="logprob",
+    )  # fmt: skip
     raw = (x.double() @ w.double().t()).float()
     expected = sum(p.double() for p in gradient_torch(raw, vectors, labels, part, 0, 3, torch.bfloat16, None))
     first = slice(0, 100)
@@ -184,44 +208,57 @@ def kept_exponentials(*, peaked: bool) -> None:
         assert relative_error(got.double(), expected[rows]) < 2.5 * relative_error(expected.bfloat16(), expected)
 
 
-def weight_gradient() -> None:
+def weight_gradient(count: int) -> None:
     tokens, rows, columns = 150, 200, 296
-    for count in (1, 2, 3):
-        room = torch.randn(tokens, 3, 256).to(torch.bfloat16)
-        grads = tuple((room[:, i, :rows] * 2.0 ** (-8 * i)) for i in range(count))
-        # Strides that are no row's length, as those of a chunk of dY.
-        grads = tuple(torch.empty(tokens, 256, dtype=torch.bfloat16)[:, :rows].copy_(g) for g in grads)
-        hidden, target = torch.randn(tokens, columns).bfloat16(), torch.randn(rows, columns)
-        expected = target.double() + sum(g.double() for g in grads).t() @ hidden.double()
-        add_weight_grad(target, grads, hidden)
-        assert relative_error(target, expected) < 1e-6
+    room = torch.randn(tokens, 3, 256).to(torch.bfloat16)
+    grads = tuple((room[:, i, :rows] * 2.0 ** (-8 * i)) for i in range(count))
+    # Strides that are no row's length, as those of a chunk of dY.
+    grads = tuple(torch.empty(tokens, 256, dtype=torch.bfloat16)[:, :rows].copy_(g) for g in grads)
+    hidden, target = torch.randn(tokens, columns).bfloat16(), torch.randn(rows, columns)
+    expected = target.double() + sum(g.double() for g in grads).t() @ hidden.double()
+    add_weight_grad(target, grads, hidden)
+    assert relative_error(target, expected) < 1e-6
 
 
-def hidden_gradient() -> None:
+def hidden_gradient(count: int) -> None:
     """The chain of sums, in one go and in two, from pieces in rows of every alignment."""
     tokens, columns, hidden = 150, 333, 264
     weight = torch.randn(columns, hidden).bfloat16()
-    for count in (1, 2, 3):
-        grads = tuple((torch.randn(tokens, columns) * 2.0 ** (-8 * i)).bfloat16() for i in range(count))
-        expected = sum(g.double() for g in grads) @ weight.double()
-        whole = torch.full((tokens, hidden), torch.nan)
-        add_hidden_grad(whole, grads, weight, begin=True)
-        assert relative_error(whole, expected) < 1e-6
-        chained = torch.full((tokens, hidden), torch.nan)
-        add_hidden_grad(chained, tuple(g[:, :128] for g in grads), weight[:128], begin=True)
-        add_hidden_grad(chained, tuple(g[:, 128:] for g in grads), weight[128:], begin=False)
-        assert torch.equal(chained, whole)
+    grads = tuple((torch.randn(tokens, columns) * 2.0 ** (-8 * i)).bfloat16() for i in range(count))
+    expected = sum(g.double() for g in grads) @ weight.double()
+    whole = torch.full((tokens, hidden), torch.nan)
+    add_hidden_grad(whole, grads, weight, begin=True)
+    assert relative_error(whole, expected) < 1e-6
+    chained = torch.full((tokens, hidden), torch.nan)
+    add_hidden_grad(chained, tuple(g[:, :128] for g in grads), weight[:128], begin=True)
+    add_hidden_grad(chained, tuple(g[:, 128:] for g in grads), weight[128:], begin=False)
+    assert torch.equal(chained, whole)
 
 
-if __name__ == "__main__":
-    hidden_gradient()
-    tokens_finished()
-    weight_gradient()
-    for cap in (None, 5.0):
-        product_and_statistics(cap)
-        stored_statistics(cap)
-        gradients(cap, entropy=False)
-        gradients(cap, entropy=True)
-    kept_exponentials(peaked=False)
-    kept_exponentials(peaked=True)
-    print("done")
+def cases(function: Callable[..., None], **values: Sequence[Any]) -> dict[str, Callable[[], None]]:
+    """The function with every combination of values for its arguments."""
+    found = {}
+    for combination in itertools.product(*values.values()):
+        arguments = dict(zip(values, combination, strict=True))
+        name = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        found[f"{function.__name__}({name})"] = functools.partial(function, **arguments)
+    return found
+
+
+CAPS, COUNTS, FIELDS = (None, 5.0), (1, 2, 3), (3, 4, 5)
+CASES: dict[str, Callable[[], None]] = {
+    **cases(hidden_gradient, count=COUNTS),
+    **cases(weight_gradient, count=COUNTS),
+    **cases(finished_labels_of_every_kind),
+    **cases(finished_label_among_equals, place=[0.0], lowest=[-30]),
+    **cases(finished_label_among_equals, place=[-1.0], lowest=[0]),
+    **cases(finished_label_without_rivals),
+    # An odd and an even number of blocks.
+    **cases(product_and_statistics, softcap=CAPS, rows=(ROWS, 384)),
+    **cases(stored_statistics, softcap=CAPS, fields=FIELDS),
+    **cases(combined_blocks, softcap=CAPS, fields=FIELDS),
+    **cases(finished_tokens, softcap=CAPS, fields=FIELDS),
+    **cases(gradient, softcap=CAPS, entropy=(False, True), count=COUNTS),
+    **cases(gradient_in_place, softcap=CAPS, entropy=(False, True)),
+    **cases(kept_exponentials, peaked=(False, True)),
+}

@@ -9,9 +9,40 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.ops.logits.reference import relative_error
+from megatron_fp32.ops.logprobs import LogitsTransform, VocabParallel
 from megatron_fp32.ops.logprobs.reference import LogprobsReference, logprobs_reference
+from megatron_fp32.ops.logprobs.softmax import Softmax
+from megatron_fp32.ops.products.shard import Shard
 
 TOKENS, HIDDEN, ROWS, VOCAB = 150, 96, 700, 650  # nothing that a tile or a block divides; the last 50 rows are padding
+
+PADDED = VocabParallel(vocab_size=VOCAB)
+BENT: dict[str, Any] = {"vocab_size": VOCAB, "softcap": 5.0, "scale": 1.3, "temperature": 0.7}
+"""Everything that changes the logits, as `logprobs_reference` takes it."""
+
+
+def grouped(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the operators, from options that are named as the fields of their groups or the arguments are."""
+    rest = dict(options)
+    groups: dict[str, type] = {"vocab_parallel": VocabParallel, "logits_transform": LogitsTransform}
+    for argument, kind in groups.items():
+        names = {field.name for field in dataclasses.fields(kind)} & set(rest)
+        if names:
+            rest[argument] = kind(**{name: rest.pop(name) for name in names})
+    return rest
+
+
+def softmax(columns: int, **changes: Any) -> Softmax:
+    """Of one rank without padding, unless the fields say otherwise."""
+    shard = {"group": None, "first_column": 0, "valid_columns": columns, "vocab_size": columns}
+    transform = {"scale": 1.0, "softcap": None}
+    for fields in (shard, transform):
+        fields |= {name: changes.pop(name) for name in list(changes) if name in fields}
+    return Softmax(
+        **({"ignore_index": -100, "invariant": False} | changes),  # type: ignore[arg-type]
+        shard=Shard(**shard),  # type: ignore[arg-type]
+        transform=LogitsTransform(**transform),  # type: ignore[arg-type]
+    )
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -18,8 +18,10 @@ import torch
 
 import megatron_fp32.ops
 from megatron_fp32.ops.fp8.scales import ScaleFormat
-from megatron_fp32.ops.logits.devices import SHARED_MEMORY, why_not_tiles
-from megatron_fp32.ops.logprobs.statistics import FIELDS, KeptLogits, Mean, Shard
+from megatron_fp32.ops.logprobs.softmax import FIELDS, Mean
+from megatron_fp32.ops.logprobs.statistics import KeptLogits
+from megatron_fp32.ops.products.devices import SHARED_MEMORY, why_not_tiles
+from tests.ops.logprobs_cases import softmax
 
 triton = pytest.importorskip("triton")
 TOKENS, COLUMNS, HIDDEN = 40, 300, 64
@@ -41,20 +43,17 @@ def all_kernels() -> set[str]:
 def call_every_host_function() -> None:
     """With small CPU tensors; the launches are recorded, not run."""
     from megatron_fp32.ops.fp8.kernels import LONGEST_ROW, quantize_triton
-    from megatron_fp32.ops.logits.hidden_grad_triton import add_hidden_grad
-    from megatron_fp32.ops.logits.project_triton import project_triton
-    from megatron_fp32.ops.logits.split_triton import split_triton
-    from megatron_fp32.ops.logits.weight_grad_triton import add_weight_grad
     from megatron_fp32.ops.logprobs import kernels
+    from megatron_fp32.ops.products.hidden_grad_triton import add_hidden_grad
+    from megatron_fp32.ops.products.project_triton import project_triton
+    from megatron_fp32.ops.products.split_triton import split_triton
+    from megatron_fp32.ops.products.weight_grad_triton import add_weight_grad
 
     x, w = torch.zeros(TOKENS, HIDDEN).bfloat16(), torch.zeros(COLUMNS, HIDDEN).bfloat16()
     raw, labels, vector = torch.zeros(TOKENS, 304)[:, :COLUMNS], torch.zeros(TOKENS).int(), torch.zeros(TOKENS)
     mean: Mean
     for mean, cap in (("none", None), ("logit", 5.0), ("logprob", 5.0)):
-        part = Shard(
-            group=None, first_column=0, valid_columns=290, vocab_size=290, scale=1.1, softcap=cap, ignore_index=-100,
-            invariant=False,
-        )  # fmt: skip
+        part = softmax(290, scale=1.1, softcap=cap)
         statistics = torch.zeros(3, FIELDS[mean], TOKENS)
         for keep in (None, KeptLogits.allocate(TOKENS, w), KeptLogits.allocate(TOKENS, w, exponentials=True)):
             project_triton(
@@ -77,10 +76,7 @@ def call_every_host_function() -> None:
         add_hidden_grad(torch.zeros(tokens, HIDDEN), grads, w, begin=False)
         add_weight_grad(torch.zeros(COLUMNS, HIDDEN), grads, x[:tokens])
         add_weight_grad(torch.zeros(1, HIDDEN), tuple(g[:, :1] for g in grads), x[:tokens])
-        part = Shard(
-            group=None, first_column=0, valid_columns=290, vocab_size=290, scale=1.1, softcap=None, ignore_index=-100,
-            invariant=False,
-        )  # fmt: skip
+        part = softmax(290, scale=1.1)
         kept = KeptLogits.allocate(tokens, w)
         project_triton(
             x[:tokens], w, logits=kept.values, statistics=torch.zeros(3, 3, tokens), labels=labels[:tokens],

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_fp32.config import GradPrecision
 from megatron_fp32.ops.logits import custom_op, fp32_logits
 from megatron_fp32.ops.logits.reference import gradients_reference
+from megatron_fp32.ops.products.grad_precision import GradPrecision
 
 HIDDEN, VOCAB = 16, 40
 PRECISIONS = pytest.mark.parametrize("precision", ["bf16", "bf16x2", "bf16x3"])

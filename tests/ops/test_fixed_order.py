@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fp32.ops.logits import fp32_logits
-from megatron_fp32.ops.logits.fixed_order import fixed_order_product
 from megatron_fp32.ops.logits.reference import gradients_reference, relative_error
 from megatron_fp32.ops.logprobs import linear_logprobs
-from megatron_fp32.ops.logprobs.statistics import BLOCK, Shard, block_statistics, combine
+from megatron_fp32.ops.logprobs.statistics import block_statistics, combine
+from megatron_fp32.ops.products.fixed_order import fixed_order_product
+from megatron_fp32.ops.products.shard import BLOCK
+from tests.ops.logprobs_cases import softmax
 
 TOKENS, HIDDEN = 150, 96
 
@@ -127,19 +129,20 @@ def test_a_gradient_that_is_no_number_says_so(bad: str) -> None:
 def test_any_sharding_under_megatrons_padding(vocab: int) -> None:
     """What the ranks would compute, put together as they do."""
     x, rows, y = operands(vocab, hidden=32)
-    heat, results = torch.ones(64), []
+    inverse_temperature, results = torch.ones(64), []
     for ranks in (1, 2, 4, 8):
         padded = -(-vocab // (BLOCK * ranks)) * BLOCK * ranks
         w = torch.cat([rows, torch.full((padded - vocab, 32), 7.0).bfloat16()])
         columns, parts = padded // ranks, []
         for rank in range(ranks):
-            part = Shard(
-                group=None, first_column=rank * columns, valid_columns=min(max(vocab - rank * columns, 0), columns),
-                vocab_size=vocab, scale=1.0, softcap=None, ignore_index=-100, invariant=True,
+            first = rank * columns
+            part = softmax(
+                columns, first_column=first, valid_columns=min(max(vocab - first, 0), columns), vocab_size=vocab,
+                invariant=True,
             )  # fmt: skip
-            shard = w[rank * columns : (rank + 1) * columns]
+            rows_of_rank, labels = w[first : first + columns], part.shard.local_labels(y[:64])
             parts.append(
-                block_statistics(x[:64], shard, part.local_labels(y[:64]), heat, part, mean="logit", keep=None)
+                block_statistics(x[:64], rows_of_rank, labels, inverse_temperature, part, mean="logit", keep=None)
             )
         statistics = combine(torch.cat([statistics for statistics, _ in parts]))
         results.append((statistics, torch.stack([label for _, label in parts]).sum(0)))

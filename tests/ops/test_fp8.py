@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +15,7 @@ from megatron_fp32.ops.fp8 import (
     quantize_blockwise,
     quantize_channelwise,
 )
-from megatron_fp32.ops.fp8 import quantize as module
+from megatron_fp32.ops.fp8 import quantize_torch as module
 from megatron_fp32.ops.fp8.reference import (
     dequantize_reference,
     e4m3_reference,
@@ -38,8 +33,8 @@ from tests.ops.fp8_cases import (
     random_weight,
     ties,
 )
+from tests.ops.interpreter import names_of, run_in_interpreter
 
-ROOT = Path(__file__).parents[2]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
 by_format = pytest.mark.parametrize("scale_format", FORMATS)
 
@@ -281,14 +276,14 @@ class TestRefuses:
             dequantize_channelwise(*got)
 
 
-def test_the_kernels_return_the_same_bits() -> None:
-    """In a process of its own: the interpreter must be chosen before a kernel is imported."""
-    pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "tests/ops/interpreted_fp8.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.stdout == "done\n", run.stderr
+KERNELS = "tests.ops.interpreted_fp8"
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    return run_in_interpreter(KERNELS)
+
+
+@pytest.mark.parametrize("name", names_of(KERNELS))
+def test_the_kernels_return_the_same_bits(interpreted: dict[str, str], name: str) -> None:
+    assert not interpreted[name], interpreted[name]

@@ -11,7 +11,18 @@ from torch import Tensor
 
 from megatron_fp32.ops.logits.reference import relative_error
 from megatron_fp32.ops.logprobs import linear_cross_entropy, weighted_cross_entropy
-from tests.ops.logprobs_cases import HIDDEN, ROWS, TOKENS, VOCAB, Case, case, rounded_error, with_main_grad
+from tests.ops.logprobs_cases import (
+    HIDDEN,
+    PADDED,
+    ROWS,
+    TOKENS,
+    VOCAB,
+    Case,
+    case,
+    grouped,
+    rounded_error,
+    with_main_grad,
+)
 
 SMOOTH: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-3}
 BENT: dict[str, Any] = {**SMOOTH, "softcap": 5.0, "scale": 1.3, "temperature": 0.7}
@@ -42,7 +53,7 @@ class TestPerToken:
     def test_against_float64(self, dtype: torch.dtype, options: dict[str, Any]) -> None:
         c, weights = case(dtype), torch.rand(TOKENS)
         losses = linear_cross_entropy(
-            c.hidden, c.weight, c.labels, vocab_size=VOCAB, grad_precision="bf16x3", **options
+            c.hidden, c.weight, c.labels, vocab_parallel=PADDED, grad_precision="bf16x3", **grouped(options)
         )
         losses.backward(weights)
         exact, dx, dw = truth(c, weights, options)
@@ -103,8 +114,8 @@ class TestWeighted:
         c, weights = case(dtype), torch.rand(TOKENS)
         weights[9] = 0
         out = weighted_cross_entropy(
-            c.hidden, c.weight, c.labels, weights, vocab_size=VOCAB, grad_precision="bf16x3", chunk_size=chunk_size,
-            **options,
+            c.hidden, c.weight, c.labels, weights, vocab_parallel=PADDED, grad_precision="bf16x3",
+            chunk_size=chunk_size, **grouped(options),
         )  # fmt: skip
         out.total.backward()
         exact, dx, dw = truth(c, weights, options)
@@ -116,7 +127,7 @@ class TestWeighted:
 
     def test_the_gradient_of_the_total_scales_everything(self) -> None:
         c, weights = case(torch.float16), torch.rand(TOKENS) / 8192
-        out = weighted_cross_entropy(c.hidden, c.weight, c.labels, weights, vocab_size=VOCAB, grad_scale=65536.0)
+        out = weighted_cross_entropy(c.hidden, c.weight, c.labels, weights, vocab_parallel=PADDED, grad_scale=65536.0)
         (out.total * 65536).backward()
         _, dx, dw = truth(c, weights * 65536, {})
         assert relative_error(c.hidden.grad, dx) < 5e-4, "dY underflows in float16 without the scale"
@@ -126,7 +137,7 @@ class TestWeighted:
         c, weights = case(torch.float32), torch.rand(TOKENS)
         weight = with_main_grad(c.weight)
         weight.main_grad.fill_(1)
-        out = weighted_cross_entropy(c.hidden, weight, c.labels, weights, vocab_size=VOCAB, grad_scale=0.5)
+        out = weighted_cross_entropy(c.hidden, weight, c.labels, weights, vocab_parallel=PADDED, grad_scale=0.5)
         _, dx, dw = truth(c, weights * 0.5, {})
         assert relative_error(weight.main_grad - 1, dw) < 1e-5
         assert not weight.grad_added_to_main_grad, "the hook of DDP would find no gradient yet"
@@ -140,7 +151,7 @@ class TestWeighted:
     def test_nothing_can_be_scaled_afterwards(self, main_grad: bool) -> None:
         c = case()
         weight = with_main_grad(c.weight) if main_grad else c.weight
-        out = weighted_cross_entropy(c.hidden, weight, c.labels, torch.ones(TOKENS), vocab_size=VOCAB)
+        out = weighted_cross_entropy(c.hidden, weight, c.labels, torch.ones(TOKENS), vocab_parallel=PADDED)
         with pytest.raises(RuntimeError, match=r"received the gradient 2\.0, and grad_scale was 1\.0"):
             (out.total * 2).backward()
 
@@ -151,7 +162,9 @@ class TestWeighted:
         for a in range(1, 64, 7):
             for b in range(1, 64, 5):
                 scale = 1 / (a * b)
-                out = weighted_cross_entropy(c.hidden, c.weight, c.labels, weights, vocab_size=VOCAB, grad_scale=scale)
+                out = weighted_cross_entropy(
+                    c.hidden, c.weight, c.labels, weights, vocab_parallel=PADDED, grad_scale=scale
+                )
                 (grad,) = torch.autograd.grad(out.total / a / b, c.hidden)
                 assert relative_error(grad, dx * scale) < 2 * FP32
 
@@ -160,7 +173,7 @@ class TestWeighted:
     def test_how_much_the_scale_may_differ(self, scale: float, difference: float, passes: bool) -> None:
         c = case()
         out = weighted_cross_entropy(
-            c.hidden, c.weight, c.labels, torch.ones(TOKENS), vocab_size=VOCAB, grad_scale=scale
+            c.hidden, c.weight, c.labels, torch.ones(TOKENS), vocab_parallel=PADDED, grad_scale=scale
         )
         if passes:
             (out.total * (scale * (1 + difference))).backward()
@@ -171,7 +184,7 @@ class TestWeighted:
     @pytest.mark.parametrize("upstream", [math.nan, math.inf, 0.0])
     def test_a_gradient_that_is_no_scale(self, upstream: float) -> None:
         c = case()
-        out = weighted_cross_entropy(c.hidden, c.weight, c.labels, torch.ones(TOKENS), vocab_size=VOCAB)
+        out = weighted_cross_entropy(c.hidden, c.weight, c.labels, torch.ones(TOKENS), vocab_parallel=PADDED)
         with pytest.raises(RuntimeError, match=f"received the gradient {upstream}"):
             out.total.backward(torch.tensor(upstream))
 
@@ -180,7 +193,7 @@ class TestWeighted:
         weight = with_main_grad(c.weight)
         with pytest.raises(RuntimeError, match="saved-tensor hooks may run twice"):
             torch.utils.checkpoint.checkpoint(
-                lambda h: weighted_cross_entropy(h, weight, c.labels, weights, vocab_size=VOCAB).total,
+                lambda h: weighted_cross_entropy(h, weight, c.labels, weights, vocab_parallel=PADDED).total,
                 c.hidden,
                 use_reentrant=False,
             )
@@ -188,7 +201,7 @@ class TestWeighted:
 
     def test_gradients_do_not_outlive_the_backward_pass(self) -> None:
         c = case()
-        out = weighted_cross_entropy(c.hidden, c.weight, c.labels, torch.ones(TOKENS), vocab_size=VOCAB)
+        out = weighted_cross_entropy(c.hidden, c.weight, c.labels, torch.ones(TOKENS), vocab_parallel=PADDED)
         out.total.backward()
         assert out.total.grad_fn.target is None
         with pytest.raises(RuntimeError, match="second time"):
@@ -196,11 +209,13 @@ class TestWeighted:
 
     def test_a_second_backward_pass(self) -> None:
         c = case()
-        out = weighted_cross_entropy(c.hidden, c.weight, c.labels, torch.ones(TOKENS), vocab_size=VOCAB)
+        out = weighted_cross_entropy(c.hidden, c.weight, c.labels, torch.ones(TOKENS), vocab_parallel=PADDED)
         first = torch.autograd.grad(out.total, (c.hidden, c.weight), retain_graph=True)
         second = torch.autograd.grad(out.total, (c.hidden, c.weight))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        out = weighted_cross_entropy(c.hidden, with_main_grad(c.weight), c.labels, torch.ones(TOKENS), vocab_size=VOCAB)
+        out = weighted_cross_entropy(
+            c.hidden, with_main_grad(c.weight), c.labels, torch.ones(TOKENS), vocab_parallel=PADDED
+        )
         out.total.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="a second backward pass would need a second dW"):
             out.total.backward()
@@ -209,7 +224,7 @@ class TestWeighted:
         c = case()
         with torch.no_grad():
             out = weighted_cross_entropy(
-                c.hidden, with_main_grad(c.weight), c.labels, torch.ones(TOKENS), vocab_size=VOCAB
+                c.hidden, with_main_grad(c.weight), c.labels, torch.ones(TOKENS), vocab_parallel=PADDED
             )
         assert not c.weight.main_grad.any()
         exact, _, _ = truth(c, torch.ones(TOKENS), {})
@@ -219,7 +234,7 @@ class TestWeighted:
         c, weights = case(torch.float32), torch.rand(TOKENS)
         weight = with_main_grad(c.weight)
         total = torch.utils.checkpoint.checkpoint(
-            lambda h: weighted_cross_entropy(h, weight, c.labels, weights, vocab_size=VOCAB).total,
+            lambda h: weighted_cross_entropy(h, weight, c.labels, weights, vocab_parallel=PADDED).total,
             c.hidden,
             use_reentrant=True,
         )
@@ -232,7 +247,7 @@ class TestWeighted:
     def test_frozen(self, frozen: str) -> None:
         c, weights = case(torch.float32), torch.rand(TOKENS)
         getattr(c, frozen).requires_grad_(False)
-        weighted_cross_entropy(c.hidden, c.weight, c.labels, weights, vocab_size=VOCAB).total.backward()
+        weighted_cross_entropy(c.hidden, c.weight, c.labels, weights, vocab_parallel=PADDED).total.backward()
         _, dx, dw = truth(c, weights, {})
         if frozen == "hidden":
             assert c.hidden.grad is None

@@ -11,13 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fp32.ops.logits.reference import relative_error
-from megatron_fp32.ops.logprobs import linear_logprobs
+from megatron_fp32.ops.logprobs import LogitsTransform, VocabParallel, linear_logprobs
 from megatron_fp32.ops.logprobs.statistics import KeptLogits
-from tests.ops.logprobs_cases import HIDDEN, ROWS, TOKENS, VOCAB, Case, case, rounded_error, with_main_grad
+from tests.ops.logprobs_cases import (
+    BENT,
+    HIDDEN,
+    PADDED,
+    ROWS,
+    TOKENS,
+    VOCAB,
+    Case,
+    case,
+    grouped,
+    rounded_error,
+    with_main_grad,
+)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-PLAIN: dict[str, Any] = {"vocab_size": VOCAB}
-BENT: dict[str, Any] = {"vocab_size": VOCAB, "softcap": 5.0, "scale": 1.3, "temperature": 0.7}
 # What is lost in fp32: elementwise operations of an error of 2^-24 each, on sums of a few hundred terms.
 FP32 = 1e-6
 
@@ -27,11 +37,11 @@ def upstreams(count: int = 4, tokens: int = TOKENS) -> list[torch.Tensor]:
 
 
 class TestAgainstFloat64:
-    @pytest.mark.parametrize("options", [PLAIN, BENT], ids=["plain", "bent"])
+    @pytest.mark.parametrize("options", [{"vocab_size": VOCAB}, BENT], ids=["plain", "bent"])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_outputs(self, dtype: torch.dtype, options: dict[str, Any]) -> None:
         c = case(dtype)
-        out = linear_logprobs(c.hidden, c.weight, c.labels, mean_logit=True, **options)
+        out = linear_logprobs(c.hidden, c.weight, c.labels, mean_logit=True, **grouped(options))
         truth, _, _ = c.truth(**options)
         for name, value, exact in zip(out._fields[:4], out[:4], truth[1:], strict=True):
             assert value is not None
@@ -40,13 +50,13 @@ class TestAgainstFloat64:
 
     @pytest.mark.parametrize("chunk_size", [None, 64])
     @pytest.mark.parametrize("backward", ["recompute", "saved"])
-    @pytest.mark.parametrize("options", [PLAIN, BENT], ids=["plain", "bent"])
+    @pytest.mark.parametrize("options", [{"vocab_size": VOCAB}, BENT], ids=["plain", "bent"])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_gradients(self, dtype: torch.dtype, options: Any, backward: Any, chunk_size: int | None) -> None:
         c, upstream = case(dtype), upstreams()
         out = linear_logprobs(
             c.hidden, c.weight, c.labels, mean_logit=True, grad_precision="bf16x3", backward=backward,
-            chunk_size=chunk_size, **options,
+            chunk_size=chunk_size, **grouped(options),
         )  # fmt: skip
         torch.autograd.backward(out[:4], upstream)
         _, dx, dw = c.truth(upstream, **options)
@@ -57,7 +67,7 @@ class TestAgainstFloat64:
     def test_each_output_alone(self, which: int) -> None:
         c, upstream = case(torch.float32), [torch.zeros(TOKENS)] * 4
         upstream[which] = torch.randn(TOKENS)
-        out = linear_logprobs(c.hidden, c.weight, c.labels, mean_logit=True, **BENT)
+        out = linear_logprobs(c.hidden, c.weight, c.labels, mean_logit=True, **grouped(BENT))
         (out[which] * upstream[which]).sum().backward()
         _, dx, dw = c.truth(upstream, **BENT)
         assert relative_error(c.hidden.grad, dx) < 2 * FP32
@@ -68,9 +78,9 @@ class TestAgainstFloat64:
         """An fp32 residual stream and main_grad show what dY lost."""
         c, upstream = case(), upstreams(2)
         wide = c.hidden.detach().float().requires_grad_()
-        out = linear_logprobs(wide, with_main_grad(c.weight), c.labels, grad_precision=precision, **PLAIN)
+        out = linear_logprobs(wide, with_main_grad(c.weight), c.labels, grad_precision=precision, vocab_parallel=PADDED)
         torch.autograd.backward(out[:2], upstream)
-        _, dx, dw = c.truth(upstream, **PLAIN)
+        _, dx, dw = c.truth(upstream, vocab_size=VOCAB)
         assert bound / 30 < relative_error(wide.grad, dx) < bound
         assert bound / 30 < relative_error(c.weight.main_grad, dw) < bound
 
@@ -87,18 +97,18 @@ class TestAgainstFloat64:
                 c.weight[:, 0] = 0
         hidden.requires_grad_()
         linear_logprobs(
-            hidden, with_main_grad(c.weight), c.labels, grad_precision=precision, **PLAIN
+            hidden, with_main_grad(c.weight), c.labels, grad_precision=precision, vocab_parallel=PADDED
         ).logprobs.backward(upstream[0])
-        _, dx, dw = Case(hidden=hidden, weight=c.weight, labels=c.labels).truth(upstream, **PLAIN)
+        _, dx, dw = Case(hidden=hidden, weight=c.weight, labels=c.labels).truth(upstream, vocab_size=VOCAB)
         assert relative_error(c.weight.main_grad, dw) < 1e-3
         assert relative_error(c.weight.main_grad[:, 1:], dw[:, 1:]) < 1e-3
         assert relative_error(hidden.grad, dx) < 1e-3
 
     def test_a_temperature_for_every_token(self) -> None:
         c, upstream, temperature = case(torch.float32), upstreams(2), torch.rand(TOKENS) + 0.3
-        out = linear_logprobs(c.hidden, c.weight, c.labels, temperature=temperature, **PLAIN)
+        out = linear_logprobs(c.hidden, c.weight, c.labels, temperature=temperature, vocab_parallel=PADDED)
         torch.autograd.backward(out[:2], upstream)
-        truth, dx, _ = c.truth(upstream, temperature=temperature, **PLAIN)
+        truth, dx, _ = c.truth(upstream, temperature=temperature, vocab_size=VOCAB)
         assert relative_error(out.logprobs.detach(), truth.logprobs) < FP32
         assert relative_error(c.hidden.grad, dx) < 2 * FP32
 
@@ -116,7 +126,7 @@ class TestAgainstFloat64:
             labels=torch.randint(vocab, (tokens,)),
         )
         upstream = upstreams(2, tokens)
-        out = linear_logprobs(c.hidden, c.weight, c.labels, vocab_size=vocab)
+        out = linear_logprobs(c.hidden, c.weight, c.labels, vocab_parallel=VocabParallel(vocab_size=vocab))
         torch.autograd.backward(out[:2], upstream)
         truth, dx, dw = c.truth(upstream, vocab_size=vocab)
         size = truth.logits.abs().max()
@@ -163,7 +173,9 @@ class TestAdversarial:
         hidden, weight = torch.randn(8, 16), torch.randn(50, 16)
         weight = weight * (size * 5.0 / (hidden @ weight.t()).abs().max())
         c = Case(hidden=hidden, weight=weight, labels=(hidden @ weight.t()).argmax(1)).copy()
-        linear_logprobs(c.hidden, c.weight, c.labels, softcap=5.0).logprobs.sum().backward()
+        linear_logprobs(
+            c.hidden, c.weight, c.labels, logits_transform=LogitsTransform(softcap=5.0)
+        ).logprobs.sum().backward()
         x = c.hidden.detach().double().requires_grad_()
         raw = x @ c.weight.detach().double().t()
         raw.retain_grad()
@@ -180,7 +192,7 @@ class TestAdversarial:
             poisoned.weight[VOCAB:] = torch.nan
         outs = []
         for each in (clean, poisoned):
-            out = linear_logprobs(each.hidden, each.weight, each.labels, **PLAIN)
+            out = linear_logprobs(each.hidden, each.weight, each.labels, vocab_parallel=PADDED)
             (out.logprobs + out.entropy).sum().backward()
             outs.append(out)
         for a, b in zip(*outs, strict=True):
@@ -192,7 +204,7 @@ class TestAdversarial:
     def test_ignored_labels_give_nothing_to_the_log_prob(self) -> None:
         c = case(torch.float32)
         c.labels[:] = -100
-        out = linear_logprobs(c.hidden, c.weight, c.labels, **PLAIN)
+        out = linear_logprobs(c.hidden, c.weight, c.labels, vocab_parallel=PADDED)
         assert not out.logprobs.any()
         out.logprobs.backward(torch.full((TOKENS,), torch.nan))
         assert not c.hidden.grad.any()
@@ -202,7 +214,7 @@ class TestAdversarial:
     def test_a_label_outside_of_the_vocabulary_is_nan(self, label: int) -> None:
         c = case(torch.float32)
         c.labels[11] = label
-        out = linear_logprobs(c.hidden, c.weight, c.labels, **PLAIN)
+        out = linear_logprobs(c.hidden, c.weight, c.labels, vocab_parallel=PADDED)
         assert out.logprobs.isnan().nonzero().tolist() == [[11]]
         torch.where(torch.arange(TOKENS) == 11, 0.0, out.logprobs).sum().backward(retain_graph=True)
         assert c.hidden.grad.isfinite().all(), "a token that is masked has no gradient to spoil"
@@ -215,7 +227,7 @@ class TestAdversarial:
         c = case(torch.float32)
         with torch.no_grad():
             c.hidden[4, 0], c.hidden[9, 0] = torch.nan, torch.inf
-        out = linear_logprobs(c.hidden, c.weight, c.labels, **PLAIN)
+        out = linear_logprobs(c.hidden, c.weight, c.labels, vocab_parallel=PADDED)
         assert out.logprobs.isfinite().logical_not().nonzero().flatten().tolist() == [4, 9]
 
     def test_no_tokens(self) -> None:
@@ -234,21 +246,21 @@ class TestAutograd:
         c = case(torch.float32)
         hidden = c.hidden.detach().view(50, 3, HIDDEN).transpose(0, 1).requires_grad_()
         labels = c.labels.view(50, 3).t()
-        out = linear_logprobs(hidden, c.weight, labels, **PLAIN)
+        out = linear_logprobs(hidden, c.weight, labels, vocab_parallel=PADDED)
         assert out.logprobs.shape == out.entropy.shape == labels.shape
         upstream = torch.randn(50, 3)
         out.logprobs.backward(upstream.t())
-        _, dx, _ = c.truth([upstream.reshape(-1)], **PLAIN)
+        _, dx, _ = c.truth([upstream.reshape(-1)], vocab_size=VOCAB)
         assert relative_error(hidden.grad.transpose(0, 1).reshape(TOKENS, HIDDEN), dx) < 2 * FP32
 
     @pytest.mark.parametrize("output", ["logprobs", "entropy", "logsumexp"])
     def test_a_gradient_penalty_is_refused(self, output: str) -> None:
         """Its terms would be lost: the gradient of a sum has a constant upstream."""
         c = case(torch.float32)
-        loss = getattr(linear_logprobs(c.hidden, c.weight, c.labels, **PLAIN), output).sum()
+        loss = getattr(linear_logprobs(c.hidden, c.weight, c.labels, vocab_parallel=PADDED), output).sum()
         (grad,) = torch.autograd.grad(loss, c.hidden, create_graph=True)
         upstream = [torch.ones(TOKENS) * (output == name) for name in ("logprobs", "entropy", "logsumexp")]
-        _, dx, _ = c.truth(upstream, **PLAIN)
+        _, dx, _ = c.truth(upstream, vocab_size=VOCAB)
         assert relative_error(grad.detach(), dx) < 2 * FP32
         with pytest.raises(RuntimeError, match="first derivatives only"):
             (loss + 10 * grad.square().sum()).backward()
@@ -256,15 +268,15 @@ class TestAutograd:
     @pytest.mark.parametrize("backward", ["recompute", "saved"])
     def test_a_second_backward_pass_gives_the_same(self, backward: Any) -> None:
         c = case()
-        out = linear_logprobs(c.hidden, c.weight, c.labels, backward=backward, **PLAIN)
+        out = linear_logprobs(c.hidden, c.weight, c.labels, backward=backward, vocab_parallel=PADDED)
         first = torch.autograd.grad(out.logprobs.sum(), (c.hidden, c.weight), retain_graph=True)
         second = torch.autograd.grad(out.logprobs.sum(), (c.hidden, c.weight))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
     def test_changing_an_output_in_place_changes_no_gradient(self) -> None:
         c = case(torch.float32)
-        _, dx, _ = c.truth([torch.ones(TOKENS)], **PLAIN)
-        out = linear_logprobs(c.hidden, c.weight, c.labels, **PLAIN)
+        _, dx, _ = c.truth([torch.ones(TOKENS)], vocab_size=VOCAB)
+        out = linear_logprobs(c.hidden, c.weight, c.labels, vocab_parallel=PADDED)
         with torch.no_grad():
             out.entropy.fill_(torch.nan)
             out.logsumexp.fill_(torch.nan)
@@ -277,24 +289,28 @@ class TestAutograd:
         for seed in range(3):
             c, upstream = case(seed=seed), upstreams(1)
             c.weight = weight
-            linear_logprobs(c.hidden, weight, c.labels, grad_precision="bf16x3", **PLAIN).logprobs.backward(upstream[0])
-            total += c.truth(upstream, **PLAIN)[2]
+            linear_logprobs(
+                c.hidden, weight, c.labels, grad_precision="bf16x3", vocab_parallel=PADDED
+            ).logprobs.backward(upstream[0])
+            total += c.truth(upstream, vocab_size=VOCAB)[2]
         assert weight.grad_added_to_main_grad
         assert relative_error(weight.main_grad, total) < FP32
 
     def test_dw_over_chunks_is_rounded_once(self) -> None:
         """Added up in bfloat16, 75 chunks of 2 tokens lose 5 times as much as one rounding."""
         c, upstream = case(), upstreams(1)
-        out = linear_logprobs(c.hidden, c.weight, c.labels, grad_precision="bf16x3", chunk_size=2, **PLAIN)
+        out = linear_logprobs(
+            c.hidden, c.weight, c.labels, grad_precision="bf16x3", chunk_size=2, vocab_parallel=PADDED
+        )
         out.logprobs.backward(upstream[0])
-        _, _, dw = c.truth(upstream, **PLAIN)
+        _, _, dw = c.truth(upstream, vocab_size=VOCAB)
         assert relative_error(c.weight.grad, dw) < 1.05 * rounded_error(dw, torch.bfloat16)
 
     def test_frozen_weight_and_frozen_hidden(self) -> None:
         c = case(torch.float32)
-        _, dx, dw = c.truth([torch.ones(TOKENS)], **PLAIN)
-        linear_logprobs(c.hidden, c.weight.detach(), c.labels, **PLAIN).logprobs.sum().backward()
-        linear_logprobs(c.hidden.detach(), c.weight, c.labels, **PLAIN).logprobs.sum().backward()
+        _, dx, dw = c.truth([torch.ones(TOKENS)], vocab_size=VOCAB)
+        linear_logprobs(c.hidden, c.weight.detach(), c.labels, vocab_parallel=PADDED).logprobs.sum().backward()
+        linear_logprobs(c.hidden.detach(), c.weight, c.labels, vocab_parallel=PADDED).logprobs.sum().backward()
         assert relative_error(c.hidden.grad, dx) < 2 * FP32
         assert relative_error(c.weight.grad, dw) < 2 * FP32
 
@@ -302,10 +318,12 @@ class TestAutograd:
         c = case()
         again = c.copy()
         out = torch.utils.checkpoint.checkpoint(
-            lambda h: linear_logprobs(h, c.weight, c.labels, **PLAIN).logprobs, c.hidden, use_reentrant=False
+            lambda h: linear_logprobs(h, c.weight, c.labels, vocab_parallel=PADDED).logprobs,
+            c.hidden,
+            use_reentrant=False,
         )
         out.sum().backward()
-        linear_logprobs(again.hidden, again.weight, again.labels, **PLAIN).logprobs.sum().backward()
+        linear_logprobs(again.hidden, again.weight, again.labels, vocab_parallel=PADDED).logprobs.sum().backward()
         assert torch.equal(c.hidden.grad, again.hidden.grad)
         assert torch.equal(c.weight.grad, again.weight.grad)
 
@@ -313,15 +331,15 @@ class TestAutograd:
         c = case()
         monkeypatch.setattr(KeptLogits, "allocate", None)
         with torch.no_grad():
-            linear_logprobs(c.hidden, c.weight, c.labels, backward="saved", **PLAIN)
+            linear_logprobs(c.hidden, c.weight, c.labels, backward="saved", vocab_parallel=PADDED)
         with pytest.raises(TypeError):
-            linear_logprobs(c.hidden, c.weight, c.labels, backward="saved", **PLAIN)
+            linear_logprobs(c.hidden, c.weight, c.labels, backward="saved", vocab_parallel=PADDED)
 
     def test_the_default_dtype_changes_nothing(self) -> None:
         c = case(torch.float32)
         torch.set_default_dtype(torch.float64)
         try:
-            out = linear_logprobs(c.hidden, c.weight, c.labels, top_k=2, **PLAIN)
+            out = linear_logprobs(c.hidden, c.weight, c.labels, top_k=2, vocab_parallel=PADDED)
         finally:
             torch.set_default_dtype(torch.float32)
         assert all(x is None or x.dtype in (torch.float32, torch.int64) for x in out)
@@ -329,5 +347,5 @@ class TestAutograd:
     def test_autocast_changes_nothing(self) -> None:
         c = case(torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = linear_logprobs(c.hidden, c.weight, c.labels, **PLAIN)
-        assert torch.equal(out.logprobs, linear_logprobs(c.hidden, c.weight, c.labels, **PLAIN).logprobs)
+            out = linear_logprobs(c.hidden, c.weight, c.labels, vocab_parallel=PADDED)
+        assert torch.equal(out.logprobs, linear_logprobs(c.hidden, c.weight, c.labels, vocab_parallel=PADDED).logprobs)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 
 from megatron_fp32.ops.logprobs import linear_cross_entropy, linear_logprobs, weighted_cross_entropy, workspace
 from megatron_fp32.testing.cpu import single_process
-from tests.ops.logprobs_cases import TOKENS, case
+from tests.ops.logprobs_cases import TOKENS, case, grouped
 
 
 class TestRefusals:
@@ -42,7 +42,7 @@ class TestRefusals:
         c = case()
         arguments = {"hidden": c.hidden, "weight": c.weight, "labels": c.labels} | changes
         with pytest.raises(ValueError, match=message):
-            linear_logprobs(**arguments)
+            linear_logprobs(**grouped(arguments))
 
     def test_types(self) -> None:
         c = case()
@@ -50,10 +50,29 @@ class TestRefusals:
             linear_logprobs(c.hidden, c.weight, c.labels.float())
         with pytest.raises(TypeError, match="hidden and weight must both be"):
             linear_logprobs(c.hidden.half(), c.weight, c.labels)
-        wrong: dict[str, Any] = {"temperature": "1", "scale": None, "softcap": True, "top_k": 2.0, "chunk_size": 8.0}
+        wrong: dict[str, Any] = {
+            "temperature": "1", "scale": None, "softcap": True, "top_k": 2.0, "chunk_size": 8.0, "vocab_size": 5.0,
+            "group": 2,
+        }  # fmt: skip
         for name, value in wrong.items():
             with pytest.raises(TypeError, match=f"{name} must be"):
-                linear_logprobs(c.hidden, c.weight, c.labels, **{name: value})
+                linear_logprobs(c.hidden, c.weight, c.labels, **grouped({name: value}))
+
+    @pytest.mark.parametrize("operator", [linear_logprobs, linear_cross_entropy, weighted_cross_entropy])
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"vocab_parallel": 650}, "vocab_parallel must be a VocabParallel or None, got 650"),
+            ({"logits_transform": 5.0}, r"logits_transform must be a LogitsTransform or None, got 5\.0"),
+        ],
+    )
+    def test_a_value_instead_of_a_group_of_options(
+        self, operator: Any, arguments: dict[str, Any], message: str
+    ) -> None:
+        c = case()
+        extra = (torch.ones(TOKENS),) if operator is weighted_cross_entropy else ()
+        with pytest.raises(TypeError, match=message):
+            operator(c.hidden, c.weight, c.labels, *extra, **arguments)
 
     @pytest.mark.parametrize("name", ["hidden", "weight", "labels", "temperature", "loss_weights"])
     def test_dtensors(self, name: str) -> None:
@@ -63,7 +82,7 @@ class TestRefusals:
         with single_process():
             mesh = DeviceMesh("cpu", [0])
             arguments[name] = distribute_tensor(arguments[name].detach(), mesh, [Replicate()])
-            with pytest.raises(TypeError, match=f"{name} must be a plain tensor beside an explicit tp_group"):
+            with pytest.raises(TypeError, match=f"{name} must be a plain tensor, with the process group"):
                 weighted_cross_entropy(**arguments)
             if name != "loss_weights":
                 del arguments["loss_weights"]

@@ -1,26 +1,29 @@
-"""The Triton kernels of the head, in Triton's interpreter; on the GPU they are tested in tests/gpu."""
+"""The Triton kernels of the operators without logits, in Triton's interpreter; tests/gpu has them on the GPU."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.ops.interpreter import names_of, run_in_interpreter
+
+KERNELS, OPERATORS = "tests.ops.interpreted_kernels", "tests.ops.interpreted_hostile_tokens"
 
 
-@pytest.mark.parametrize("script", ["interpreted_kernels.py", "interpreted_hostile_tokens.py"])
-def test_kernels_compute_what_their_definitions_do(script: str) -> None:
-    """In a process of its own: the interpreter must be chosen before a kernel is imported."""
-    pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "tests/ops" / script)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.stdout == "done\n", run.stderr
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, str]:
+    return run_in_interpreter(KERNELS)
+
+
+@pytest.fixture(scope="module")
+def operators() -> dict[str, str]:
+    return run_in_interpreter(OPERATORS)
+
+
+@pytest.mark.parametrize("name", names_of(KERNELS))
+def test_kernels_compute_what_their_definitions_do(kernels: dict[str, str], name: str) -> None:
+    assert not kernels[name], kernels[name]
+
+
+@pytest.mark.parametrize("name", names_of(OPERATORS))
+def test_what_a_hostile_token_touches(operators: dict[str, str], name: str) -> None:
+    assert not operators[name], operators[name]

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fp32.ops.logits import invariant_grad
 from megatron_fp32.ops.logits.reference import relative_error
-from megatron_fp32.ops.logprobs import linear_cross_entropy, linear_logprobs, weighted_cross_entropy
+from megatron_fp32.ops.logprobs import VocabParallel, linear_cross_entropy, linear_logprobs, weighted_cross_entropy
+from megatron_fp32.ops.products import invariant_hidden_grad
 from megatron_fp32.testing.ranks import RankPool
-from tests.ops.logprobs_cases import case, with_main_grad
+from tests.ops.logprobs_cases import case, grouped, with_main_grad
 
 Pool = Callable[[int], RankPool]
 TOKENS, HIDDEN, VOCAB = (16, 8), 96, 1000
@@ -49,7 +49,7 @@ def head(
     with contextlib.ExitStack() as stack:
         if "group_size" in options:
             for name in ("CHUNK", "UNSPLIT_CHUNK"):
-                stack.enter_context(patch.object(invariant_grad, name, options["group_size"]))
+                stack.enter_context(patch.object(invariant_hidden_grad, name, options["group_size"]))
             options = {name: value for name, value in options.items() if name != "group_size"}
         return unpatched_head(ranks, sequence_parallel, operator, dtype, options)
 
@@ -62,7 +62,7 @@ def unpatched_head(
     group = dist.group.WORLD if ranks > 1 else None
     hidden = (p["hidden"].chunk(ranks)[rank] if sequence_parallel else p["hidden"]).clone().requires_grad_()
     weight = p["weight"].chunk(ranks)[rank].clone().requires_grad_()
-    shared = {"vocab_size": VOCAB, "tp_group": group, "sequence_parallel": sequence_parallel, **options}
+    shared = grouped({"vocab_size": VOCAB, "group": group, "sequence_parallel": sequence_parallel, **options})
     with_main_grad(weight)
     if operator == "weighted":
         out = weighted_cross_entropy(hidden, weight, p["labels"], p["weights"], **shared)
@@ -98,10 +98,10 @@ def refused_sizes(ranks: int, operator: Any, rows: list[int], vocab_size: int | 
     torch.manual_seed(0)
     hidden, weight = torch.randn(8, 16), torch.randn(sum(rows), 16)
     mine = weight.split(rows)[dist.get_rank()].clone().requires_grad_()
-    arguments: dict[str, Any] = {"vocab_size": vocab_size, "tp_group": dist.group.WORLD}
+    parallel = VocabParallel(group=dist.group.WORLD, vocab_size=vocab_size)
     extra = (torch.ones(8),) if operator is weighted_cross_entropy else ()
     try:
-        operator(hidden, mine, torch.randint(min(rows) + 1, (8,)), *extra, **arguments)
+        operator(hidden, mine, torch.randint(min(rows) + 1, (8,)), *extra, vocab_parallel=parallel)
     except ValueError as error:
         return str(error)
     return "no error"
@@ -114,7 +114,7 @@ def refused_sizes(ranks: int, operator: Any, rows: list[int], vocab_size: int | 
 def test_shards_of_different_sizes(ranks: Pool, operator: Any, rows: list[int], vocab_size: int | None) -> None:
     """Every rank says so, and none waits for another."""
     for error in ranks(len(rows)).run(refused_sizes, len(rows), operator, rows, vocab_size):
-        assert f"equally many rows on every rank of tp_group, got {rows} rows" in error
+        assert f"equally many rows on every rank of vocab_parallel.group, got {rows} rows" in error
 
 
 @LAYOUTS
@@ -168,7 +168,8 @@ def test_invariant_over_ranks_with_the_gradient_of_the_hidden_states(
 def uneven(invariant: bool) -> str:
     c = case()
     try:
-        linear_logprobs(c.hidden.detach(), c.weight.detach(), c.labels, tp_group=dist.group.WORLD, invariant=invariant)
+        parallel = VocabParallel(group=dist.group.WORLD)
+        linear_logprobs(c.hidden.detach(), c.weight.detach(), c.labels, vocab_parallel=parallel, invariant=invariant)
     except ValueError as error:
         return str(error)
     return "no error"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -10,22 +9,33 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_fp32.config import GradPrecision
-from megatron_fp32.ops.logits import fp32_logits, products
+from megatron_fp32.ops.logits import fp32_logits
 from megatron_fp32.ops.logits.reference import gradients_reference, relative_error
+from megatron_fp32.ops.products import backward, weight_grad
+from megatron_fp32.ops.products.chunks import even_chunks
+from megatron_fp32.ops.products.grad_precision import GradPrecision
 
 HIDDEN = 16
 
 
-@given(st.integers(0, 5000), st.integers(128, 3000))
+def cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many chunks of a small problem."""
+    for module in (backward, weight_grad):
+        monkeypatch.setattr(module, "CHUNK", 128)
+    monkeypatch.setattr(backward, "UNSPLIT_CHUNK", 256)
+
+
+@given(st.integers(0, 5000), st.integers(1, 3000))
 def test_chunks_cover_everything_once(length: int, size: int) -> None:
-    chunks = list(products.chunks_of(length, size))
-    assert chunks[0].start == 0
-    assert chunks[-1].stop == length
-    assert all(a.stop == b.start for a, b in itertools.pairwise(chunks))
-    # A step is rounded up to a multiple of 128, so that cuBLAS finds its fast path.
-    assert all(0 < c.stop - c.start <= -(-size // 128) * 128 for c in chunks) or length == 0
-    assert all((c.stop - c.start) % 128 == 0 for c in chunks[:-1])
+    chunks = even_chunks(length, size)
+    ends = [0, *(c.stop for c in chunks)]
+    assert [c.start for c in chunks] == ends[:-1]
+    assert ends[-1] == length
+    assert all(0 < c.stop - c.start <= size for c in chunks)
+    # Multiples of 128, so that cuBLAS finds its fast path.
+    assert size < 128 or all((c.stop - c.start) % 128 == 0 for c in chunks[:-1])
+    # Nearly equal: there are no more chunks than multiples of 128 make necessary.
+    assert len(chunks) <= -(-length // (size // 128 * 128 or size))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16x2", "bf16x3"])
@@ -34,8 +44,7 @@ def test_chunks_cover_everything_once(length: int, size: int) -> None:
 def test_integers_are_exact_in_every_chunk(
     precision: GradPrecision, main_grad: torch.dtype | None, vocab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "CHUNK", 128)
-    monkeypatch.setattr(products, "UNSPLIT_CHUNK", 256)
+    cut_small(monkeypatch)
     hidden = torch.randint(-1, 2, (150, 2, HIDDEN)).bfloat16().requires_grad_()
     weight: Any = torch.randint(-1, 2, (vocab, HIDDEN)).bfloat16().requires_grad_()
     if main_grad is not None:
@@ -59,7 +68,7 @@ def test_split_gradients_keep_their_bits(
     dtype: torch.dtype, precision: Any, bits: int, magnitude: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1e-9 is what a gradient over a long batch looks like without a loss scale; it is zero in float16."""
-    monkeypatch.setattr(products, "CHUNK", 128)
+    cut_small(monkeypatch)
     hidden = torch.randn(200, HIDDEN, requires_grad=True)
     weight: Any = torch.randn(700, HIDDEN).to(dtype).requires_grad_()
     weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(700, HIDDEN), False

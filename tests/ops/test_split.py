@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_fp32.ops.logits.split import split, split_scale, split_torch
+from megatron_fp32.ops.products.split import split, split_scale, split_torch
 
 BITS = {torch.bfloat16: 8, torch.float16: 11}
 ROOT = Path(__file__).parents[2]
@@ -86,8 +86,8 @@ def test_zeros_and_nothing() -> None:
 
 INTERPRETED = """
 import torch
-from megatron_fp32.ops.logits.split import split_scale, split_torch
-from megatron_fp32.ops.logits.split_triton import split_triton
+from megatron_fp32.ops.products.split import split_scale, split_torch
+from megatron_fp32.ops.products.split_triton import split_triton
 
 torch.manual_seed(0)
 wide = torch.randn(3, 10000) * torch.logspace(-30, 30, 10000)

@@ -11,10 +11,8 @@ from megatron_fp32.ops.logits.reference import relative_error
 from megatron_fp32.ops.logprobs import linear_logprobs, workspace
 from megatron_fp32.ops.logprobs.topk import bytes_of_a_token
 from tests.ops.live_bytes import LiveBytes
-from tests.ops.logprobs_cases import TOKENS, VOCAB, case
+from tests.ops.logprobs_cases import BENT, PADDED, TOKENS, VOCAB, case, grouped
 
-PLAIN: dict[str, Any] = {"vocab_size": VOCAB}
-BENT: dict[str, Any] = {"vocab_size": VOCAB, "softcap": 5.0, "scale": 1.3, "temperature": 0.7}
 FP32 = 1e-6
 
 
@@ -24,7 +22,9 @@ class TestTopK:
     @pytest.mark.parametrize("k", [1, 5, 200, VOCAB])
     def test_the_most_probable_tokens(self, k: int, backward: Any, chunk_size: int | None) -> None:
         c = case()
-        out = linear_logprobs(c.hidden, c.weight, c.labels, top_k=k, backward=backward, chunk_size=chunk_size, **BENT)
+        out = linear_logprobs(
+            c.hidden, c.weight, c.labels, top_k=k, backward=backward, chunk_size=chunk_size, **grouped(BENT)
+        )
         truth, dx, _ = c.truth([torch.ones(TOKENS)], **BENT)
         exact = truth.logits.log_softmax(1)
         values, _ = exact.topk(k, 1)
@@ -42,7 +42,7 @@ class TestTopK:
         c = case()
         known = c.labels >= 0
         x = torch.where(known[:, None], 30 * c.weight.detach()[c.labels.clamp(min=0)].float(), 0.0).bfloat16()
-        out = linear_logprobs(x, c.weight, c.labels, top_k=2, **PLAIN)
+        out = linear_logprobs(x, c.weight, c.labels, top_k=2, vocab_parallel=PADDED)
         assert out.top_tokens is not None
         assert torch.equal(out.top_tokens[known, 0], c.labels[known])
 
@@ -80,4 +80,4 @@ class TestTopK:
     def test_more_than_there_are(self) -> None:
         c = case()
         with pytest.raises(ValueError, match="top_k must be 0 to 650"):
-            linear_logprobs(c.hidden, c.weight, c.labels, top_k=651, **PLAIN)
+            linear_logprobs(c.hidden, c.weight, c.labels, top_k=651, vocab_parallel=PADDED)

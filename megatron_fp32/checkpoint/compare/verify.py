@@ -85,11 +85,9 @@ def verify_checkpoints(
     check_vocab_size(vocab_size)
     check_callable("progress", progress)
     kinds = kind_of(a), kind_of(b)
-    for what, option, value in (("source", "--source", source), ("vocab_size", "--vocab-size", vocab_size)):
+    for name, value in (("source", source), ("vocab_size", vocab_size)):
         if value is not None and "megatron" not in kinds:
-            raise ValueError(
-                f"a {what} is for Megatron checkpoints, and neither {a} nor {b} is one: leave {option} out"
-            )
+            raise ValueError(f"{name} must be left out, because neither {a} nor {b} is a Megatron checkpoint")
     with contextlib.ExitStack() as stack:
         first, second = (
             _Side(Path(path), kind, source, text_only, stack) for path, kind in zip((a, b), kinds, strict=True)
@@ -330,7 +328,7 @@ class _OfTwoKinds:
         note = f"{rows.rows} rows of {spec.name} above the vocabulary of {spec.shape[0]} are not zero"
         if rows.alike:
             note += "; they are alike, as a softmax over padding leaves them"
-        note += f". --vocab-size {spec.shape[0]} compares without them"
+        note += f". vocab_size={spec.shape[0]} compares without them"
         for hf in mapping.hf:
             if hf.name in self._hf.tensors:
                 self._shape(hf.name, stored, note)

@@ -104,12 +104,12 @@ def read_common_state(reader: TorchDistReader) -> dict[str, Any]:
         path, offset, length = reader.place_of_object(_OBJECT)
         found = _read(path, offset, length)
         if type(found) is not list or len(found) != 1:
-            raise CheckpointError(f"{path}: {_OBJECT!r} is no list of one")
+            raise CheckpointError(f"{path}: {_OBJECT!r} is not a list of one")
         found = found[0]
     else:
         raise CheckpointError(f"{reader.directory} holds neither common.pt nor {_OBJECT!r}")
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise CheckpointError(f"{path}: the common state is no dictionary with names")
+        raise CheckpointError(f"{path}: the common state is not a dictionary with names")
     return found
 
 

@@ -14,10 +14,12 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_LIMIT = 1024
 """A Git LFS pointer is shorter (github.com/git-lfs/git-lfs, docs/spec.md)."""
 
-_HUB_ID = re.compile(
+HUB_ID = re.compile(
     r"(?:(?:https?:)?/*(?:www\.)?(?:huggingface\.co|hf\.co)/+|hf:/+)?"
-    r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:/tree/[\w.-]+)?/?"
+    r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})"
+    r"(?:@(?P<tag>[\w./-]+)|/tree/(?P<tree>[\w.-]+)/?|/)?"
 )
+"""Id or address of a Hugging Face repository, with or without a branch, a tag or a commit."""
 
 _ITERATION = re.compile(r"iter_\d{7,}|release")
 
@@ -44,14 +46,20 @@ def why_no_directory(path: str | Path) -> str:
 
 def hub_hint(path: str | Path) -> str:
     """How to download what a path names, where it looks like the id or the address of a Hugging Face repository."""
-    found = _HUB_ID.fullmatch(str(path))
+    found = HUB_ID.fullmatch(str(path))
     if found is None or os.path.lexists(path):
         return ""
-    name = found[1].rpartition("/")[2]
+    repository, revision = found["repository"], found["tag"] or found["tree"]
+    name = repository.rpartition("/")[2]
     return (
-        f". If it is the id of a Hugging Face repository, download that first: hf download {found[1]} --local-dir "
-        f"{name}; then pass {name}"
+        f". If it is the id of a Hugging Face repository, download that first: hf download {repository} "
+        f"{f'--revision {revision} ' if revision else ''}--local-dir {name}; then pass {name}"
     )
+
+
+def staging_directory(out: Path) -> Path:
+    """Where the directory `out` grows until it is complete."""
+    return out.parent / f".{out.name}.partial"
 
 
 def is_pointer(path: Path) -> bool:

@@ -187,7 +187,7 @@ def read_json(path: Path, what: str, *, finite: bool = True) -> Any:
             raise ValueError(f"it has {size} bytes, expected at most {JSON_LIMIT}")
         return parse_json(path.read_bytes(), finite=finite)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no {what}: {summary(error)}") from error
+        raise CheckpointError(f"{path} is not a {what}: {summary(error)}") from error
 
 
 def read_json_object(path: Path, what: str = "JSON object", *, finite: bool = True) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def _integer(digits: str) -> int:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is no finite number")
+        raise ValueError(f"{text[:40]} is not a finite number")
     return value
 
 

@@ -81,7 +81,7 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
         content = read_json(index, "safetensors index")
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise CheckpointError(f"{index} is no safetensors index: it has no weight_map from tensors to files")
+            raise CheckpointError(f"{index} is not a safetensors index: it has no weight_map from tensors to files")
         files: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             files.setdefault(file, set()).add(name)

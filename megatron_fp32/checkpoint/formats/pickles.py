@@ -91,7 +91,7 @@ class RestrictedUnpickler(pickle._Unpickler):
     def _new(self, arguments: Any, keywords: Any) -> None:
         kind = self.stack[-1]
         if not isinstance(kind, type):
-            raise CheckpointError(f"it makes an instance of {_name(kind)}, which is no class")
+            raise CheckpointError(f"it makes an instance of {_name(kind)}, which is not a class")
         self._check_call(kind, arguments, keywords)
         self.stack[-1] = kind.__new__(kind, *arguments, **keywords)
 
@@ -111,7 +111,7 @@ class RestrictedUnpickler(pickle._Unpickler):
             instance.__class__.__setstate__(instance, state)
             return
         if type(state) is not dict or not all(type(name) is str for name in state):
-            raise CheckpointError(f"the state of {_name(instance)} is no dictionary with names")
+            raise CheckpointError(f"the state of {_name(instance)} is not a dictionary with names")
         if isinstance(instance, dict) and any(hasattr(dict, name) for name in state):
             raise CheckpointError(f"it replaces methods of {_name(instance)}")
         vars(instance).update({sys.intern(name): value for name, value in state.items()})
@@ -165,7 +165,7 @@ class RestrictedUnpickler(pickle._Unpickler):
 
     def _check_target(self, target: Any, kind: type) -> None:
         if not isinstance(target, kind) and not self.is_inert(type(target)):
-            raise CheckpointError(f"it puts items into {_name(target)}, which is no {kind.__name__}")
+            raise CheckpointError(f"it puts items into {_name(target)}, which is not a {kind.__name__}")
 
     def _load_long4(self) -> None:
         (length,) = struct.unpack("<i", self.read(4))

@@ -65,7 +65,7 @@ def read_header(path: str | Path) -> Header:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (OSError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is no readable safetensors file: {summary(error)}") from error
+        raise CheckpointError(f"{path} is not a readable safetensors file: {summary(error)}") from error
     starts = {name: 8 + length + start for name, (start, _) in ranges.items()}
     return Header(path=path, tensors=tensors, starts=starts, metadata=metadata, identity=identity)
 
@@ -131,7 +131,7 @@ def _tensors(entries: dict[str, Any]) -> tuple[dict[str, tuple[int, int]], dict[
         if not isinstance(entry, dict) or not entry.keys() >= _FIELDS:
             raise ValueError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
         if not isinstance(entry["dtype"], str):
-            raise ValueError(f"the dtype of tensor {name!r} is no text")
+            raise ValueError(f"the dtype of tensor {name!r} is not a text")
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(f"tensor {name!r} has the dtype {entry['dtype'][:40]}, which torch does not have")
         dtype, offsets = DTYPES[entry["dtype"]], entry["data_offsets"]

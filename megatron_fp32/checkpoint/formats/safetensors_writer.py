@@ -19,6 +19,7 @@ from megatron_fp32.checkpoint.formats.files import Section, to_disk
 from megatron_fp32.checkpoint.formats.huggingface import INDEX, tensor_bytes
 from megatron_fp32.checkpoint.formats.safetensors_file import flat_index, read_header
 from megatron_fp32.errors import CheckpointError, summary
+from megatron_fp32.weights.choices import SHARD_BYTES
 from megatron_fp32.weights.tensors import DTYPE_NAMES, DTYPES, TensorInfo
 
 
@@ -142,7 +143,7 @@ class HuggingFaceWriter:
     """
 
     def __init__(
-        self, directory: str | Path, tensors: Mapping[str, TensorInfo], *, max_shard_bytes: int = 5 * 10**9
+        self, directory: str | Path, tensors: Mapping[str, TensorInfo], *, max_shard_bytes: int = SHARD_BYTES
     ) -> None:
         self._directory = Path(directory)
         shards = cut_into_shards([[name] for name in by_alignment(tensors)], tensors, max_shard_bytes)

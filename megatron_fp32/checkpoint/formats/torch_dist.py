@@ -115,7 +115,7 @@ class TorchDistReader:
         """
         entry = self._metadata.state_dict_metadata[name]
         if not isinstance(entry, metadata.TensorStorageMetadata):
-            raise CheckpointError(f"{self.directory}: {name!r} is no tensor")
+            raise CheckpointError(f"{self.directory}: {name!r} is not a tensor")
         flat_index(index, tuple(entry.size))
         chunks = self._chunks(name, entry, len(index)).get(index, ())
         result = unfilled(entry.size[len(index) :], entry.properties.dtype)

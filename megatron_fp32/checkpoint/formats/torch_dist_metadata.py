@@ -73,7 +73,7 @@ def read_metadata(path: Path) -> metadata.Metadata:
         if not isinstance(value, metadata.Metadata):
             raise CheckpointError(f"{path} holds a {type(value).__name__}, not the metadata of a checkpoint")
         if type(value.state_dict_metadata) is not dict or type(value.storage_data) is not dict:
-            raise CheckpointError(f"{path} is damaged: its lists of tensors and of places are no dictionaries")
+            raise CheckpointError(f"{path} is damaged: its lists of tensors and of places are not dictionaries")
         _check_entries(value, size)
         _check_places(value)
     except CheckpointError as error:
@@ -101,13 +101,15 @@ def _check_entries(value: metadata.Metadata, size: int) -> None:
         # Tensors can share a list of chunks, and a list holds one chunk many times, at a byte or two each.
         count += len(entry.chunks)
         if type(entry.chunks) is not list or count > size:
-            raise ValueError(f"the chunks of {name!r} are no list, or there are more of them than the file has bytes")
+            raise ValueError(
+                f"the chunks of {name!r} are not a list, or there are more of them than the file has bytes"
+            )
         dtype = entry.properties.dtype
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"the dtype of {name!r} is a {type(dtype).__name__}")
         for shape in (entry.size, *(s for chunk in entry.chunks for s in (chunk.offsets, chunk.sizes))):
             if not isinstance(shape, torch.Size):
-                raise TypeError(f"shapes of {name!r} are no torch.Size")
+                raise TypeError(f"shapes of {name!r} are not a torch.Size")
         for shape in (entry.size, *(chunk.sizes for chunk in entry.chunks)):
             if not is_possible_shape(shape, dtype):
                 raise ValueError(f"{name!r} cannot have a part of shape {str(tuple(shape))[:200]}")

@@ -268,11 +268,11 @@ class TensorUnpickler(RestrictedUnpickler):
     def persistent_load(self, pid: Any) -> Any:
         """The storage that a persistent id names."""
         if type(pid) is not tuple or len(pid) != 5 or type(pid[0]) is not str or pid[0] != "storage":
-            raise ValueError("a persistent id that is no storage")
+            raise ValueError("a persistent id that is not a storage")
         _, storage, key, _device, _size = pid
         dtype = None if storage is _Storage else storage
         if not isinstance(key, str) or not isinstance(dtype, torch.dtype | None):
-            raise ValueError("a persistent id that is no storage")
+            raise ValueError("a persistent id that is not a storage")
         return _Storage(key=key, dtype=dtype)
 
     def _rebuild_tensor_v2(

@@ -22,13 +22,14 @@ from megatron_fp32.checkpoint.jobs.staging import Staging
 from megatron_fp32.checkpoint.quantization_claims import find_claims, remove_claims, write_config
 from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, find_sidecar
 from megatron_fp32.errors import CheckpointError, checkpoint_named, listing
+from megatron_fp32.weights.choices import ExportDtype
 from megatron_fp32.weights.families.registry import find_family
 from megatron_fp32.weights.fp8.config import described_scheme
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
 from megatron_fp32.weights.fp8.tensors import fp8_infos, infos_of, quantize_element
 from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.model_map import ModelMap, map_trained_model
-from megatron_fp32.weights.restore import Dtypes, ExportDtype, Restorer, decide_dtypes
+from megatron_fp32.weights.restore import Dtypes, Restorer, decide_dtypes
 from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY, CutRows, nonzero_rows, with_vocab_size
 
 
@@ -165,7 +166,7 @@ class ExportJob:
         if found.rounded and not self._options.allow_rounded:
             raise CheckpointError(
                 f"{self.reader.directory}: these tensors were rounded, the checkpoint holds fewer bits of them than "
-                f"the source: {listing(list(found.rounded))}. --allow-rounded exports them all the same"
+                f"the source: {listing(list(found.rounded))}. Pass allow_rounded=True to export them nevertheless"
             )
         carried = {name: tensor.info for name, tensor in self.sidecar.carried.items()}
         return dataclasses.replace(found, infos={**found.infos, **carried})

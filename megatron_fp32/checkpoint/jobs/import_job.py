@@ -28,10 +28,11 @@ from megatron_fp32.checkpoint.identify import check_direction, read_config, refu
 from megatron_fp32.checkpoint.jobs.read_back import ReadBack
 from megatron_fp32.checkpoint.jobs.run import Opener, Part, Tell, described
 from megatron_fp32.checkpoint.jobs.staging import Staging
-from megatron_fp32.checkpoint.plan import ImportPlan, Mtp, Vision, megatron_args, plan_import
+from megatron_fp32.checkpoint.plan import ImportPlan, megatron_args, plan_import
 from megatron_fp32.checkpoint.quantization_claims import find_claims
 from megatron_fp32.checkpoint.sidecar import write_sidecar
 from megatron_fp32.errors import CheckpointError, checkpoint_named
+from megatron_fp32.weights.choices import Mtp, Vision
 from megatron_fp32.weights.hf_config.rotary import inverse_frequencies
 from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.source_record import SourceTensor

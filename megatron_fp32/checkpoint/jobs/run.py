@@ -15,7 +15,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from megatron_fp32.checkpoint.jobs.staging import Staging, is_the_machines, open_staging, staging_directory
+from megatron_fp32.checkpoint.formats.directory import staging_directory
+from megatron_fp32.checkpoint.jobs.staging import Staging, is_the_machines, open_staging
 from megatron_fp32.checkpoint.progress import ProgressCallback
 from megatron_fp32.errors import CheckpointError
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import xxhash
 
+from megatron_fp32.checkpoint.formats.directory import staging_directory
 from megatron_fp32.checkpoint.formats.files import read_json_object
 from megatron_fp32.errors import CheckpointError
 
@@ -86,11 +87,6 @@ class Staging:
 
 def _digest(content: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
-
-
-def staging_directory(out: Path) -> Path:
-    """Where `out` grows until it is complete."""
-    return out.parent / f".{out.name}.partial"
 
 
 @contextlib.contextmanager
@@ -172,7 +168,7 @@ def _begin(root: Path, job: dict[str, Any]) -> None:
     elif path.read_bytes() != text.encode():
         raise CheckpointError(
             f"{root} holds parts of another conversion: the source, the options or the versions were others. Delete it "
-            "to begin anew"
+            "to begin again"
         )
     _remove_unfinished(root)
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_fp32.ops.fp8.quantize import quantize_torch
+from megatron_fp32.ops.fp8.quantize_torch import quantize_torch
 from megatron_fp32.ops.fp8.scales import E4M3_MAX, SMALLEST_SCALE, ScaleFormat
 
 LONGEST_ROW = 32768
@@ -42,7 +42,7 @@ def _magnitudes(raw):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _widen(raw, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The float32 that these bits, or those of `_magnitudes`, are."""
+    """The float32 value of these bits, or of the bits that `_magnitudes` returns."""
     if DTYPE == "bfloat16":
         return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     elif DTYPE == "float16":
@@ -53,7 +53,7 @@ def _widen(raw, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _scale(amax, zero_scale, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """As `scales_of`. Triton's `/` is no IEEE division, `div_rn` is."""
+    """As `scales_of`. Triton's `/` is not an IEEE division, `div_rn` is."""
     scale = tl.maximum(tl.div_rn(amax, _E4M3_MAX), _SMALLEST_SCALE)
     scale = tl.where(amax == 0, zero_scale, scale)
     bits = scale.to(tl.int32, bitcast=True)
@@ -157,7 +157,7 @@ def quantize_triton(
     *,
     native: bool | None = None,
 ) -> None:
-    """As `quantize_torch`, for [experts, N, K], none of them 0.
+    """As `quantize_torch`, for [experts, N, K], all of them positive.
 
     Args:
         weight: bfloat16, float16 or float32.

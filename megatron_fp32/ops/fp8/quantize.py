@@ -6,19 +6,14 @@ One pass over memory: on the CPU a slab at a time through a buffer that fits the
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_fp32.ops.fp8.scales import SCALE_FORMATS, ScaleFormat, scale_dtype, scales_of
-
-SLAB = 1 << 18
-"""float32 values in each of the two buffers of the CPU's path, unless a single block has more."""
-
-Block = tuple[int, int]
+from megatron_fp32.ops.fp8.quantize_torch import Block, quantize_torch
+from megatron_fp32.ops.fp8.scales import SCALE_FORMATS, ScaleFormat, scale_dtype
 
 
 class Quantized(NamedTuple):
@@ -42,8 +37,8 @@ def quantize_blockwise(
     """Quantize a weight with a scale for each block.
 
     Args:
-        weight: [N, K] or [experts, N, K], bfloat16, float16 or float32, of any strides; experts are quantized each for
-            itself.
+        weight: [N, K] or [experts, N, K], bfloat16, float16 or float32, of any strides; each expert is quantized on
+            its own.
         block: rows and columns of a block; those at the end may be smaller.
         scale_format: what scales are rounded to, before the weights are divided by them.
         zero_scale: the scale of a block of zeros.
@@ -93,7 +88,7 @@ def dequantize_blockwise(
     """The weights [..., N, K] of `quantize_blockwise`: the product in float32, rounded to `dtype` once.
 
     Raises:
-        ValueError: when the scales are not those of such blocks.
+        ValueError: when the shape of `scale` does not fit the blocks.
     """
     rows, columns = weight.shape[-2:]
     expected = (*weight.shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
@@ -172,30 +167,6 @@ def _quantize(
         _raise_for_first(experts, scale, block, with_expert=weight.ndim == 3)
     scale = scale.to(scale_dtype(scale_format))
     return Quantized(out.view(weight.shape), scale if weight.ndim == 3 else scale[0])
-
-
-def quantize_torch(
-    weight: Tensor, out: Tensor, scale: Tensor, block: Block, scale_format: ScaleFormat, zero_scale: float
-) -> None:
-    """The definition, in torch operators: [N, K] into `out`, float8_e4m3fn, and `scale`, float32."""
-    (rows, columns), (height, width) = weight.shape, block
-    slab_columns = min(width * max(1, SLAB // (height * width)), -(-columns // width) * width)
-    slab_rows = min(height * max(1, SLAB // (height * slab_columns)), -(-rows // height) * height)
-    values, magnitudes = weight.new_empty(2, slab_rows * slab_columns, dtype=torch.float32)
-    for row, column in itertools.product(range(0, rows, slab_rows), range(0, columns, slab_columns)):
-        part = weight[row : row + slab_rows, column : column + slab_columns]
-        blocks = (-(-part.shape[0] // height), -(-part.shape[1] // width))
-        padded = (blocks[0] * height, blocks[1] * width)
-        slab = values[: padded[0] * padded[1]].view(padded)
-        if padded != part.shape:
-            slab.zero_()
-        slab[: part.shape[0], : part.shape[1]] = part
-        tiles = slab.view(blocks[0], height, blocks[1], width)
-        amax = torch.abs(tiles, out=magnitudes[: slab.numel()].view(tiles.shape)).amax((1, 3))
-        found = scales_of(amax, scale_format, zero_scale)
-        tiles *= found.reciprocal()[:, None, :, None]
-        out[row : row + slab_rows, column : column + slab_columns] = slab[: part.shape[0], : part.shape[1]]
-        scale[row // height :, column // width :][: blocks[0], : blocks[1]] = found
 
 
 def _raise_for_first(experts: Tensor, scale: Tensor, block: Block, *, with_expert: bool) -> None:

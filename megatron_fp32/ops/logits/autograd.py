@@ -15,17 +15,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from megatron_fp32.config import GradPrecision, check_grad_precision
 from megatron_fp32.ops.first_order import first_order_only
 from megatron_fp32.ops.logits import custom_op
-from megatron_fp32.ops.logits.fixed_order import check_fixed_order
-from megatron_fp32.ops.logits.gemm import check_operands, check_plain
-from megatron_fp32.ops.logits.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
-from megatron_fp32.ops.logits.products import accumulate_gradients, bias_grad, logits_product, pieces_of
-from megatron_fp32.ops.logits.ranks import HiddenGrad, gather_first_dim
+from megatron_fp32.ops.products.backward import accumulate_gradients, bias_grad, pieces_of
+from megatron_fp32.ops.products.fixed_order import check_fixed_order
+from megatron_fp32.ops.products.forward import logits_product
+from megatron_fp32.ops.products.grad_precision import PIECES, GradPrecision, check_grad_precision
+from megatron_fp32.ops.products.hidden_grad import HiddenGrad
+from megatron_fp32.ops.products.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
+from megatron_fp32.ops.products.operands import check_operands, check_plain, check_shapes
+from megatron_fp32.ops.products.ranks import gather_first_dim
 from megatron_fp32.validation import check_flag
-
-PIECES: dict[GradPrecision, int] = {"bf16": 1, "bf16x2": 2, "bf16x3": 3}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,8 +74,8 @@ def fp32_logits(
     """Vocab-parallel logits in fp32: `hidden @ weight.T + bias` with the accumulator kept.
 
     For FakeTensors, `torch.compile` and `torch.export` this is the operator `megatron_fp32::logits`, if `weight` has
-    no `main_grad` and there is one rank; otherwise the graph breaks here and the eager code runs, with the same
-    results.
+    no `main_grad` and there is one rank. Otherwise the graph breaks here and the eager code runs; the results are
+    equal.
 
     Args:
         hidden: [..., hidden], 2-D or more, in the dtype of the weight, or float32 (an fp32 residual stream), of which
@@ -87,8 +87,8 @@ def fp32_logits(
         sequence_parallel: gather `hidden` over `tp_group` before the product and scatter its gradient after.
         reduce_hidden_grad: sum the gradient of `hidden` over `tp_group`. Megatron calls it `allreduce_dgrad`; it does
             not apply with `sequence_parallel`, which always reduces.
-        grad_precision: see `Fp32Config.grad_precision`. With a float32 `hidden` it says how many bits of `hidden` dW
-            sees, too. A float32 weight knows no rounding, whatever it says.
+        grad_precision: see `Fp32Config.grad_precision`. With a float32 `hidden` it also sets how many bits of `hidden`
+            enter dW. With a float32 weight nothing is rounded, whatever it is.
         deferred: do not compute dW, but keep dY for it; `grad_precision="bf16"` only.
         invariant: a token's logits do not change by a bit with the batch, its place in it, or the number of ranks,
             given hidden states that do not. Does not include gradients.
@@ -111,7 +111,7 @@ def fp32_logits(
     parallel = tp_group is not None and dist.get_world_size(tp_group) > 1
     traced = torch.compiler.is_compiling() or isinstance(weight, FakeTensor)
     if invariant and not traced:
-        # A compiler knows no addresses; there the operator checks as it runs.
+        # A compiler does not know addresses; the custom operator checks them when it runs.
         check_fixed_order(hidden, weight)
     if traced and not parallel and not follows_main_grad(weight) and deferred is None:
         return custom_op.logits(hidden, weight, bias, PIECES[grad_precision], invariant)
@@ -136,11 +136,7 @@ def _check(
 ) -> None:
     check_grad_precision(grad_precision)
     check_plain(hidden=hidden, weight=weight, bias=bias)
-    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            "expected hidden [..., hidden] of 2 or more dimensions and weight [vocab, hidden], "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
+    check_shapes(hidden, weight)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"expected bias [{weight.shape[0]}], got {tuple(bias.shape)}")
     check_operands(hidden, weight, names=("hidden", "weight"))
@@ -191,7 +187,7 @@ class _Fp32Logits(torch.autograd.Function):
         if needs_weight:
             target = weight_grad_target(ctx.weight_owner)
 
-        # One row where nobody needs it.
+        # One row where dX is not needed.
         rows = grad.shape[0] if needs_hidden else 1
         reduction = HiddenGrad(
             grad.new_empty(rows, weight.shape[1], dtype=torch.float32),

@@ -11,14 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fp32.ops.logits.products import (
-    ChunkedHiddenSum,
-    WeightGrad,
-    accumulate_gradients,
-    bias_grad,
-    logits_product,
-    pieces_of,
-)
+from megatron_fp32.ops.products.backward import accumulate_gradients, bias_grad, pieces_of
+from megatron_fp32.ops.products.forward import logits_product
+from megatron_fp32.ops.products.hidden_grad import ChunkedHiddenSum
+from megatron_fp32.ops.products.weight_grad import WeightGrad
 
 
 @torch.library.custom_op("megatron_fp32::logits", mutates_args=())

@@ -42,7 +42,7 @@ def gradients_reference(
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """Frobenius norm of `value - truth` over that of `truth`; 0 for two zero tensors."""
+    """Frobenius norm of `value - truth`, divided by the Frobenius norm of `truth`; 0 for two zero tensors."""
     truth = truth.double()
     norm = torch.linalg.vector_norm(truth)
     error = torch.linalg.vector_norm(value.double() - truth)

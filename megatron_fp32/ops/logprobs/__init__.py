@@ -2,6 +2,16 @@
 
 from megatron_fp32.ops.logprobs.autograd import Logprobs, linear_logprobs
 from megatron_fp32.ops.logprobs.loss import linear_cross_entropy
+from megatron_fp32.ops.logprobs.softmax import LogitsTransform
 from megatron_fp32.ops.logprobs.weighted import WeightedLoss, weighted_cross_entropy
+from megatron_fp32.ops.products.shard import VocabParallel
 
-__all__ = ["Logprobs", "WeightedLoss", "linear_cross_entropy", "linear_logprobs", "weighted_cross_entropy"]
+__all__ = [
+    "LogitsTransform",
+    "Logprobs",
+    "VocabParallel",
+    "WeightedLoss",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "weighted_cross_entropy",
+]

@@ -8,14 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fp32.ops.logits.fixed_order import why_not_fixed_order
-from megatron_fp32.ops.logits.invariant_grad import Columns, InvariantHiddenGrad
-from megatron_fp32.ops.logits.products import WeightGrad
-from megatron_fp32.ops.logits.ranks import HiddenGrad
-from megatron_fp32.ops.logits.split import Pieces
 from megatron_fp32.ops.logprobs.gradient import gradient_bounds, gradient_scale, softmax_gradient
-from megatron_fp32.ops.logprobs.options import HeadOptions
-from megatron_fp32.ops.logprobs.statistics import KeptLogits, Shard, product
+from megatron_fp32.ops.logprobs.options import OperatorOptions
+from megatron_fp32.ops.logprobs.softmax import Softmax
+from megatron_fp32.ops.logprobs.statistics import KeptLogits
+from megatron_fp32.ops.products.fixed_order import why_not_fixed_order
+from megatron_fp32.ops.products.forward import logits_product
+from megatron_fp32.ops.products.hidden_grad import HiddenGrad
+from megatron_fp32.ops.products.invariant_hidden_grad import InvariantHiddenGrad
+from megatron_fp32.ops.products.split import Pieces
+from megatron_fp32.ops.products.weight_grad import WeightGrad
 
 
 class LogitsGradient:
@@ -28,7 +30,7 @@ class LogitsGradient:
         vectors: from `gradient_vectors`.
         kept: the logits of the tokens; None to multiply again.
         consume: the kept logits may be overwritten.
-        shard: this rank's part.
+        softmax: over the vocabulary, with this rank's columns.
         pieces: how many stand for dY.
     """
 
@@ -41,24 +43,24 @@ class LogitsGradient:
         vectors: Tensor,
         kept: KeptLogits | None,
         consume: bool = False,
-        shard: Shard,
+        softmax: Softmax,
         pieces: int,
     ) -> None:
         self._hidden, self._weight, self._labels = hidden, weight, labels
         self._vectors, self._kept = vectors.contiguous(), kept
-        self._shard, self._pieces = shard, pieces
+        self._softmax, self._pieces = softmax, pieces
         self._consume = consume or kept is None
-        self._scale = gradient_scale(self._vectors, shard, count=pieces, dtype=weight.dtype)
-        self._fixed = shard.invariant and why_not_fixed_order(hidden, weight) is None
+        self._scale = gradient_scale(self._vectors, softmax, count=pieces, dtype=weight.dtype)
+        self._fixed = softmax.invariant and why_not_fixed_order(hidden, weight) is None
 
     def bounds(self) -> Tensor:
         """[tokens] float32, at least the sum of |dY| over the whole vocabulary."""
-        return gradient_bounds(self._vectors, self._shard)
+        return gradient_bounds(self._vectors, self._softmax)
 
     def __call__(self, rows: slice) -> Pieces:
         """[tokens, columns] in pieces."""
         if self._kept is None:
-            raw = product(self._hidden, self._weight[rows], fixed_order=self._fixed)
+            raw = logits_product(self._hidden, self._weight[rows], fixed_order=self._fixed)
         else:
             assert self._kept.tops is None
             raw = self._kept.values[:, rows]
@@ -66,7 +68,7 @@ class LogitsGradient:
             raw,
             self._vectors,
             self._labels,
-            self._shard,
+            self._softmax,
             first=rows.start,
             count=self._pieces,
             dtype=self._weight.dtype,
@@ -75,29 +77,24 @@ class LogitsGradient:
         )
 
 
-def finished_hidden_grad(reduction: HiddenGrad, live: Tensor, hidden: Tensor, options: HeadOptions) -> Tensor:
+def finished_hidden_grad(reduction: HiddenGrad, live: Tensor, hidden: Tensor, options: OperatorOptions) -> Tensor:
     """dX in the shape and dtype of `hidden`, summed over the ranks, and 0 for all ranks' tokens that are not `live`.
 
     A weight that is NaN would make them NaN: a product of zeros with it is.
     """
     grad = reduction.finish()
     if options.sequence_parallel:
-        live = live[dist.get_rank(options.shard.group) * len(grad) :][: len(grad)]
+        live = live[dist.get_rank(options.softmax.shard.group) * len(grad) :][: len(grad)]
     return grad.masked_fill_(~live[:, None], 0.0).view(hidden.shape).to(hidden.dtype)
 
 
-def room_for_hidden_grad(tokens: int, weight: Tensor, options: HeadOptions) -> HiddenGrad:
+def room_for_hidden_grad(tokens: int, weight: Tensor, options: OperatorOptions) -> HiddenGrad:
     """For dX [tokens, hidden] of all ranks' tokens, in the order of summation that the options ask for."""
-    shard = options.shard
+    shard = options.softmax.shard
     reduced = shard.group is None or options.sequence_parallel or options.reduce_hidden_grad
-    if shard.invariant and reduced:
+    if options.softmax.invariant and reduced:
         return InvariantHiddenGrad(
-            tokens,
-            weight,
-            part=Columns(first=shard.first_column, valid=shard.valid_columns, vocab_size=shard.vocab_size),
-            pieces=options.pieces,
-            group=shard.group,
-            scatter=options.sequence_parallel,
+            tokens, weight, shard=shard, pieces=options.pieces, scatter=options.sequence_parallel
         )
     return HiddenGrad(
         torch.empty(tokens, weight.shape[1], dtype=torch.float32, device=weight.device),

@@ -12,15 +12,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fp32.config import GradPrecision
 from megatron_fp32.ops.first_order import first_order_only
-from megatron_fp32.ops.logits.gemm import check_operands
-from megatron_fp32.ops.logits.main_grad import weight_grad_for_autograd, weight_grad_target
-from megatron_fp32.ops.logits.products import WeightGrad, accumulate_gradients
-from megatron_fp32.ops.logits.ranks import HiddenGrad
 from megatron_fp32.ops.logprobs import workspace
 from megatron_fp32.ops.logprobs.accumulate import (
     FloatWeightGrad,
@@ -31,15 +25,24 @@ from megatron_fp32.ops.logprobs.accumulate import (
 from megatron_fp32.ops.logprobs.gradient import gradient_vectors, live_tokens
 from megatron_fp32.ops.logprobs.options import (
     Backward,
-    HeadOptions,
-    head_options,
-    inverse_temperature,
+    OperatorOptions,
+    inverse_temperature_of,
+    operator_options,
     rows_where,
     whole_hidden,
 )
+from megatron_fp32.ops.logprobs.softmax import LogitsTransform
 from megatron_fp32.ops.logprobs.statistics import KeptLogits, TokenStatistics
 from megatron_fp32.ops.logprobs.tokens import join, token_statistics
 from megatron_fp32.ops.logprobs.topk import bytes_of_a_token, top_k_of
+from megatron_fp32.ops.products.backward import accumulate_gradients
+from megatron_fp32.ops.products.chunks import even_chunks
+from megatron_fp32.ops.products.grad_precision import GradPrecision
+from megatron_fp32.ops.products.hidden_grad import HiddenGrad
+from megatron_fp32.ops.products.main_grad import weight_grad_for_autograd, weight_grad_target
+from megatron_fp32.ops.products.operands import check_operands
+from megatron_fp32.ops.products.shard import VocabParallel
+from megatron_fp32.ops.products.weight_grad import WeightGrad
 from megatron_fp32.validation import check_flag
 
 
@@ -68,13 +71,9 @@ def linear_logprobs(
     weight: Tensor,
     labels: Tensor,
     *,
-    tp_group: dist.ProcessGroup | None = None,
-    sequence_parallel: bool = False,
-    reduce_hidden_grad: bool = True,
-    vocab_size: int | None = None,
     temperature: float | Tensor = 1.0,
-    scale: float = 1.0,
-    softcap: float | None = None,
+    vocab_parallel: VocabParallel | None = None,
+    logits_transform: LogitsTransform | None = None,
     ignore_index: int = -100,
     grad_precision: GradPrecision = "bf16",
     backward: Backward = "recompute",
@@ -96,16 +95,13 @@ def linear_logprobs(
     every gradient, whatever its hidden states, label and temperature are.
 
     Args:
-        hidden: [..., hidden], as for `fp32_logits`; with `sequence_parallel` this rank's slice of dimension 0.
+        hidden: [..., hidden], as for `fp32_logits`.
         weight: [vocab / tp, hidden], as for `fp32_logits`, `main_grad` included.
-        labels: [...], integer: the leading shape of (all ranks') `hidden`; the same on every rank.
-        tp_group: ranks that hold the other rows of the weight, in order; None for one process.
-        sequence_parallel: gather `hidden` over `tp_group` before the product and scatter its gradient after.
-        reduce_hidden_grad: sum the gradient of `hidden` over `tp_group`; does not apply with `sequence_parallel`.
-        vocab_size: how many columns are no padding; None for all of them.
+        labels: [...], integer: the leading shape of (all ranks') `hidden`. Every rank passes equal labels.
         temperature: divides the logits: a positive number, or one for every token, in the shape of the labels.
-        scale: multiplies the product.
-        softcap: Gemma's soft cap; None for none.
+        vocab_parallel: the tensor-parallel ranks, and how much of the vocabulary is padding; None for one process
+            without padding. With its `sequence_parallel`, `hidden` is this rank's slice of dimension 0.
+        logits_transform: the model's scale and soft cap; None for neither.
         ignore_index: label of tokens without one; all of their results are 0 and give no gradient.
         grad_precision: see `Fp32Config.grad_precision`.
         backward: `"recompute"` the logits in chunks, which costs a fourth product and a chunk of memory, or keep the
@@ -113,29 +109,26 @@ def linear_logprobs(
         invariant: the results, and the gradient with respect to `hidden`, do not change by a bit with the batch, the
             padding or the number of ranks, given hidden states and upstream gradients that do not. The gradient is what
             it is on one rank only where this function sums it over the ranks.
-        mean_logit: return the mean of the logits, too.
-        top_k: return so many of the most probable tokens, too.
+        mean_logit: also return the mean of the logits over the vocabulary.
+        top_k: also return the log-probs of the `top_k` most probable tokens.
         chunk_size: tokens at a time; None chooses by the free memory.
 
     Returns:
         See `Logprobs`.
 
     Raises:
-        TypeError: for operand dtypes that `fp32_logits` refuses, or labels that are no integers.
+        TypeError: for operand dtypes that `fp32_logits` refuses, labels that are not integers, and arguments of another
+            type.
         ValueError: for shapes that do not match, values outside of what an argument allows, `invariant` where it
             cannot be kept, or ranks with different numbers of rows of the weight.
     """
     check_flag("mean_logit", mean_logit)
-    options = head_options(
+    options = operator_options(
         hidden,
         weight,
         labels,
-        tp_group=tp_group,
-        sequence_parallel=sequence_parallel,
-        reduce_hidden_grad=reduce_hidden_grad,
-        vocab_size=vocab_size,
-        scale=scale,
-        softcap=softcap,
+        vocab_parallel=vocab_parallel,
+        logits_transform=logits_transform,
         ignore_index=ignore_index,
         grad_precision=grad_precision,
         invariant=invariant,
@@ -144,13 +137,13 @@ def linear_logprobs(
         mean="logit" if mean_logit else "none",
         top_k=top_k,
     )
-    heat = inverse_temperature(temperature, labels, ignore_index)
-    return Logprobs(*apply_head(hidden, weight, labels, heat, options))
+    inverse_temperature = inverse_temperature_of(temperature, labels, ignore_index)
+    return Logprobs(*apply_logprobs(hidden, weight, labels, inverse_temperature, options))
 
 
 @torch.compiler.disable
-def apply_head(
-    hidden: Tensor, weight: Tensor, labels: Tensor, heat: Tensor, options: HeadOptions
+def apply_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, inverse_temperature: Tensor, options: OperatorOptions
 ) -> tuple[Tensor | None, ...]:
     """Fields of `Logprobs`, the fourth of them the mean that the options ask for.
 
@@ -158,18 +151,20 @@ def apply_head(
         hidden: as for `linear_logprobs`.
         weight: as for `linear_logprobs`.
         labels: as for `linear_logprobs`.
-        heat: [tokens], from `inverse_temperature`.
-        options: from `head_options`.
+        inverse_temperature: [tokens], from `inverse_temperature_of`.
+        options: from `operator_options`.
     """
     # Inside of forward, gradients are off in any case.
     keep = options.keep_logits and torch.is_grad_enabled()
-    return _LinearLogprobs.apply(hidden, weight, labels, heat, dataclasses.replace(options, keep_logits=keep))
+    return _LinearLogprobs.apply(
+        hidden, weight, labels, inverse_temperature, dataclasses.replace(options, keep_logits=keep)
+    )
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, heat: Tensor, options: HeadOptions
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, inverse_temperature: Tensor, options: OperatorOptions
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.weight_owner = options, weight
@@ -179,8 +174,10 @@ class _LinearLogprobs(torch.autograd.Function):
         keep = None
         if options.keep_logits and needed:
             keep = KeptLogits.allocate(len(x), weight, with_tops=options.top_k > 0)
-        statistics, top = _statistics_and_top(x, weight, flat, heat, options, keep)
-        ctx.save_for_backward(hidden, weight, flat, heat, None if keep is None else keep.values, *statistics)
+        statistics, top = _statistics_and_top(x, weight, flat, inverse_temperature, options, keep)
+        ctx.save_for_backward(
+            hidden, weight, flat, inverse_temperature, None if keep is None else keep.values, *statistics
+        )
         outputs = (statistics.logprob, statistics.entropy, statistics.logsumexp, statistics.mean)
         # New tensors: an output must not be what the backward pass reads, nor a view that cannot be changed in place.
         shaped = [None if x is None else _copy(x, labels.shape) for x in outputs]
@@ -191,15 +188,15 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, heat, logits, *saved = ctx.saved_tensors
-        options: HeadOptions = ctx.options
+        hidden, weight, labels, inverse_temperature, logits, *saved = ctx.saved_tensors
+        options: OperatorOptions = ctx.options
         # TF32 may have been switched on since the forward pass.
         check_operands(hidden, weight, names=("hidden", "weight"))
         flat = [None if g is None else g.reshape(-1).float() for g in upstream[:4]]
         vectors = gradient_vectors(
             TokenStatistics(*saved),
-            heat,
-            options.shard,
+            inverse_temperature,
+            options.softmax,
             labels,
             logprob=flat[0],
             entropy=flat[1],
@@ -226,27 +223,33 @@ def _copy(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _statistics_and_top(
-    x: Tensor, weight: Tensor, labels: Tensor, heat: Tensor, options: HeadOptions, keep: KeptLogits | None
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    inverse_temperature: Tensor,
+    options: OperatorOptions,
+    keep: KeptLogits | None,
 ) -> tuple[TokenStatistics, tuple[Tensor, ...]]:
     """Statistics of all tokens; with `top_k` also log-probs and tokens, from a chunk of logits at a time."""
     mean, chunk_size = options.mean, options.chunk_size
     if options.top_k == 0:
         statistics = token_statistics(
-            x, weight, labels, heat, options.shard, mean=mean, keep=keep, chunk_size=chunk_size
+            x, weight, labels, inverse_temperature, options.softmax, mean=mean, keep=keep, chunk_size=chunk_size
         )
         return statistics, ()
-    room = workspace.workspace_bytes(x.device, parallel=options.shard.group is not None)
+    room = workspace.workspace_bytes(x.device, parallel=options.softmax.shard.group is not None)
     largest = chunk_size or max(1, room // bytes_of_a_token(weight.shape[0], options.top_k))
     parts, tops = [], []
-    for rows in workspace.even_chunks(len(x), largest) or [slice(0, 0)]:
+    for rows in even_chunks(len(x), largest) or [slice(0, 0)]:
         kept = (
             keep.rows(rows) if keep is not None else KeptLogits.allocate(rows.stop - rows.start, weight, with_tops=True)
         )
+        y, inverse = labels[rows], inverse_temperature[rows]
         part = token_statistics(
-            x[rows], weight, labels[rows], heat[rows], options.shard, mean=mean, keep=kept, chunk_size=chunk_size
+            x[rows], weight, y, inverse, options.softmax, mean=mean, keep=kept, chunk_size=chunk_size
         )
         parts.append(part)
-        tops.append(top_k_of(kept, labels[rows], heat[rows], part, options.shard, options.top_k))
+        tops.append(top_k_of(kept, y, inverse, part, options.softmax, options.top_k))
     return join(parts), tuple(torch.cat(column) for column in zip(*tops, strict=True))
 
 
@@ -256,15 +259,15 @@ def _accumulate(
     labels: Tensor,
     vectors: Tensor,
     logits: Tensor | None,
-    options: HeadOptions,
+    options: OperatorOptions,
     reduction: HiddenGrad | None,
     target: WeightGrad | None,
 ) -> None:
     """dX and dW, one block of tokens and of columns at a time."""
     pieces = options.pieces if weight.dtype != torch.float32 else 1
-    blocks = workspace.even_chunks(len(x), options.chunk_size or workspace.GRADIENT_TOKENS)
+    blocks = even_chunks(len(x), options.chunk_size or workspace.GRADIENT_TOKENS)
     per_element = (4 if logits is None else 0) + pieces * weight.element_size()
-    room = workspace.workspace_bytes(weight.device, parallel=options.shard.group is not None)
+    room = workspace.workspace_bytes(weight.device, parallel=options.softmax.shard.group is not None)
     sums = FloatWeightGrad(target, blocks=len(blocks))
     if not blocks:
         # Nothing to add, but other ranks and autograd expect their answers.
@@ -278,10 +281,10 @@ def _accumulate(
         grad = LogitsGradient(
             x[tokens],
             weight,
-            labels=options.shard.local_labels(labels[tokens]),
+            labels=options.softmax.shard.local_labels(labels[tokens]),
             vectors=vectors[:, tokens],
             kept=None if logits is None else KeptLogits(values=logits[tokens], tops=None),
-            shard=options.shard,
+            softmax=options.softmax,
             pieces=pieces,
         )
         last = tokens is blocks[-1]

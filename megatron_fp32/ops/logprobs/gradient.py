@@ -20,14 +20,15 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_fp32.ops.logits.split import Pieces, split_scale, split_torch
-from megatron_fp32.ops.logprobs.statistics import KeptLogits, Mean, Shard, TokenStatistics
+from megatron_fp32.ops.logprobs.softmax import Mean, Softmax
+from megatron_fp32.ops.logprobs.statistics import KeptLogits, TokenStatistics
+from megatron_fp32.ops.products.split import Pieces, split_scale, split_torch
 
 
 def gradient_vectors(
     statistics: TokenStatistics,
     inverse_temperature: Tensor,
-    shard: Shard,
+    softmax: Softmax,
     labels: Tensor,
     *,
     logprob: Tensor | None,
@@ -41,7 +42,7 @@ def gradient_vectors(
     Args:
         statistics: of the tokens.
         inverse_temperature: [tokens] float32.
-        shard: for `vocab_size` and `ignore_index`.
+        softmax: for its vocabulary and `ignore_index`.
         labels: [tokens], indices into the whole vocabulary.
         logprob: upstream gradient [tokens], None for 0. The others likewise.
         entropy: of the entropy.
@@ -54,15 +55,15 @@ def gradient_vectors(
         element gets; with an upstream gradient of the entropy [8, tokens]: that, and the entropy.
     """
     upstream = [g for g in (logprob, entropy, logsumexp, mean) if g is not None]
-    live = labels != shard.ignore_index
+    live = labels != softmax.ignore_index
     live = live & torch.stack([g != 0 for g in upstream]).any(0) if upstream else torch.zeros_like(live)
     zeros = torch.zeros_like(statistics.top)
     g = zeros if logprob is None else logprob
     s = zeros if logsumexp is None else logsumexp
-    constant = zeros if mean is None else mean / shard.vocab_size
+    constant = zeros if mean is None else mean / softmax.shard.vocab_size
     if mean is not None and mean_of == "logprob":
         s = s - mean
-    # NaN for logits that are, and for a label outside of the vocabulary, which has no element of its own to say so.
+    # NaN where the logits are NaN, and for a label outside of the vocabulary, which has no element in dY that could be.
     wrong = statistics.log_sum - statistics.log_sum + torch.where(g != 0, statistics.rest - statistics.rest, 0.0)
     of_all = g - s + wrong
     at_label = of_all * statistics.rest + (s + constant)
@@ -70,7 +71,7 @@ def gradient_vectors(
         p = statistics.logprob.exp()
         own = torch.where(p == 0, 0.0, p * (statistics.logprob + statistics.entropy))
         at_label = at_label - entropy * own
-    at_label = torch.where(shard.knows(labels), at_label, 0.0)
+    at_label = torch.where(softmax.knows(labels), at_label, 0.0)
     vectors = [statistics.top, statistics.log_sum, inverse_temperature, of_all, at_label, constant]
     if entropy is not None:
         vectors += [entropy, statistics.entropy]
@@ -83,7 +84,7 @@ def live_tokens(vectors: Tensor) -> Tensor:
     return live if len(vectors) == 6 else live | (vectors[6] != 0)
 
 
-def gradient_scale(vectors: Tensor, shard: Shard, *, count: int, dtype: torch.dtype) -> Tensor | None:
+def gradient_scale(vectors: Tensor, softmax: Softmax, *, count: int, dtype: torch.dtype) -> Tensor | None:
     """The power of two [] float32 that dY is multiplied by before it is split; None where it need not be.
 
     From a bound on its elements instead of the elements, which do not exist yet. A token whose gradient is infinite or
@@ -94,24 +95,24 @@ def gradient_scale(vectors: Tensor, shard: Shard, *, count: int, dtype: torch.dt
     bounds = vectors[4].abs().maximum(vectors[3].abs() + vectors[5].abs())
     if len(vectors) == 8:
         # p |log p| is at most 1 / e, and the entropy at most log(vocab).
-        bounds = bounds + vectors[6].abs() * (1 + math.log(shard.vocab_size))
-    return split_scale(bounds * vectors[2] * abs(shard.scale), count, dtype)
+        bounds = bounds + vectors[6].abs() * (1 + math.log(softmax.shard.vocab_size))
+    return split_scale(bounds * vectors[2] * abs(softmax.transform.scale), count, dtype)
 
 
-def gradient_bounds(vectors: Tensor, shard: Shard) -> Tensor:
+def gradient_bounds(vectors: Tensor, softmax: Softmax) -> Tensor:
     """[tokens] float32, at least the sum of |dY| over the whole vocabulary."""
-    bounds = vectors[3].abs() + vectors[4].abs() + shard.vocab_size * vectors[5].abs()
+    bounds = vectors[3].abs() + vectors[4].abs() + softmax.shard.vocab_size * vectors[5].abs()
     if len(vectors) == 8:
         # The sum of p |log p + H| is at most twice the entropy.
-        bounds = bounds + vectors[6].abs() * (2 * math.log(shard.vocab_size))
-    return bounds * (vectors[2] * abs(shard.scale))
+        bounds = bounds + vectors[6].abs() * (2 * math.log(softmax.shard.vocab_size))
+    return bounds * (vectors[2] * abs(softmax.transform.scale))
 
 
 def softmax_gradient(
     raw: Tensor,
     vectors: Tensor,
     labels: Tensor,
-    shard: Shard,
+    softmax: Softmax,
     *,
     first: int,
     count: int,
@@ -125,7 +126,7 @@ def softmax_gradient(
         raw: [tokens, columns] float32, products of columns `first` and following of this shard.
         vectors: from `gradient_vectors`.
         labels: [tokens] int32, from `Shard.local_labels`.
-        shard: this rank's part.
+        softmax: over the vocabulary, with this rank's columns.
         first: the first of the columns.
         count: how many pieces.
         dtype: of the pieces; float32 knows one.
@@ -140,43 +141,43 @@ def softmax_gradient(
         fits = raw.shape[1] <= IN_PLACE_COLUMNS and aligned
         in_place = consume and count == 2 and dtype.itemsize == 2 and fits
         with torch.cuda.device(raw.device):
-            parts = gradient_triton(raw, vectors, labels, shard, first, count, dtype, scale, in_place)
+            parts = gradient_triton(raw, vectors, labels, softmax, first, count, dtype, scale, in_place)
     else:
-        parts = gradient_torch(raw, vectors, labels, shard, first, count, dtype, scale)
+        parts = gradient_torch(raw, vectors, labels, softmax, first, count, dtype, scale)
     return Pieces(parts, None if scale is None else scale.reciprocal())
 
 
-def exponentials_gradient(kept: KeptLogits, vectors: Tensor, labels: Tensor, shard: Shard) -> Tensor:
+def exponentials_gradient(kept: KeptLogits, vectors: Tensor, labels: Tensor, softmax: Softmax) -> Tensor:
     """dY [tokens, columns] in bfloat16 of logits whose exponentials were kept, written over them.
 
     Args:
         kept: of the tokens, with `tops`, on CUDA.
         vectors: from `gradient_vectors`, without an entropy's.
         labels: [tokens] int32, from `Shard.local_labels`.
-        shard: this rank's part, without a soft cap.
+        softmax: over the vocabulary, without a soft cap.
     """
     from megatron_fp32.ops.logprobs.kernels import exponentials_gradient_triton
 
     assert kept.tops is not None
     assert len(vectors) == 6
-    assert shard.softcap is None
+    assert softmax.transform.softcap is None
     with torch.cuda.device(kept.values.device):
-        return exponentials_gradient_triton(kept.values, kept.tops, vectors, labels, shard)
+        return exponentials_gradient_triton(kept.values, kept.tops, vectors, labels, softmax)
 
 
 def gradient_torch(
     raw: Tensor,
     vectors: Tensor,
     labels: Tensor,
-    shard: Shard,
+    softmax: Softmax,
     first: int,
     count: int,
     dtype: torch.dtype,
     scale: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """The definition of `softmax_gradient`, in torch operators."""
-    top, log_sum, heat, of_all, at_label, constant = vectors[:6, :, None]
-    log_p = shard.logits(raw, vectors[2]) - top - log_sum
+    top, log_sum, inverse_temperature, of_all, at_label, constant = vectors[:6, :, None]
+    log_p = softmax.logits(raw, vectors[2]) - top - log_sum
     slope = of_all
     if len(vectors) == 8:
         slope = slope + vectors[6, :, None] * (log_p + vectors[7, :, None])
@@ -184,10 +185,10 @@ def gradient_torch(
     grad = constant - torch.where(p == 0, 0.0, p * slope)
     columns = torch.arange(first, first + raw.shape[1], device=raw.device)
     grad = torch.where(columns == labels[:, None], at_label, grad)
-    grad = grad * heat
-    if shard.softcap is not None:
+    grad = grad * inverse_temperature
+    if softmax.transform.softcap is not None:
         # 1 - tanh^2, without the cancellation.
-        e = torch.exp(-2 * (raw * shard.scale / shard.softcap).abs())
+        e = torch.exp(-2 * (raw * softmax.transform.scale / softmax.transform.softcap).abs())
         grad = grad * (4 * e / (1 + e).square())
-    touched = live_tokens(vectors)[:, None] & (columns < shard.valid_columns)
-    return split_torch(torch.where(touched, grad * shard.scale, 0.0), count, dtype, scale)
+    touched = live_tokens(vectors)[:, None] & (columns < softmax.shard.valid_columns)
+    return split_torch(torch.where(touched, grad * softmax.transform.scale, 0.0), count, dtype, scale)

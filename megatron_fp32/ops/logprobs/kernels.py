@@ -1,7 +1,7 @@
 """Triton kernels between the matrix products: statistics of stored logits, their combination, the softmax's gradient.
 
-Each has its definition in plain torch beside its caller, in `statistics.py` and `gradient.py`. That is what runs on the
-CPU, and what these are tested against.
+Each has its definition in plain torch in the module of its caller, `statistics.py` or `gradient.py`. The definition
+runs on the CPU, and the kernel is tested against it.
 """
 
 from __future__ import annotations
@@ -9,17 +9,14 @@ from __future__ import annotations
 from megatron_fp32 import needs_triton  # noqa: F401
 
 # isort: split
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_fp32.ops.logits.project_triton import STATISTICS_BLOCK, store_statistics, transform
-
-if TYPE_CHECKING:
-    from megatron_fp32.ops.logprobs.statistics import Shard
+from megatron_fp32.ops.logprobs.softmax import Softmax
+from megatron_fp32.ops.products.project_triton import store_statistics, transform
+from megatron_fp32.ops.products.shard import BLOCK
 
 _STATISTICS_ROWS = 16
 _COMBINE_LANES, _COMBINE_TOKENS = 64, 64
@@ -38,23 +35,24 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     offsets = column + tl.arange(0, WIDTH)
     inside = (rows < tokens)[:, None] & (offsets < columns)[None, :]
     tile = tl.load(raw + rows.to(tl.int64)[:, None] * raw_stride + offsets[None, :], mask=inside, other=0.0)
-    heat = tl.load(inverse_temperature + rows, mask=rows < tokens, other=1.0)
-    z = transform(tile, scale, cap, heat[:, None], CAPPED)
+    inverse = tl.load(inverse_temperature + rows, mask=rows < tokens, other=1.0)
+    z = transform(tile, scale, cap, inverse[:, None], CAPPED)
     store_statistics(
         z, rows, column, tokens, columns, valid_columns, statistics, labels, label_logits, MEAN, INTERPRETED, WIDTH
     )
 
 
 def statistics_triton(
-    raw: Tensor, labels: Tensor, inverse_temperature: Tensor, shard: Shard, statistics: Tensor, label_logits: Tensor
+    raw: Tensor, labels: Tensor, inverse_temperature: Tensor, softmax: Softmax, statistics: Tensor, label_logits: Tensor
 ) -> None:
     """As `statistics_torch`."""
+    shard, scale, softcap = softmax.shard, softmax.transform.scale, softmax.transform.softcap
     tokens, columns = raw.shape
     _statistics_kernel[(triton.cdiv(tokens, _STATISTICS_ROWS), statistics.shape[0])](
         raw, raw.stride(0), tokens, columns, shard.valid_columns, statistics, labels, label_logits, inverse_temperature,
-        shard.scale, shard.softcap or 0.0,
-        MEAN=statistics.shape[1] - 3, CAPPED=shard.softcap is not None, INTERPRETED=not raw.is_cuda,
-        ROWS=_STATISTICS_ROWS, WIDTH=STATISTICS_BLOCK,
+        scale, softcap or 0.0,
+        MEAN=statistics.shape[1] - 3, CAPPED=softcap is not None, INTERPRETED=not raw.is_cuda,
+        ROWS=_STATISTICS_ROWS, WIDTH=BLOCK,
     )  # fmt: skip
 
 
@@ -63,7 +61,7 @@ def statistics_triton(
 def _combine_kernel(  # type: ignore[no-untyped-def]
     statistics, out, blocks, tokens, MEAN: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of many blocks as those of one.
+    """Combine the statistics of many blocks into the statistics of one.
 
     Block b is added in lane b mod `BLOCKS`, whatever the number of blocks: blocks that are all padding, which are
     zeros at the end, change no bit.
@@ -101,7 +99,7 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
             totals += tl.load(here + 3 * field, mask=mask, other=0.0)
         if MEAN == 2:
             count = tl.load(here + 4 * field, mask=mask, other=0.0)
-            # From each block's maximum to that of all.
+            # From each block's maximum to the maximum of all blocks.
             totals += tl.load(here + 3 * field, mask=mask, other=0.0) + tl.where(count == 0.0, 0.0, count * distance)
             counts += count
     tl.store(out + columns, top, mask=columns < tokens)
@@ -197,12 +195,13 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + 5 * field, tl.where(ignored, 0.0, mean), mask=inside)
 
 
-def finish_triton(statistics: Tensor, label_logits: Tensor, labels: Tensor, shard: Shard) -> tuple[Tensor, ...]:
+def finish_triton(statistics: Tensor, label_logits: Tensor, labels: Tensor, softmax: Softmax) -> tuple[Tensor, ...]:
     """As `finish_torch`."""
     _, fields, tokens = statistics.shape
     out = statistics.new_empty(5 if fields == 3 else 6, tokens)
     _finish_kernel[(triton.cdiv(tokens, 128),)](
-        statistics.contiguous(), label_logits, labels.contiguous(), out, tokens, shard.vocab_size, shard.ignore_index,
+        statistics.contiguous(), label_logits, labels.contiguous(), out, tokens, softmax.shard.vocab_size,
+        softmax.ignore_index,
         MEAN=fields - 3, TOKENS=128,
     )  # fmt: skip
     return tuple(out.unbind(0))
@@ -269,14 +268,15 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
 
 
 def gradient_triton(
-    raw: Tensor, vectors: Tensor, labels: Tensor, shard: Shard, first: int, count: int, dtype: torch.dtype,
+    raw: Tensor, vectors: Tensor, labels: Tensor, softmax: Softmax, first: int, count: int, dtype: torch.dtype,
     split_scale: Tensor | None, in_place: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As `gradient_torch`; `in_place` writes two pieces of up to `IN_PLACE_COLUMNS` columns where `raw` was."""
+    shard, scale, softcap = softmax.shard, softmax.transform.scale, softmax.transform.softcap
     tokens, columns = raw.shape
     rows, width = (1, triton.next_power_of_2(columns)) if in_place else (_GRADIENT_ROWS, _GRADIENT_COLUMNS)
     if in_place:
-        # Rows have room for a multiple of 8 columns, which keeps the second piece aligned to 16 bytes, too.
+        # Rows have room for a multiple of 8 columns, so the second piece is aligned to 16 bytes as well.
         step = -(-columns // 8) * 8
         assert count == 2
         assert dtype.itemsize == 2
@@ -290,8 +290,8 @@ def gradient_triton(
     grid = (triton.cdiv(tokens, rows), triton.cdiv(columns, width))
     _gradient_kernel[grid](
         raw, raw.stride(0), tokens, first, columns, shard.valid_columns, vectors, labels, pieces, pieces.stride(1),
-        pieces.stride(0), vectors if split_scale is None else split_scale, shard.scale, shard.softcap or 0.0,
-        ENTROPY=len(vectors) == 8, CAPPED=shard.softcap is not None, COUNT=count, SCALED=split_scale is not None,
+        pieces.stride(0), vectors if split_scale is None else split_scale, scale, softcap or 0.0,
+        ENTROPY=len(vectors) == 8, CAPPED=softcap is not None, COUNT=count, SCALED=split_scale is not None,
         IN_PLACE=in_place, ROWS=rows, COLUMNS=width, num_warps=8 if in_place else 4,
     )  # fmt: skip
     return tuple(pieces.unbind(0))
@@ -312,31 +312,31 @@ def _exponentials_gradient_kernel(  # type: ignore[no-untyped-def]
     field = tl.cast(vectors_stride, tl.int64)
     top = tl.load(vector, mask=row_inside, other=0.0)
     log_sum = tl.load(vector + field, mask=row_inside, other=0.0)
-    heat = tl.load(vector + 2 * field, mask=row_inside, other=0.0)
+    inverse_temperature = tl.load(vector + 2 * field, mask=row_inside, other=0.0)
     of_all = tl.load(vector + 3 * field, mask=row_inside, other=0.0)
     at_label = tl.load(vector + 4 * field, mask=row_inside, other=0.0)
     constant = tl.load(vector + 5 * field, mask=row_inside, other=0.0)
     live = (of_all != 0.0) | (at_label != 0.0) | (constant != 0.0)
     label = tl.load(labels + rows, mask=row_inside, other=-1)
     block_top = tl.load(tops + tl.cast(block, tl.int64) * tops_stride + rows, mask=row_inside, other=0.0)
-    slope = tl.exp(block_top - top - log_sum) * of_all * (heat * scale)
+    slope = tl.exp(block_top - top - log_sum) * of_all * (inverse_temperature * scale)
     pointers = rows.to(tl.int64)[:, None] * stride + offsets[None, :]
     e = tl.load(exponentials + pointers, mask=inside, other=0.0).to(tl.float32)
-    grad = (constant * (heat * scale))[:, None] - e * slope[:, None]
-    grad = tl.where(offsets[None, :] == label[:, None], (at_label * (heat * scale))[:, None], grad)
+    grad = (constant * (inverse_temperature * scale))[:, None] - e * slope[:, None]
+    grad = tl.where(offsets[None, :] == label[:, None], (at_label * (inverse_temperature * scale))[:, None], grad)
     grad = tl.where((offsets < valid_columns)[None, :] & live[:, None], grad, 0.0)
     tl.store(out + pointers, grad.to(out.dtype.element_ty), mask=inside)
 
 
 def exponentials_gradient_triton(
-    exponentials: Tensor, tops: Tensor, vectors: Tensor, labels: Tensor, shard: Shard
+    exponentials: Tensor, tops: Tensor, vectors: Tensor, labels: Tensor, softmax: Softmax
 ) -> Tensor:
     """dY [tokens, columns] bfloat16, in the memory of `exponentials` [tokens, columns] float16; see its caller."""
     tokens, columns = exponentials.shape
     out = exponentials.view(torch.bfloat16)
-    _exponentials_gradient_kernel[(triton.cdiv(tokens, _STATISTICS_ROWS), triton.cdiv(columns, STATISTICS_BLOCK))](
-        exponentials, exponentials.stride(0), tokens, columns, shard.valid_columns, tops, vectors, labels, out,
-        shard.scale, tops.stride(0), vectors.stride(0),
-        ROWS=_STATISTICS_ROWS, COLUMNS=STATISTICS_BLOCK,
+    _exponentials_gradient_kernel[(triton.cdiv(tokens, _STATISTICS_ROWS), triton.cdiv(columns, BLOCK))](
+        exponentials, exponentials.stride(0), tokens, columns, softmax.shard.valid_columns, tops, vectors, labels, out,
+        softmax.transform.scale, tops.stride(0), vectors.stride(0),
+        ROWS=_STATISTICS_ROWS, COLUMNS=BLOCK,
     )  # fmt: skip
     return out

@@ -4,9 +4,9 @@ With log p and logsumexp of `linear_logprobs`, epsilon the label smoothing, and 
 
     loss = -(1 - epsilon) log p[label] - epsilon (mean of log p over the vocabulary) + z_loss * logsumexp^2
 
-The smoothing is that of `torch.nn.functional.cross_entropy`: the label's target is 1 - epsilon + epsilon / K.
+The smoothing is defined as in `torch.nn.functional.cross_entropy`: the label's target is 1 - epsilon + epsilon / K.
 Megatron's `vocab_parallel_cross_entropy` spreads epsilon over the other K - 1: pass epsilon K / (K - 1) for that.
-The z-loss is that of PaLM (arXiv 2204.02311, section 5).
+The z-loss is defined as in PaLM (arXiv 2204.02311, section 5).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fp32.config import GradPrecision
 from megatron_fp32.ops.first_order import first_order_only
-from megatron_fp32.ops.logprobs.autograd import apply_head
-from megatron_fp32.ops.logprobs.options import Backward, HeadOptions, head_options, inverse_temperature
-from megatron_fp32.ops.logprobs.statistics import Mean
+from megatron_fp32.ops.logprobs.autograd import apply_logprobs
+from megatron_fp32.ops.logprobs.options import Backward, OperatorOptions, inverse_temperature_of, operator_options
+from megatron_fp32.ops.logprobs.softmax import LogitsTransform, Mean
+from megatron_fp32.ops.products.grad_precision import GradPrecision
+from megatron_fp32.ops.products.shard import VocabParallel
 from megatron_fp32.validation import check_finite
 
 
@@ -73,13 +73,9 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
-    tp_group: dist.ProcessGroup | None = None,
-    sequence_parallel: bool = False,
-    reduce_hidden_grad: bool = True,
-    vocab_size: int | None = None,
     temperature: float | Tensor = 1.0,
-    scale: float = 1.0,
-    softcap: float | None = None,
+    vocab_parallel: VocabParallel | None = None,
+    logits_transform: LogitsTransform | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -90,7 +86,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Loss of every token, in fp32 and the shape of the labels; 0 where they are ignored.
 
-    Arguments are those of `linear_logprobs`, and:
+    Takes the arguments of `linear_logprobs` except `mean_logit` and `top_k`, and:
 
     Args:
         label_smoothing: 0 or more and less than 1; see the module for its definition.
@@ -100,16 +96,12 @@ def linear_cross_entropy(
         As `linear_logprobs`; and ValueError for values that these two do not allow.
     """
     loss = TokenLoss(label_smoothing=label_smoothing, z_loss=z_loss)
-    options = head_options(
+    options = operator_options(
         hidden,
         weight,
         labels,
-        tp_group=tp_group,
-        sequence_parallel=sequence_parallel,
-        reduce_hidden_grad=reduce_hidden_grad,
-        vocab_size=vocab_size,
-        scale=scale,
-        softcap=softcap,
+        vocab_parallel=vocab_parallel,
+        logits_transform=logits_transform,
         ignore_index=ignore_index,
         grad_precision=grad_precision,
         invariant=invariant,
@@ -117,14 +109,20 @@ def linear_cross_entropy(
         backward=backward,
         mean=loss.mean,
     )
-    return _eager(hidden, weight, labels, inverse_temperature(temperature, labels, ignore_index), options, loss)
+    inverse_temperature = inverse_temperature_of(temperature, labels, ignore_index)
+    return _eager(hidden, weight, labels, inverse_temperature, options, loss)
 
 
 @torch.compiler.disable
 def _eager(
-    hidden: Tensor, weight: Tensor, labels: Tensor, heat: Tensor, options: HeadOptions, loss: TokenLoss
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    inverse_temperature: Tensor,
+    options: OperatorOptions,
+    loss: TokenLoss,
 ) -> Tensor:
-    logprobs, _, logsumexp, mean, *_ = apply_head(hidden, weight, labels, heat, options)
+    logprobs, _, logsumexp, mean, *_ = apply_logprobs(hidden, weight, labels, inverse_temperature, options)
     return _LossOfTokens.apply(logprobs, logsumexp, mean, loss)
 
 

@@ -6,16 +6,14 @@ import dataclasses
 from typing import Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fp32.config import GradPrecision, check_grad_precision
-from megatron_fp32.ops.logits.autograd import PIECES
-from megatron_fp32.ops.logits.fixed_order import check_fixed_order
-from megatron_fp32.ops.logits.gemm import check_operands, check_plain
-from megatron_fp32.ops.logits.ranks import gather_first_dim
-from megatron_fp32.ops.logprobs.even import check_even_shards
-from megatron_fp32.ops.logprobs.statistics import BLOCK, Mean, Shard
+from megatron_fp32.ops.logprobs.softmax import LogitsTransform, Mean, Softmax
+from megatron_fp32.ops.products.fixed_order import check_fixed_order
+from megatron_fp32.ops.products.grad_precision import PIECES, GradPrecision, check_grad_precision
+from megatron_fp32.ops.products.operands import check_operands, check_plain, check_shapes
+from megatron_fp32.ops.products.ranks import gather_first_dim
+from megatron_fp32.ops.products.shard import BLOCK, VocabParallel, shard_of
 from megatron_fp32.validation import check_choice, check_count, check_finite, check_flag
 
 Backward = Literal["recompute", "saved"]
@@ -23,30 +21,34 @@ Backward = Literal["recompute", "saved"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadOptions:
-    """Arguments of the operators of this folder, checked and put in order by `head_options`."""
+class OperatorOptions:
+    """What the operators of this folder compute and how, from arguments that `operator_options` has checked."""
 
-    shard: Shard
+    softmax: Softmax
+    """Over the vocabulary, with this rank's columns."""
     sequence_parallel: bool
+    """Gather `hidden` and scatter its gradient; False on one rank."""
     reduce_hidden_grad: bool
+    """Sum the gradient of `hidden` over the ranks; False on one rank, and with `sequence_parallel`."""
     pieces: int
+    """How many 16-bit tensors stand for dY."""
     keep_logits: bool
+    """For the backward pass."""
     chunk_size: int | None
+    """Tokens at a time; None chooses by the free memory."""
     mean: Mean
+    """What to average over the vocabulary."""
     top_k: int
+    """How many of the most probable tokens to find."""
 
 
-def head_options(
+def operator_options(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
-    tp_group: dist.ProcessGroup | None,
-    sequence_parallel: bool,
-    reduce_hidden_grad: bool,
-    vocab_size: int | None,
-    scale: float,
-    softcap: float | None,
+    vocab_parallel: VocabParallel | None,
+    logits_transform: LogitsTransform | None,
     ignore_index: int,
     grad_precision: GradPrecision,
     invariant: bool,
@@ -54,71 +56,38 @@ def head_options(
     backward: Backward = "recompute",
     mean: Mean = "none",
     top_k: int = 0,
-) -> HeadOptions:
-    """Check the arguments that the operators of this folder share. Raises what they say."""
+) -> OperatorOptions:
+    """Check the arguments that the operators of this folder share. Raises what they list."""
+    parallel = VocabParallel() if vocab_parallel is None else vocab_parallel
+    transform = LogitsTransform() if logits_transform is None else logits_transform
+    if not isinstance(parallel, VocabParallel):
+        raise TypeError(f"vocab_parallel must be a VocabParallel or None, got {vocab_parallel!r}")
+    if not isinstance(transform, LogitsTransform):
+        raise TypeError(f"logits_transform must be a LogitsTransform or None, got {logits_transform!r}")
     check_grad_precision(grad_precision)
     check_choice("backward", backward, get_args(Backward))
-    for name, flag in (
-        ("sequence_parallel", sequence_parallel),
-        ("reduce_hidden_grad", reduce_hidden_grad),
-        ("invariant", invariant),
-    ):
-        check_flag(name, flag)
-    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            "expected hidden [..., hidden] of 2 or more dimensions and weight [vocab, hidden], "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
+    check_flag("invariant", invariant)
+    check_shapes(hidden, weight)
     check_operands(hidden, weight, names=("hidden", "weight"))
     check_plain(labels=labels)
-    if vocab_size is not None:
-        check_count("vocab_size", vocab_size)
     check_count("ignore_index", ignore_index, least=-(2**63))
-    group = tp_group if tp_group is not None and dist.get_world_size(tp_group) > 1 else None
-    # Before anything that one rank may refuse and another not.
-    check_even_shards(weight, group)
-    ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-    first = hidden.shape[0] * (ranks if sequence_parallel else 1)
-    if tuple(labels.shape) != (first, *hidden.shape[1:-1]):
-        raise ValueError(f"expected labels {(first, *hidden.shape[1:-1])}, got {tuple(labels.shape)}")
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
-    columns = weight.shape[0]
-    if vocab_size is not None and not 0 < vocab_size <= columns * ranks:
-        raise ValueError(f"vocab_size must be 1 to {columns * ranks}, the rows of the weight, got {vocab_size}")
-    if 0 <= ignore_index < (vocab_size or columns * ranks):
-        raise ValueError(f"ignore_index must not be a token of the vocabulary, got {ignore_index}")
-    if softcap is not None:
-        check_finite("softcap", softcap, positive=True)
-    check_finite("scale", scale)
+    check_count("top_k", top_k, least=0)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
+    # Before anything that one rank may refuse and another not.
+    shard = shard_of(weight, parallel)
+    several = shard.group is not None
+    _check_labels(hidden, labels, gathered=shard.ranks if parallel.sequence_parallel else 1)
+    if 0 <= ignore_index < shard.vocab_size:
+        raise ValueError(f"ignore_index must not be a token of the vocabulary, got {ignore_index}")
+    if top_k > shard.vocab_size:
+        raise ValueError(f"top_k must be 0 to {shard.vocab_size}, the size of the vocabulary, got {top_k}")
     if invariant:
-        _check_invariant(hidden, weight, ranks)
-        if weight.dtype == torch.float16 and grad_precision != "bf16" and hidden.requires_grad:
-            raise ValueError(
-                "invariant=True cannot be kept here: float16 pieces of dY share one scale, which depends on the batch; "
-                f"expected grad_precision='bf16' for float16, got {grad_precision!r}"
-            )
-    first_column = rank * columns
-    total = columns * ranks if vocab_size is None else vocab_size
-    check_count("top_k", top_k, least=0)
-    if top_k > total:
-        raise ValueError(f"top_k must be 0 to {total}, the size of the vocabulary, got {top_k}")
-    shard = Shard(
-        group=group,
-        first_column=first_column,
-        valid_columns=min(max(total - first_column, 0), columns),
-        vocab_size=total,
-        scale=scale,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        invariant=invariant,
-    )
-    return HeadOptions(
-        shard=shard,
-        sequence_parallel=sequence_parallel and group is not None,
-        reduce_hidden_grad=reduce_hidden_grad and group is not None and not sequence_parallel,
+        _check_invariant(hidden, weight, shard.ranks, grad_precision)
+    return OperatorOptions(
+        softmax=Softmax(shard=shard, transform=transform, ignore_index=ignore_index, invariant=invariant),
+        sequence_parallel=parallel.sequence_parallel and several,
+        reduce_hidden_grad=parallel.reduce_hidden_grad and several and not parallel.sequence_parallel,
         pieces=PIECES[grad_precision],
         keep_logits=backward == "saved",
         chunk_size=chunk_size,
@@ -127,16 +96,29 @@ def head_options(
     )
 
 
-def _check_invariant(hidden: Tensor, weight: Tensor, ranks: int) -> None:
+def _check_labels(hidden: Tensor, labels: Tensor, *, gathered: int) -> None:
+    expected = (hidden.shape[0] * gathered, *hidden.shape[1:-1])
+    if tuple(labels.shape) != expected:
+        raise ValueError(f"expected labels {expected}, got {tuple(labels.shape)}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
+
+
+def _check_invariant(hidden: Tensor, weight: Tensor, ranks: int, grad_precision: GradPrecision) -> None:
     check_fixed_order(hidden, weight)
     if ranks > 1 and weight.shape[0] % BLOCK != 0:
         raise ValueError(
             "invariant=True sums over blocks of 128 tokens of the vocabulary, which must not cross ranks: expected a "
             f"multiple of 128 rows of the weight on every rank, got {weight.shape[0]}"
         )
+    if weight.dtype == torch.float16 and grad_precision != "bf16" and hidden.requires_grad:
+        raise ValueError(
+            "invariant=True cannot be kept here: float16 pieces of dY share one scale, which depends on the batch; "
+            f"expected grad_precision='bf16' for float16, got {grad_precision!r}"
+        )
 
 
-def inverse_temperature(temperature: float | Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+def inverse_temperature_of(temperature: float | Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """[tokens] float32, 1 / temperature; 1 for ignored labels, and NaN where one of several is not positive.
 
     Raises:
@@ -159,16 +141,16 @@ def inverse_temperature(temperature: float | Tensor, labels: Tensor, ignore_inde
     return torch.full((labels.numel(),), 1 / temperature, dtype=torch.float32, device=labels.device)
 
 
-def whole_hidden(hidden: Tensor, weight: Tensor, labels: Tensor, options: HeadOptions) -> Tensor:
+def whole_hidden(hidden: Tensor, weight: Tensor, labels: Tensor, options: OperatorOptions) -> Tensor:
     """[tokens, hidden] of all ranks, for labels [tokens].
 
-    Where all tokens share a scale, those whose label is ignored are zeros.
+    Where all tokens share a scale, the hidden states of tokens whose label is ignored are replaced by zeros.
     """
     if options.sequence_parallel:
-        hidden = gather_first_dim(hidden, options.shard.group)
+        hidden = gather_first_dim(hidden, options.softmax.shard.group)
     whole = hidden.reshape(-1, hidden.shape[-1])
     if weight.dtype == torch.float16 and whole.dtype == torch.float32:
-        return rows_where(labels != options.shard.ignore_index, whole)
+        return rows_where(labels != options.softmax.ignore_index, whole)
     return whole
 
 

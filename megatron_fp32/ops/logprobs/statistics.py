@@ -1,13 +1,13 @@
 """What a softmax needs of its logits, block by block, and how blocks and ranks are put together.
 
-Per token and block of `BLOCK` columns: the maximum m and the sums of e = exp(z - m) and of e * (z - m), all three
-without the label. Such statistics of two blocks combine into those of their union, so the same function serves for the
-blocks of a shard and for the shards of all ranks. Leaving the label out keeps what a confident model is about: 1 - p is
-a sum of small numbers and log p its log1p; taken from p = 0.9999, both would have lost their digits.
+For each token and block of `BLOCK` columns: the maximum m and the sums of e = exp(z - m) and of e * (z - m). The label
+is left out of all three. The statistics of two blocks combine into the statistics of their union, so one function
+serves for the blocks of a shard and for the shards of all ranks. Without the label, 1 - p is a sum of small numbers and
+log p the log1p of one. Taken from p = 0.9999, both would have lost their digits.
 
-On request there is more, for a mean over the vocabulary (`Mean`): of the logits, the sum of z, with the label; of the
-log-probs, the sum of z - m and the number of its terms, without the label. The mean log-prob must not be taken from
-the mean logit: far from zero, its difference to the logsumexp would have lost its digits.
+For a mean over the vocabulary (`Mean`) there is more. For the mean of the logits: the sum of z, with the label. For the
+mean of the log-probs: the sum of z - m and the number of its terms, without the label. The mean log-prob must not be
+taken from the mean logit: far from zero, its difference to the logsumexp would have lost its digits.
 
 A NaN among a token's logits makes these sums NaN, whatever the maximum is, and with them all results of the token.
 """
@@ -15,69 +15,18 @@ A NaN among a token's logits makes these sums NaN, whatever the maximum is, and 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fp32.ops.logits.fixed_order import aligned, fixed_order_product, why_not_fixed_order
-from megatron_fp32.ops.logits.products import logits_product
-from megatron_fp32.ops.logits.ranks import gather_first_dim
-
-BLOCK = 128
-"""Columns of one block. Only 128 divides every shard of every vocabulary under Megatron's padding."""
-
-Mean = Literal["none", "logit", "logprob"]
-"""What is averaged over the vocabulary: nothing, the logits, or the log-probs."""
-
-FIELDS: dict[Mean, int] = {"none": 3, "logit": 4, "logprob": 5}
-"""How many statistics each block has."""
+from megatron_fp32.ops.logprobs.softmax import FIELDS, Mean, Softmax
+from megatron_fp32.ops.products.fixed_order import aligned, why_not_fixed_order
+from megatron_fp32.ops.products.forward import logits_product
+from megatron_fp32.ops.products.ranks import gather_first_dim
+from megatron_fp32.ops.products.shard import BLOCK
 
 _LANES = 64
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shard:
-    """This rank's part of the vocabulary, and how its logits come from the product."""
-
-    group: dist.ProcessGroup | None
-    """Ranks that hold the other parts; None for one."""
-    first_column: int
-    """Index of this shard's first column in the whole vocabulary."""
-    valid_columns: int
-    """Columns of this shard that are no padding."""
-    vocab_size: int
-    """Columns of all shards that are no padding."""
-    scale: float
-    """Multiplies the product."""
-    softcap: float | None
-    """cap * tanh(z / cap) after that."""
-    ignore_index: int
-    """The label of tokens without one."""
-    invariant: bool
-    """Sum in an order that no sharding changes."""
-
-    @property
-    def ranks(self) -> int:
-        """How many shards there are."""
-        return 1 if self.group is None else dist.get_world_size(self.group)
-
-    def logits(self, raw: Tensor, inverse_temperature: Tensor) -> Tensor:
-        """Logits [tokens, columns] from products, in torch; `inverse_temperature` [tokens]."""
-        heat = inverse_temperature[:, None]
-        if self.softcap is None:
-            return raw * (heat * self.scale)
-        return self.softcap * torch.tanh(raw * self.scale / self.softcap) * heat
-
-    def knows(self, labels: Tensor) -> Tensor:
-        """[tokens] bool: whether each label is a token of the vocabulary."""
-        return (labels >= 0) & (labels < self.vocab_size) & (labels != self.ignore_index)
-
-    def local_labels(self, labels: Tensor) -> Tensor:
-        """[tokens] int32: the column of each label, or -1 where it is not among the valid ones of this shard."""
-        local = labels - self.first_column
-        return torch.where((local >= 0) & (local < self.valid_columns), local, -1).int()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +53,7 @@ class KeptLogits:
         )
 
     def rows(self, tokens: slice) -> KeptLogits:
-        """Those of some of the tokens."""
+        """The logits of some of the tokens."""
         return KeptLogits(values=self.values[tokens], tops=None if self.tops is None else self.tops[:, tokens])
 
 
@@ -130,20 +79,12 @@ class TokenStatistics(NamedTuple):
         return self.top + self.log_sum
 
 
-def product(hidden: Tensor, weight: Tensor, *, fixed_order: bool) -> Tensor:
-    """The products [tokens, columns] float32."""
-    if not fixed_order:
-        return logits_product(hidden, weight, None)
-    out = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
-    return fixed_order_product(hidden, weight, out)
-
-
 def block_statistics(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     inverse_temperature: Tensor,
-    shard: Shard,
+    softmax: Softmax,
     *,
     mean: Mean,
     keep: KeptLogits | None,
@@ -155,8 +96,8 @@ def block_statistics(
         weight: [columns, hidden].
         labels: [tokens] int32, from `Shard.local_labels`.
         inverse_temperature: [tokens] float32.
-        shard: this rank's part.
-        mean: take what this mean needs, too.
+        softmax: over the vocabulary, with this rank's columns.
+        mean: also take the statistics that this mean needs.
         keep: room for the logits; None to forget them.
 
     Returns:
@@ -167,7 +108,7 @@ def block_statistics(
     label_logits = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
     fixed = why_not_fixed_order(hidden, weight) is None
     if fixed and hidden.is_cuda:
-        from megatron_fp32.ops.logits.project_triton import project_triton
+        from megatron_fp32.ops.products.project_triton import project_triton
 
         with torch.cuda.device(hidden.device):
             project_triton(
@@ -178,13 +119,13 @@ def block_statistics(
                 labels=labels,
                 label_logits=label_logits,
                 inverse_temperature=inverse_temperature,
-                valid_columns=shard.valid_columns,
-                scale=shard.scale,
-                softcap=shard.softcap,
+                valid_columns=softmax.shard.valid_columns,
+                scale=softmax.transform.scale,
+                softcap=softmax.transform.softcap,
             )
         _keep_tops(keep, statistics, labels, label_logits)
         return statistics, label_logits
-    raw = product(hidden, weight, fixed_order=fixed)
+    raw = logits_product(hidden, weight, fixed_order=fixed)
     if keep is not None:
         assert keep.values.dtype == torch.float32
         keep.values.copy_(raw)
@@ -192,9 +133,9 @@ def block_statistics(
         from megatron_fp32.ops.logprobs.kernels import statistics_triton
 
         with torch.cuda.device(raw.device):
-            statistics_triton(raw, labels, inverse_temperature, shard, statistics, label_logits)
+            statistics_triton(raw, labels, inverse_temperature, softmax, statistics, label_logits)
     else:
-        statistics_torch(raw, labels, inverse_temperature, shard, statistics, label_logits)
+        statistics_torch(raw, labels, inverse_temperature, softmax, statistics, label_logits)
     _keep_tops(keep, statistics, labels, label_logits)
     return statistics, label_logits
 
@@ -210,13 +151,13 @@ def _keep_tops(keep: KeptLogits | None, statistics: Tensor, labels: Tensor, labe
 
 
 def statistics_torch(
-    raw: Tensor, labels: Tensor, inverse_temperature: Tensor, shard: Shard, statistics: Tensor, label_logits: Tensor
+    raw: Tensor, labels: Tensor, inverse_temperature: Tensor, softmax: Softmax, statistics: Tensor, label_logits: Tensor
 ) -> None:
     """The definition, in torch operators; results in the last two arguments."""
     for index, column in enumerate(range(0, raw.shape[1], BLOCK)):
         z = raw.new_full((raw.shape[0], BLOCK), -torch.inf)
-        width = min(BLOCK, max(0, min(raw.shape[1], shard.valid_columns) - column))
-        z[:, :width] = shard.logits(raw[:, column : column + width], inverse_temperature)
+        width = min(BLOCK, max(0, min(raw.shape[1], softmax.shard.valid_columns) - column))
+        z[:, :width] = softmax.logits(raw[:, column : column + width], inverse_temperature)
         is_label = torch.arange(BLOCK, device=raw.device) == (labels - column)[:, None]
         others = z.masked_fill(is_label, -torch.inf)
         top = others.amax(1)
@@ -269,7 +210,7 @@ def combine_torch(statistics: Tensor) -> Tensor:
         if statistics.shape[1] == FIELDS["logit"]:
             lanes[: len(group), 2] += group[:, 3]
         if statistics.shape[1] == FIELDS["logprob"]:
-            # From each block's maximum to that of all.
+            # From each block's maximum to the maximum of all blocks.
             lanes[: len(group), 2] += group[:, 3] + torch.where(group[:, 4] == 0, 0.0, group[:, 4] * distance)
             lanes[: len(group), 3] += group[:, 4]
     while len(lanes) > 1:
@@ -277,43 +218,43 @@ def combine_torch(statistics: Tensor) -> Tensor:
     return torch.cat([top[None, None], lanes], 1)
 
 
-def over_ranks(statistics: Tensor, label_logits: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
+def over_ranks(statistics: Tensor, label_logits: Tensor, softmax: Softmax) -> tuple[Tensor, Tensor]:
     """Statistics of the whole vocabulary, [1, fields, tokens], and the labels' logits, from this shard's blocks."""
-    if not shard.invariant or shard.group is None:
+    if not softmax.invariant or softmax.shard.group is None:
         statistics = combine(statistics)
-    if shard.group is None:
+    if softmax.shard.group is None:
         return statistics, label_logits
     blocks, fields, tokens = statistics.shape
     mine = torch.cat([statistics.view(blocks * fields, tokens), label_logits[None]])
-    every = gather_first_dim(mine, shard.group).view(shard.ranks, *mine.shape)
+    every = gather_first_dim(mine, softmax.shard.group).view(softmax.shard.ranks, *mine.shape)
     # One rank has each label, the others a zero.
-    return combine(every[:, :-1].reshape(shard.ranks * blocks, fields, tokens)), every[:, -1].sum(0)
+    return combine(every[:, :-1].reshape(softmax.shard.ranks * blocks, fields, tokens)), every[:, -1].sum(0)
 
 
-def finish(statistics: Tensor, label_logits: Tensor, labels: Tensor, shard: Shard) -> TokenStatistics:
+def finish(statistics: Tensor, label_logits: Tensor, labels: Tensor, softmax: Softmax) -> TokenStatistics:
     """What the tokens are asked for, from statistics [1, fields, tokens] of the whole vocabulary.
 
     Args:
         statistics: from `over_ranks`.
         label_logits: from `over_ranks`.
         labels: [tokens], indices into the whole vocabulary.
-        shard: for its `vocab_size` and `ignore_index`.
+        softmax: for its vocabulary and `ignore_index`.
     """
     if statistics.is_cuda:
         from megatron_fp32.ops.logprobs.kernels import finish_triton
 
         with torch.cuda.device(statistics.device):
-            fields = finish_triton(statistics, label_logits, labels, shard)
+            fields = finish_triton(statistics, label_logits, labels, softmax)
     else:
-        fields = finish_torch(statistics, label_logits, labels, shard)
+        fields = finish_torch(statistics, label_logits, labels, softmax)
     return TokenStatistics(*fields, *([] if len(fields) == 6 else [None]))
 
 
-def finish_torch(statistics: Tensor, label_logits: Tensor, labels: Tensor, shard: Shard) -> tuple[Tensor, ...]:
+def finish_torch(statistics: Tensor, label_logits: Tensor, labels: Tensor, softmax: Softmax) -> tuple[Tensor, ...]:
     """The definition of `finish`: five fields, or six with a mean."""
     rival, others, weighted = statistics[0, :3]
-    ignored = labels == shard.ignore_index
-    known = shard.knows(labels)
+    ignored = labels == softmax.ignore_index
+    known = softmax.knows(labels)
     label = torch.where(known, label_logits, -torch.inf)
     # From the largest of the others to the largest of all.
     top = rival.maximum(label)
@@ -330,9 +271,9 @@ def finish_torch(statistics: Tensor, label_logits: Tensor, labels: Tensor, shard
     entropy = log_sum - (weighted + torch.where(own == 0, 0.0, own * distance)) / total
     fields = [top, log_sum, logprob, rest, entropy]
     if statistics.shape[1] == FIELDS["logit"]:
-        fields.append(statistics[0, 3] / shard.vocab_size)
+        fields.append(statistics[0, 3] / softmax.shard.vocab_size)
     if statistics.shape[1] == FIELDS["logprob"]:
         distances, count = statistics[0, 3:]
         distances = distances + torch.where(count == 0, 0.0, count * below)
-        fields.append((distances + torch.where(known, distance, 0.0)) / shard.vocab_size - log_sum)
+        fields.append((distances + torch.where(known, distance, 0.0)) / softmax.shard.vocab_size - log_sum)
     return tuple(torch.where(ignored, 0.0, field) for field in fields)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_fp32.ops.logits.fixed_order import ROWS, why_not_fixed_order
 from megatron_fp32.ops.logprobs import workspace
+from megatron_fp32.ops.logprobs.softmax import Mean, Softmax
 from megatron_fp32.ops.logprobs.statistics import (
     KeptLogits,
-    Mean,
-    Shard,
     TokenStatistics,
     block_statistics,
     finish,
     over_ranks,
 )
+from megatron_fp32.ops.products.chunks import even_chunks
+from megatron_fp32.ops.products.fixed_order import ROWS, why_not_fixed_order
 
 
 def token_statistics(
@@ -23,7 +23,7 @@ def token_statistics(
     weight: Tensor,
     labels: Tensor,
     inverse_temperature: Tensor,
-    shard: Shard,
+    softmax: Softmax,
     *,
     mean: Mean,
     keep: KeptLogits | None = None,
@@ -36,8 +36,8 @@ def token_statistics(
         weight: [columns, hidden], this rank's rows.
         labels: [tokens], indices into the whole vocabulary.
         inverse_temperature: [tokens] float32.
-        shard: this rank's part.
-        mean: what to average over the vocabulary, too.
+        softmax: over the vocabulary, with this rank's columns.
+        mean: what else to average over the vocabulary.
         keep: room for the logits of all of them.
         chunk_size: tokens at a time.
     """
@@ -48,22 +48,24 @@ def token_statistics(
         # The products are stored on the way to their statistics.
         largest = min(largest, max(1, workspace.BYTES // (4 * weight.shape[0])))
     parts = []
-    for rows in workspace.even_chunks(tokens, largest) if hidden.is_cuda else _fixed_chunks(tokens):
-        x, y, heat = hidden[rows], labels[rows], inverse_temperature[rows]
+    for rows in even_chunks(tokens, largest) if hidden.is_cuda else _fixed_chunks(tokens):
+        x, y, inverse = hidden[rows], labels[rows], inverse_temperature[rows]
         count = rows.stop - rows.start
         if not hidden.is_cuda and count < ROWS:
             x = torch.cat([x, x.new_zeros(ROWS - count, x.shape[1])])
-            y = torch.cat([y, y.new_full((ROWS - count,), shard.ignore_index)])
-            heat = torch.cat([heat, heat.new_ones(ROWS - count)])
+            y = torch.cat([y, y.new_full((ROWS - count,), softmax.ignore_index)])
+            inverse = torch.cat([inverse, inverse.new_ones(ROWS - count)])
         kept = None if keep is None else keep.rows(rows)
         if kept is not None and count < len(x):
             kept = KeptLogits.allocate(len(x), weight, with_tops=kept.tops is not None)
-        statistics, label_logits = block_statistics(x, weight, shard.local_labels(y), heat, shard, mean=mean, keep=kept)
+        statistics, label_logits = block_statistics(
+            x, weight, softmax.shard.local_labels(y), inverse, softmax, mean=mean, keep=kept
+        )
         if keep is not None and kept is not None and count < len(x):
             keep.values[rows] = kept.values[:count]
             if keep.tops is not None and kept.tops is not None:
                 keep.tops[:, rows] = kept.tops[:, :count]
-        done = finish(*over_ranks(statistics, label_logits, shard), y, shard)
+        done = finish(*over_ranks(statistics, label_logits, softmax), y, softmax)
         parts.append(TokenStatistics(*(None if field is None else field[:count] for field in done)))  # type: ignore[arg-type]
     if not parts:
         empty = inverse_temperature.new_empty(0)
@@ -72,7 +74,7 @@ def token_statistics(
 
 
 def join(parts: list[TokenStatistics]) -> TokenStatistics:
-    """Those of all tokens."""
+    """The statistics of all tokens, from the statistics of successive chunks."""
     if len(parts) == 1:
         return parts[0]
     columns = [None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_fp32.ops.logits.ranks import gather_first_dim
-from megatron_fp32.ops.logprobs.statistics import BLOCK, KeptLogits, Shard, TokenStatistics
+from megatron_fp32.ops.logprobs.softmax import Softmax
+from megatron_fp32.ops.logprobs.statistics import KeptLogits, TokenStatistics
+from megatron_fp32.ops.products.ranks import gather_first_dim
+from megatron_fp32.ops.products.shard import BLOCK
 
 
 def bytes_of_a_token(columns: int, k: int) -> int:
@@ -24,7 +26,7 @@ _BYTES_OF_A_CANDIDATE = 48
 
 
 def top_k_of(
-    kept: KeptLogits, labels: Tensor, inverse_temperature: Tensor, statistics: TokenStatistics, shard: Shard, k: int
+    kept: KeptLogits, labels: Tensor, inverse_temperature: Tensor, statistics: TokenStatistics, softmax: Softmax, k: int
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [tokens, k] float32, largest first, and indices [tokens, k] int64 into the whole vocabulary.
 
@@ -35,7 +37,7 @@ def top_k_of(
         labels: [tokens], indices into the whole vocabulary.
         inverse_temperature: [tokens] float32.
         statistics: of the tokens.
-        shard: this rank's part.
+        softmax: over the vocabulary, with this rank's columns.
         k: 1 to the size of the vocabulary.
     """
     assert kept.tops is not None
@@ -45,20 +47,20 @@ def top_k_of(
     blocks = order[:, : min(k, order.shape[1])].sort(1).values
     candidates = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=blocks.device)).flatten(1)
     raw = kept.values.gather(1, candidates.clamp(max=columns - 1))
-    z = shard.logits(raw, inverse_temperature).masked_fill(candidates >= shard.valid_columns, -torch.inf)
+    z = softmax.logits(raw, inverse_temperature).masked_fill(candidates >= softmax.shard.valid_columns, -torch.inf)
     values, places = z.sort(dim=1, descending=True, stable=True)
-    values, indices = values[:, :k], candidates.gather(1, places[:, :k]) + shard.first_column
+    values, indices = values[:, :k], candidates.gather(1, places[:, :k]) + softmax.shard.first_column
     if values.shape[1] < k:
         missing = (tokens, k - values.shape[1])
         values = torch.cat([values, values.new_full(missing, -torch.inf)], 1)
         indices = torch.cat([indices, indices.new_full(missing, -1)], 1)
-    if shard.group is not None:
+    if softmax.shard.group is not None:
         values, indices = (
-            gather_first_dim(x, shard.group).view(shard.ranks, tokens, k).transpose(0, 1).flatten(1)
+            gather_first_dim(x, softmax.shard.group).view(softmax.shard.ranks, tokens, k).transpose(0, 1).flatten(1)
             for x in (values, indices)
         )
         values, places = values.sort(dim=1, descending=True, stable=True)
         values, indices = values[:, :k], indices.gather(1, places[:, :k])
     values = (values - statistics.top[:, None]) - statistics.log_sum[:, None]
-    ignored = (labels == shard.ignore_index)[:, None]
+    ignored = (labels == softmax.ignore_index)[:, None]
     return values.masked_fill(ignored, 0.0), indices.masked_fill(ignored, -1)

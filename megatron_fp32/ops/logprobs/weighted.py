@@ -7,17 +7,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fp32.config import GradPrecision
 from megatron_fp32.ops.first_order import first_order_only
-from megatron_fp32.ops.logits.fixed_order import why_not_fixed_order
-from megatron_fp32.ops.logits.gemm import check_plain
-from megatron_fp32.ops.logits.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
-from megatron_fp32.ops.logits.products import ChunkedHiddenSum, WeightGrad, accumulate_gradients
-from megatron_fp32.ops.logits.ranks import HiddenGrad
-from megatron_fp32.ops.logits.split import Pieces
 from megatron_fp32.ops.logprobs import workspace
 from megatron_fp32.ops.logprobs.accumulate import (
     FloatWeightGrad,
@@ -28,14 +20,25 @@ from megatron_fp32.ops.logprobs.accumulate import (
 from megatron_fp32.ops.logprobs.gradient import exponentials_gradient, gradient_bounds, gradient_vectors, live_tokens
 from megatron_fp32.ops.logprobs.loss import TokenLoss
 from megatron_fp32.ops.logprobs.options import (
-    HeadOptions,
-    head_options,
-    inverse_temperature,
+    OperatorOptions,
+    inverse_temperature_of,
+    operator_options,
     rows_where,
     whole_hidden,
 )
+from megatron_fp32.ops.logprobs.softmax import LogitsTransform
 from megatron_fp32.ops.logprobs.statistics import KeptLogits
 from megatron_fp32.ops.logprobs.tokens import token_statistics
+from megatron_fp32.ops.products.backward import accumulate_gradients
+from megatron_fp32.ops.products.chunks import even_chunks
+from megatron_fp32.ops.products.fixed_order import why_not_fixed_order
+from megatron_fp32.ops.products.grad_precision import GradPrecision
+from megatron_fp32.ops.products.hidden_grad import ChunkedHiddenSum, HiddenGrad
+from megatron_fp32.ops.products.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
+from megatron_fp32.ops.products.operands import check_plain
+from megatron_fp32.ops.products.shard import VocabParallel
+from megatron_fp32.ops.products.split import Pieces
+from megatron_fp32.ops.products.weight_grad import WeightGrad
 from megatron_fp32.validation import check_finite
 
 
@@ -55,13 +58,9 @@ def weighted_cross_entropy(
     loss_weights: Tensor,
     *,
     grad_scale: float | Tensor = 1.0,
-    tp_group: dist.ProcessGroup | None = None,
-    sequence_parallel: bool = False,
-    reduce_hidden_grad: bool = True,
-    vocab_size: int | None = None,
     temperature: float | Tensor = 1.0,
-    scale: float = 1.0,
-    softcap: float | None = None,
+    vocab_parallel: VocabParallel | None = None,
+    logits_transform: LogitsTransform | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -71,15 +70,16 @@ def weighted_cross_entropy(
 ) -> WeightedLoss:
     """Sum of the weighted losses, its gradients computed in the forward pass: three products, one chunk of memory.
 
-    A softmax needs all of its logits before the first gradient. Who knows the weights of the losses beforehand (a loss
-    mask over a number of tokens, say) can have the gradients while a chunk of logits is still there. dW goes into
-    `weight.main_grad` at once, where there is one, and dX is rounded. Nothing can scale them later without losing bits,
-    so the gradient that `total` will receive must be known, too: it is `grad_scale`, and a backward pass with another
-    one fails. A relative difference of 2^-20 passes, because a caller may divide twice where `grad_scale` is a product.
+    A softmax needs all of its logits before the first gradient. If you know the weights of the losses beforehand (for
+    example a loss mask divided by a number of tokens), the gradients can be computed while a chunk of logits is still
+    in memory. dW goes into `weight.main_grad` at once, where there is one, and dX is rounded. Nothing can scale them
+    later without losing bits. So you pass the gradient that `total` will receive as `grad_scale`, and a backward pass
+    with another gradient raises. A relative difference of 2^-20 is accepted, because a caller may divide twice where
+    `grad_scale` is a product.
 
-    A token with a weight of 0 is one whose label is ignored.
+    A token with a weight of 0 is treated as a token whose label is ignored.
 
-    Arguments are those of `linear_cross_entropy`, and:
+    Takes the arguments of `linear_cross_entropy` except `backward`, and:
 
     Args:
         loss_weights: [...], the shape of the labels; they receive no gradient.
@@ -92,16 +92,12 @@ def weighted_cross_entropy(
         when it is run twice with a `main_grad`; in the forward pass, when saved-tensor hooks may run it twice then.
     """
     loss = TokenLoss(label_smoothing=label_smoothing, z_loss=z_loss)
-    options = head_options(
+    options = operator_options(
         hidden,
         weight,
         labels,
-        tp_group=tp_group,
-        sequence_parallel=sequence_parallel,
-        reduce_hidden_grad=reduce_hidden_grad,
-        vocab_size=vocab_size,
-        scale=scale,
-        softcap=softcap,
+        vocab_parallel=vocab_parallel,
+        logits_transform=logits_transform,
         ignore_index=ignore_index,
         grad_precision=grad_precision,
         invariant=invariant,
@@ -116,7 +112,7 @@ def weighted_cross_entropy(
         )
     # A masked token is an ignored one from here on.
     labels = torch.where(loss_weights.to(labels.device, torch.float32) == 0, ignore_index, labels)
-    heat = inverse_temperature(temperature, labels, ignore_index)
+    inverse_temperature = inverse_temperature_of(temperature, labels, ignore_index)
     if not isinstance(grad_scale, Tensor):
         check_finite("grad_scale", grad_scale)
         # A tensor made from a number on the host would make the host wait.
@@ -127,7 +123,9 @@ def weighted_cross_entropy(
             f"{tuple(grad_scale.shape)} of {grad_scale.dtype}, requires_grad={grad_scale.requires_grad}"
         )
     grad_scale = grad_scale.reshape(())
-    return WeightedLoss(*_eager(hidden, weight, labels, loss_weights, heat, grad_scale.float(), options, loss))
+    return WeightedLoss(
+        *_eager(hidden, weight, labels, loss_weights, inverse_temperature, grad_scale.float(), options, loss)
+    )
 
 
 @torch.compiler.disable
@@ -136,13 +134,15 @@ def _eager(
     weight: Tensor,
     labels: Tensor,
     loss_weights: Tensor,
-    heat: Tensor,
+    inverse_temperature: Tensor,
     grad_scale: Tensor,
-    options: HeadOptions,
+    options: OperatorOptions,
     loss: TokenLoss,
 ) -> tuple[Tensor, Tensor]:
     wanted = torch.is_grad_enabled()
-    return _WeightedCrossEntropy.apply(hidden, weight, labels, loss_weights, heat, grad_scale, options, loss, wanted)
+    return _WeightedCrossEntropy.apply(
+        hidden, weight, labels, loss_weights, inverse_temperature, grad_scale, options, loss, wanted
+    )
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -153,14 +153,14 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         loss_weights: Tensor,
-        heat: Tensor,
+        inverse_temperature: Tensor,
         grad_scale: Tensor,
-        options: HeadOptions,
+        options: OperatorOptions,
         loss: TokenLoss,
         wanted: bool,
     ) -> tuple[Tensor, Tensor]:
         flat = labels.reshape(-1)
-        ignored = flat == options.shard.ignore_index
+        ignored = flat == options.softmax.ignore_index
         weights = torch.where(ignored, 0.0, loss_weights.reshape(-1).float())
         needs = (wanted and ctx.needs_input_grad[0], wanted and ctx.needs_input_grad[1])
         ctx.in_main_grad = needs[1] and follows_main_grad(weight)
@@ -178,8 +178,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 step.hidden[tokens],
                 weight,
                 flat[tokens],
-                heat[tokens],
-                options.shard,
+                inverse_temperature[tokens],
+                options.softmax,
                 mean=options.mean,
                 keep=kept,
                 chunk_size=options.chunk_size,
@@ -189,7 +189,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 continue
             upstream = loss.gradients(weights[tokens] * grad_scale, statistics.logsumexp)
             vectors = gradient_vectors(
-                statistics, heat[tokens], options.shard, flat[tokens], mean_of=options.mean, **upstream
+                statistics, inverse_temperature[tokens], options.softmax, flat[tokens], mean_of=options.mean, **upstream
             )
             step.accumulate(tokens, kept, vectors, flat[tokens])
         ctx.weight_owner, ctx.target = weight, step.target if ctx.in_main_grad else None
@@ -247,9 +247,9 @@ _OTHER_GRADIENT = (
 )
 
 
-def _can_keep_exponentials(hidden: Tensor, weight: Tensor, options: HeadOptions) -> bool:
+def _can_keep_exponentials(hidden: Tensor, weight: Tensor, options: OperatorOptions) -> bool:
     """Whether exp(z - top) in float16 is enough for dY, and there is a kernel for it."""
-    enough = options.pieces == 1 and options.shard.softcap is None and weight.dtype == torch.bfloat16
+    enough = options.pieces == 1 and options.softmax.transform.softcap is None and weight.dtype == torch.bfloat16
     return enough and weight.is_cuda and why_not_fixed_order(hidden, weight) is None
 
 
@@ -261,7 +261,7 @@ class _GradientInForward:
     """Chunks of tokens whose logits are kept until their gradients are computed."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, options: HeadOptions, *, needs: tuple[bool, bool]
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, options: OperatorOptions, *, needs: tuple[bool, bool]
     ) -> None:
         self._weight, self._options = weight, options
         self._like = hidden
@@ -273,9 +273,9 @@ class _GradientInForward:
         largest = options.chunk_size
         if largest is None:
             per_token = (2 if exponentials else 4) * weight.shape[0]
-            parallel = options.shard.group is not None
+            parallel = options.softmax.shard.group is not None
             largest = workspace.workspace_bytes(device, parallel=parallel) // per_token if wanted else tokens
-        self.chunks = workspace.even_chunks(tokens, largest)
+        self.chunks = even_chunks(tokens, largest)
         longest = max((c.stop - c.start for c in self.chunks), default=0)
         self._pieces = options.pieces if weight.dtype != torch.float32 else 1
         self._kept = KeptLogits.allocate(longest, weight, exponentials=exponentials) if wanted else None
@@ -283,34 +283,34 @@ class _GradientInForward:
         self._sums = FloatWeightGrad(self.target, blocks=max(1, len(self.chunks)))
         self._dx: Tensor | None = None
         self._reduction: HiddenGrad | None = None
-        if needs[0] and (options.shard.group is not None or options.shard.invariant):
+        if needs[0] and (options.softmax.shard.group is not None or options.softmax.invariant):
             self._reduction = room_for_hidden_grad(tokens, weight, options)
         elif needs[0]:
             self._dx = torch.empty(tokens, weight.shape[1], dtype=hidden.dtype, device=device)
 
     def room(self, tokens: slice) -> KeptLogits | None:
-        """Room for the chunk's logits; None when nobody asks for gradients."""
+        """Room for the chunk's logits; None when no gradient is needed."""
         return None if self._kept is None else self._kept.rows(slice(0, tokens.stop - tokens.start))
 
     def accumulate(self, tokens: slice, kept: KeptLogits, vectors: Tensor, labels: Tensor) -> None:
-        shard = self._options.shard
-        local = shard.local_labels(labels)
+        softmax = self._options.softmax
+        local = softmax.shard.local_labels(labels)
         self._live[tokens] = live_tokens(vectors)
         weight_grad = self._sums.part(first=tokens is self.chunks[0])
         if kept.tops is None:
             grad = LogitsGradient(
-                self.hidden[tokens], self._weight, labels=local, vectors=vectors, kept=kept, consume=True, shard=shard,
-                pieces=self._pieces,
+                self.hidden[tokens], self._weight, labels=local, vectors=vectors, kept=kept, consume=True,
+                softmax=softmax, pieces=self._pieces,
             )  # fmt: skip
             # Two pieces take the place of the logits, three need memory of their own.
             columns = workspace.GRADIENT_COLUMNS // (4 if self._pieces == 3 else 1)
             self._products(grad, tokens, weight_grad, with_dx=True, bounds=grad.bounds, columns=columns)
             return
         # All of dY is there, in the memory of the exponentials: dX of fewer tokens needs less of it in fp32.
-        dy = exponentials_gradient(kept, vectors, local, shard)
-        for part in workspace.even_chunks(len(dy), workspace.HIDDEN_GRAD_TOKENS):
+        dy = exponentials_gradient(kept, vectors, local, softmax)
+        for part in even_chunks(len(dy), workspace.HIDDEN_GRAD_TOKENS):
             rows = slice(tokens.start + part.start, tokens.start + part.stop)
-            bounds = functools.partial(gradient_bounds, vectors[:, part], shard)
+            bounds = functools.partial(gradient_bounds, vectors[:, part], softmax)
             self._products(_columns_of(dy[part]), rows, None, with_dx=True, bounds=bounds)
         self._products(_columns_of(dy), tokens, weight_grad, with_dx=False, columns=max(1, dy.shape[1]))
 
@@ -330,7 +330,7 @@ class _GradientInForward:
         elif with_dx and self._dx is not None:
             dx = self._dx[tokens]
             dx = dx if dx.dtype == torch.float32 else torch.empty_like(dx, dtype=torch.float32)
-            hidden_sum = ChunkedHiddenSum(dx, valid=self._options.shard.valid_columns)
+            hidden_sum = ChunkedHiddenSum(dx, valid=self._options.softmax.shard.valid_columns)
         if hidden_sum is None and weight_grad is None:
             return
         accumulate_gradients(

@@ -73,8 +73,8 @@ def find_family(hf_config: Any) -> Family:
     what = "no model_type" if found is None else f"the model_type {found!r}"
     raise ValueError(
         f"config.json names {what}{of}, which is not supported. Supported are {known}. To add a "
-        "family, write a file in megatron_fp32/weights/families/ and list it in registry.py there; docs/checkpoints.md "
-        "says how"
+        "family, write a file in megatron_fp32/weights/families/ and list it in registry.py there; "
+        "docs/design/add-a-family.md says how"
     )
 
 

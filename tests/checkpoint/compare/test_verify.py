@@ -224,7 +224,7 @@ class TestKinds:
         hf, imported = families(case("Qwen3.5"))
         shutil.copytree(imported, tmp_path / "m")
         (tmp_path / "m" / "hf_source" / "source.json").write_text("{")
-        with pytest.raises(CheckpointError, match=r"source\.json is no JSON object"):
+        with pytest.raises(CheckpointError, match=r"source\.json is not a JSON object"):
             verify_checkpoints(hf, tmp_path / "m")
         (tmp_path / "m" / "hf_source" / "source.json").unlink()
         with pytest.raises(CheckpointError, match="there is no hf_source"):

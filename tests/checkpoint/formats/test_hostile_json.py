@@ -108,7 +108,7 @@ def test_every_reader_names_the_file(tmp_path: Path, reader: str, text: str) -> 
 def test_numbers_that_are_not_finite(tmp_path: Path, reader: str, text: str) -> None:
     write, read = READERS[reader]
     path = write(tmp_path, text.encode())
-    with pytest.raises(CheckpointError, match="is no finite number"):
+    with pytest.raises(CheckpointError, match="is not a finite number"):
         read(tmp_path)
     assert path.is_file()
 

@@ -268,7 +268,7 @@ class TestReaderRefuses:
     )
     def test_an_index_that_is_none(self, sharded: Path, text: str) -> None:
         (sharded / INDEX).write_bytes(text.encode("latin-1"))
-        with pytest.raises(CheckpointError, match=r"index\.json is no safetensors index"):
+        with pytest.raises(CheckpointError, match=r"index\.json is not a safetensors index"):
             HuggingFaceReader(sharded)
 
     @pytest.mark.parametrize("keep", [0, 4, 20, -1])
@@ -276,13 +276,13 @@ class TestReaderRefuses:
         path = tmp_path / "model.safetensors"
         save_file({"a": torch.ones(64)}, path)
         path.write_bytes(path.read_bytes()[:keep])
-        with pytest.raises(CheckpointError, match=r"model\.safetensors is no readable safetensors file"):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is not a readable safetensors file"):
             HuggingFaceReader(tmp_path)
 
     @pytest.mark.parametrize("header", [b"not json at all!", b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}'])
     def test_a_damaged_header(self, tmp_path: Path, header: bytes) -> None:
         (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-        with pytest.raises(CheckpointError, match="no readable safetensors file"):
+        with pytest.raises(CheckpointError, match="not a readable safetensors file"):
             HuggingFaceReader(tmp_path)
 
     def test_a_dtype_that_it_does_not_know(self, tmp_path: Path) -> None:

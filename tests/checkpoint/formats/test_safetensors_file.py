@@ -86,8 +86,8 @@ class TestRefuses:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"dtype": 3}, "dtype of tensor 'a' is no text"),
-            ({"dtype": None}, "dtype of tensor 'a' is no text"),
+            ({"dtype": 3}, "dtype of tensor 'a' is not a text"),
+            ({"dtype": None}, "dtype of tensor 'a' is not a text"),
             ({"dtype": "F31"}, "'a' has the dtype F31, which torch does not have"),
             ({"shape": 2}, "'a' cannot have the shape 2"),
             ({"shape": [True, 2]}, r"'a' cannot have the shape \[True, 2\]"),
@@ -131,12 +131,12 @@ class TestRefuses:
             (b'{"\\ud800":{"dtype":"I8","shape":[],"data_offsets":[0,1]}}', 1, "surrogates not allowed"),
             (b"[]", 0, "not a JSON object"),
             (b"null", 0, "not a JSON object"),
-            (b"\xef\xbb\xbf{}", 0, "is no readable safetensors file"),
+            (b"\xef\xbb\xbf{}", 0, "is not a readable safetensors file"),
             (b"\x0b{}", 0, "Expecting value"),
             (b"{}\0", 0, "Extra data"),
             (b'{"a":' + b"[" * 100_000, 0, "nested too deeply|Expecting"),
-            (b'{"a":' + b"9" * 5000 + b"}", 0, "is no readable safetensors file"),
-            (b'{"\xff":1}', 0, "is no readable safetensors file"),
+            (b'{"a":' + b"9" * 5000 + b"}", 0, "is not a readable safetensors file"),
+            (b'{"\xff":1}', 0, "is not a readable safetensors file"),
             (b"{}{}", 0, "Extra data"),
             (b"", 0, "Expecting value"),
         ],
@@ -156,7 +156,7 @@ class TestRefuses:
 
     def test_a_directory_and_a_file_that_is_not_there(self, tmp_path: Path) -> None:
         for path in (tmp_path, tmp_path / "absent"):
-            with pytest.raises(CheckpointError, match="is no readable safetensors file"):
+            with pytest.raises(CheckpointError, match="is not a readable safetensors file"):
                 read_header(path)
 
 

@@ -162,7 +162,7 @@ class TestReader:
     def test_objects_are_no_tensors(self, checkpoint: Path) -> None:
         reader = TorchDistReader(checkpoint)
         assert sorted(reader.objects) == ["common_state/shard_0_1", "module._extra_state/shard_0_1"]
-        with pytest.raises(CheckpointError, match=r"common_state/shard_0_1' is no tensor"):
+        with pytest.raises(CheckpointError, match=r"common_state/shard_0_1' is not a tensor"):
             reader.read("common_state/shard_0_1")
 
     def test_neither_writing_nor_reading_needs_megatron(self, tmp_path: Path) -> None:

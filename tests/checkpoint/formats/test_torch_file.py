@@ -318,7 +318,7 @@ class TestCommonState:
 
     @pytest.mark.parametrize("value", [[], {1: 2}, None, torch.ones(3)])
     def test_something_else_is_refused(self, tmp_path: Path, value: Any) -> None:
-        with pytest.raises(CheckpointError, match=r"common\.pt: the common state is no dictionary with names"):
+        with pytest.raises(CheckpointError, match=r"common\.pt: the common state is not a dictionary with names"):
             read_common_state(self._reader(tmp_path, value))
 
     def test_tensors_cannot_take_more_than_the_file(self, tmp_path: Path) -> None:

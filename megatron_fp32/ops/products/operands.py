@@ -1,0 +1,52 @@
+"""Which operands a product here takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+def check_operands(hidden: Tensor, weight: Tensor, *, names: tuple[str, str]) -> None:
+    """Refuse operands that a matrix product here would have to round.
+
+    Raises:
+        TypeError: for DTensors, and unless the second is bfloat16, float16 or float32 and the first has its dtype or is
+            float32.
+        ValueError: for two float32 operands on CUDA while TF32 is allowed.
+    """
+    check_plain(**dict(zip(names, (hidden, weight), strict=True)))
+    if weight.dtype not in (*SIXTEEN_BIT, torch.float32) or hidden.dtype not in (weight.dtype, torch.float32):
+        raise TypeError(
+            f"{names[0]} and {names[1]} must both be bfloat16, float16 or float32, or {names[0]} float32, "
+            f"got {hidden.dtype} and {weight.dtype}"
+        )
+    if weight.is_cuda and weight.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        raise ValueError(
+            f"{names[0]} and {names[1]} are float32 and TF32 is allowed: the product would keep 10 of their 23 bits. "
+            "Set torch.backends.cuda.matmul.fp32_precision = 'ieee', or pass 16-bit operands, which TF32 does not touch"
+        )
+
+
+def check_shapes(hidden: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless these are hidden [..., hidden] of 2 or more dimensions and weight [vocab, hidden]."""
+    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            "expected hidden [..., hidden] of 2 or more dimensions and weight [vocab, hidden], "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+
+
+def check_plain(**tensors: object) -> None:
+    """Raise TypeError, with the argument's name, where a tensor is a DTensor.
+
+    The operators take the process group as an argument, and do not know device meshes.
+    """
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            raise TypeError(
+                f"{name} must be a plain tensor, with the process group as an argument of its own, got a DTensor: pass "
+                "its to_local(), where all ranks have equally many rows of the weight"
+            )
