@@ -31,7 +31,14 @@ SECTIONS = {
     "On a model that your script or framework builds": ("apply_fp32", "pre_wrap_hook", "check_fp32", "keep_in_fp32"),
     "Building and training": ("model_provider", "install_optimizer_repairs", "logprobs_processor"),
     "Layers": ("Fp32OutputLayer", "to_fp32_output_layer", "Fp32GatedDeltaNet"),
-    "Operators on plain tensors": ("fp32_logits", "linear_logprobs", "linear_cross_entropy", "weighted_cross_entropy"),
+    "Operators on plain tensors": (
+        "fp32_logits",
+        "linear_logprobs",
+        "linear_cross_entropy",
+        "weighted_cross_entropy",
+        "VocabParallel",
+        "LogitsTransform",
+    ),
     "Checkpoints": (
         "import_checkpoint",
         "export_checkpoint",
@@ -160,6 +167,8 @@ def build(out: Path) -> None:
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module="pdoc")  # a name that pdoc does not find
+        # pdoc looks up the field types of a NamedTuple in the package that exports it, not in the module that defines it.
+        warnings.filterwarnings("ignore", message=r".*ops\.logprobs\.(Logprobs|WeightedLoss)\.__init__", module="pdoc")
         pdoc.pdoc("megatron_fp32", *[f"megatron_fp32.{name}" for name in MODULES], output_directory=out)
 
 
