@@ -53,6 +53,8 @@ ALLOWED: dict[str, set[str]] = {
     "check": GROUND | {"config", "find_layers"} | LAYERS,
     # Building a model from a Hugging Face config, and reading its tensors.
     "models": GROUND | {"config", "apply", "check", "weights", "checkpoint"} | OPS | LAYERS,
+    # Tensors of a live model on their way to an engine or a directory.
+    "streaming": GROUND | {"models", "weights", "checkpoint"},
     # Training and ranks without a GPU.
     "testing": GROUND,
     # The command line.

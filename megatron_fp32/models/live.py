@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
@@ -83,10 +85,9 @@ class LiveTensors:
     """
 
     def __init__(self, chunks: nn.Module | Sequence[nn.Module], *, group: dist.ProcessGroup | None) -> None:
-        self._group = group
+        self._chunks, self._group = chunks, group
         self._rank = 0 if group is None else dist.get_rank(group)
-        own = [entry for entry in sharded_tensors(chunks) if is_main_replica(entry.replica_id)]
-        self._own = [(_piece_of(entry), entry.data) for entry in own]
+        self._own = _own_pieces(chunks)
         pieces = [piece for piece, _ in self._own]
         everyone: list[list[Piece]] = [pieces]
         if group is not None:
@@ -103,6 +104,17 @@ class LiveTensors:
     def holds(self, spec: TensorSpec) -> bool:
         """Whether this rank sends values of a tensor, or of an element of a stack; see `ModelMap.subset`."""
         return any(rank == self._rank and piece.has(spec.index) for rank, _, piece in self._places.get(spec.name, ()))
+
+    def refresh(self) -> None:
+        """Look the parameters up again: their storage may have moved, as an optimizer that offloads them does.
+
+        Raises:
+            ValueError: when this rank has other tensors now than at construction.
+        """
+        own = _own_pieces(self._chunks)
+        if [piece for piece, _ in own] != [piece for piece, _ in self._own]:
+            raise ValueError("the model has other tensors, shapes or dtypes now than when LiveTensors was made")
+        self._own = own
 
     def read(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
         """A whole tensor, or one element of a stack, on every rank of the group.
@@ -125,6 +137,38 @@ class LiveTensors:
                 # The box of a whole tensor is rarely contiguous.
                 values = whole[box].contiguous()
                 dist.broadcast(values, group=self._group, group_src=rank)
+                whole[box] = values
+        return whole
+
+    def gather(self, name: str, index: tuple[int, ...] = (), *, to: int) -> Tensor | None:
+        """A whole tensor, or one element of a stack, on one rank of the group; None on the others.
+
+        Ranks that hold values send them to that rank, point to point. Every rank of the group calls it, in the same
+        order, with the same arguments.
+
+        Args:
+            name: key of `tensors`.
+            index: see `read`.
+            to: rank in the group.
+        """
+        if self._group is None:
+            return self.read(name, index)
+        info = self.tensors[name]
+        whole = None
+        if self._rank == to:
+            whole = torch.empty(info.shape[len(index) :], dtype=info.dtype, device=self._device())
+        for rank, at, piece in self._places[name]:
+            if not piece.has(index):
+                continue
+            shape, offset = piece.shape[len(index) :], piece.offset[len(index) :]
+            box = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+            if rank == self._rank and whole is not None:
+                whole[box] = self._inside(at, index)
+            elif rank == self._rank:
+                dist.send(_as_bytes(self._inside(at, index).contiguous()), group=self._group, group_dst=to)
+            elif whole is not None:
+                values = torch.empty(shape, dtype=info.dtype, device=whole.device)
+                dist.recv(_as_bytes(values), group=self._group, group_src=rank)
                 whole[box] = values
         return whole
 
@@ -159,3 +203,36 @@ def _piece_of(entry: ShardedTensor) -> Piece:
         shape=(*lead, *entry.local_shape),
         info=TensorInfo(dtype=entry.data.dtype, shape=tuple(entry.global_shape)),
     )
+
+
+def _own_pieces(chunks: nn.Module | Sequence[nn.Module]) -> list[tuple[Piece, Tensor]]:
+    return [(_piece_of(entry), entry.data) for entry in sharded_tensors(chunks) if is_main_replica(entry.replica_id)]
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """A view of a contiguous tensor: not every backend sends every dtype."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+def make_current(chunks: nn.Module | Sequence[nn.Module]) -> None:
+    """Gather the parameters that an optimizer step has changed on other ranks and not sent yet.
+
+    With `overlap_param_gather` DistributedDataParallel gathers them in the next forward pass, so that after a step a
+    rank holds old values of the shards of other ranks. Every rank of the data-parallel group calls this.
+
+    Raises:
+        ValueError: for Megatron-FSDP, which holds shards of parameters, and for parameters that Transformer Engine
+            stores in FP8.
+    """
+    for chunk in [chunks] if isinstance(chunks, nn.Module) else chunks:
+        name = type(chunk).__name__
+        if isinstance(chunk, _BaseDataParallel) and not isinstance(chunk, DistributedDataParallel):
+            raise ValueError(f"the model is wrapped in {name}: expected DistributedDataParallel, or no wrapper")
+        for parameter in chunk.parameters():
+            if type(parameter).__module__.startswith("transformer_engine") or parameter.dtype.itemsize < 2:
+                raise ValueError(
+                    f"a parameter is a {type(parameter).__name__} of dtype {parameter.dtype}: expected 16 or 32 bits. "
+                    "Train without fp8_param"
+                )
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)

@@ -160,9 +160,9 @@ def _fused_expert(config: DecoderConfig, hf: str, megatron: str, naming: Naming)
     # Both sides hold gate, then up.
     source, target = f"{hf}mlp.experts.", f"{megatron}mlp.experts.experts."
     hidden, ffn = config.hidden_size, config.moe_intermediate_size
-    layout = transposed if naming.transposed_experts else rename
-    yield layout(f"{source}{GATE_UP}", f"{target}linear_fc1.weight", (2 * ffn, hidden))
-    yield layout(f"{source}{DOWN}", f"{target}linear_fc2.weight", (hidden, ffn))
+    copy = transposed if naming.transposed_experts else rename
+    yield copy(f"{source}{GATE_UP}", f"{target}linear_fc1.weight", (2 * ffn, hidden))
+    yield copy(f"{source}{DOWN}", f"{target}linear_fc2.weight", (hidden, ffn))
 
 
 def _expert(config: DecoderConfig, hf: str, megatron: str, index: int) -> Iterator[TensorMapping]:

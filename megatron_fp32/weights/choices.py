@@ -18,7 +18,7 @@ Mtp = Literal["convert", "carry", "drop"]
 ExportDtype = Literal["trained", "source"]
 """The dtype of an exported parameter that was trained in fp32 from a 16-bit source: F32, or the source's dtype."""
 
-Layout = Literal["blockwise", "channelwise", "modelopt"]
+Fp8Format = Literal["blockwise", "channelwise", "modelopt"]
 """Formats of FP8 checkpoints; see `Fp8Scheme`."""
 
 PART_BYTES = 2 * 10**9

@@ -113,7 +113,7 @@ def decide_dtypes(
             for spec in mapping.hf
         }
         infos.update({name: info for name, info in sources.items() if name not in widened})
-        if mapping.invertible and stored == {info.dtype for info in sources.values()}:
+        if not must_be_read(mapping, restorer.source.tensors, record):
             continue
         for (name, info), tensor in zip(sources.items(), restorer.restore(mapping).hf, strict=True):
             is_original = tensor.dtype == info.dtype and tensor is restorer.originals.get(name)
@@ -127,6 +127,18 @@ def decide_dtypes(
             else:
                 rounded[name] = None
     return Dtypes(infos=infos, rounded=tuple(rounded), widened=tuple(widened))
+
+
+def must_be_read(mapping: TensorMapping, megatron: Mapping[str, TensorInfo], record: SourceRecord) -> bool:
+    """Whether the dtypes of a mapping's Hugging Face tensors depend on its values.
+
+    Args:
+        mapping: one of the model's.
+        megatron: every Megatron tensor.
+        record: what the import kept of the source.
+    """
+    stored = {megatron[spec.name].dtype for spec in mapping.megatron}
+    return not mapping.invertible or stored != {record.tensors[spec.name].info.dtype for spec in mapping.hf}
 
 
 def is_exact_in(tensor: Tensor, dtype: torch.dtype) -> bool:

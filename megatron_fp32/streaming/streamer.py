@@ -1,0 +1,259 @@
+"""From a live model to a sink: every rank takes part, one rank sends, and a push counts when everything has arrived."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_fp32.checkpoint.sidecar import Sidecar, find_sidecar
+from megatron_fp32.errors import CheckpointError, listing
+from megatron_fp32.models.live import LiveTensors, make_current
+from megatron_fp32.streaming.sinks import Sink, Upload
+from megatron_fp32.streaming.units import Contents, contents, sent_tensors
+from megatron_fp32.validation import check_choice, check_count, check_flag, check_path
+from megatron_fp32.weights.choices import ExportDtype
+from megatron_fp32.weights.fp8.scheme import Fp8Scheme, named_scheme
+from megatron_fp32.weights.mapping import TensorMapping
+from megatron_fp32.weights.model_map import map_trained_model
+from megatron_fp32.weights.restore import Dtypes, Restorer, decide_dtypes, must_be_read
+from megatron_fp32.weights.tensors import TensorInfo
+
+
+class StreamError(RuntimeError):
+    """A push failed on the sending rank; raised on the other ranks."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What a push did. Equal on all ranks but for the seconds."""
+
+    version: int
+    tensors: int
+    """How many were sent."""
+    nbytes: int
+    widened: tuple[str, ...]
+    """Trained in fp32 from a 16-bit source, and sent as F32."""
+    seconds: float
+    """Of this rank, from the call to the end."""
+    gather_seconds: float
+    """Of it, putting tensors together from their shards."""
+    sink_seconds: float
+    """Of it, in the sink. 0 on ranks that do not send."""
+
+
+class _Received:
+    """The live tensors as one rank gets them: reading makes the other ranks send."""
+
+    def __init__(self, live: LiveTensors, sender: int) -> None:
+        self._live, self._sender = live, sender
+        self.seconds = 0.0
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._live.tensors
+
+    def read(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
+        start = time.monotonic()
+        tensor = self._live.gather(name, index, to=self._sender)
+        self.seconds += time.monotonic() - start
+        assert tensor is not None
+        return tensor
+
+
+class WeightStreamer:
+    """The Hugging Face tensors of a live Megatron model, for any tensor, pipeline, expert and data parallel layout.
+
+    Every rank makes it and calls its methods, because every rank sends its shards. No rank holds more than its own
+    shards, one unit as it is put together, and what the unit becomes; the largest unit is the embedding.
+
+    The tensors have the names, the order and the bytes that saving the model and `export` would give. Fused experts
+    are sent one by one, under the names of separate experts.
+
+    Args:
+        model: the chunks of this rank, as DistributedDataParallel, Float16Module or nothing wraps them.
+        source: directory that the import made, which knows names, dtypes and exact originals.
+        fp8: quantize on the sending rank: a scheme, or the name of a format.
+        dtype: `"source"` rounds what was trained in fp32 from a 16-bit source; `"trained"` sends it as F32.
+        allow_rounded: send tensors although the model holds fewer bits of them than the source did.
+        group: all ranks that hold the model, replicas included; None for the default group, or for one process
+            without torch.distributed.
+        sender: rank in the group that puts the tensors together and sends them.
+
+    Raises:
+        CheckpointError: when `source` is not an import, or this is not the model that was imported.
+        ValueError: for an argument with a value that is not allowed, Megatron-FSDP, or FP8 parameters.
+        TypeError: for an argument of another type.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        *,
+        source: str | Path,
+        fp8: Fp8Scheme | str | None = None,
+        dtype: ExportDtype = "trained",
+        allow_rounded: bool = False,
+        group: dist.ProcessGroup | None = None,
+        sender: int = 0,
+    ) -> None:
+        check_path("source", source)
+        check_choice("dtype", dtype, ("trained", "source"))
+        check_flag("allow_rounded", allow_rounded)
+        check_count("sender", sender, least=0)
+        if fp8 is not None and not isinstance(fp8, Fp8Scheme | str):
+            raise TypeError(f"fp8 must be an Fp8Scheme, the name of a format or None, got {fp8!r}")
+        self._scheme = named_scheme(fp8) if isinstance(fp8, str) else fp8
+        self._chunks, self._dtype, self._allow_rounded = model, dtype, allow_rounded
+        self._group = group if group is not None or not dist.is_initialized() else dist.group.WORLD
+        self._rank = 0 if self._group is None else dist.get_rank(self._group)
+        size = 1 if self._group is None else dist.get_world_size(self._group)
+        if sender >= size:
+            raise ValueError(f"sender must be a rank of the group of {size} ranks, got {sender}")
+        self._sender = sender
+        self._sidecar: Sidecar = find_sidecar(source, source)
+        make_current(model)
+        self._live = LiveTensors(model, group=self._group)
+        self._map = map_trained_model(self._sidecar.hf_config, self._sidecar.infos, self._live.tensors)
+        self._sidecar.check_shapes(self._map.hf_shapes)
+        self._restorer = Restorer(_Received(self._live, sender), self._sidecar.originals())
+
+    @property
+    def is_sender(self) -> bool:
+        """Whether this rank puts the tensors together."""
+        return self._rank == self._sender
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every tensor, on the sending rank; nothing on the others, which send their shards.
+
+        Every rank iterates to the end. A tensor may be a view of a parameter: copy what you keep.
+        """
+        dtypes, _ = self._prepare()
+        return self._tensors(dtypes)
+
+    def push(self, sink: Sink, *, version: int) -> Receipt:
+        """Send every tensor of this moment to a sink. Every rank calls it; the sink of the sending rank is used.
+
+        Args:
+            sink: see `Sink`.
+            version: of the weights, which the sink announces.
+
+        Raises:
+            StreamError: on the other ranks, when the sending rank failed. The sending rank raises what failed.
+        """
+        check_count("version", version, least=0)
+        start, waited, spent = time.monotonic(), self._received.seconds, 0.0
+        dtypes, sent = self._prepare()
+        error: BaseException | None = None
+        if self.is_sender:
+            upload = Upload(version=version, tensors=sent.sent, fp8=self._scheme, sidecar=self._sidecar)
+            error = _error_of(sink, lambda: sink.begin(upload))
+        self._agree(error)
+        if self.is_sender:
+            error, spent = self._feed(sink, dtypes)
+        else:
+            for _ in self._tensors(dtypes):
+                pass
+        self._agree(error)
+        return Receipt(
+            version=version,
+            tensors=len(sent.sent),
+            nbytes=sent.nbytes,
+            widened=dtypes.widened if self._dtype == "trained" else (),
+            seconds=time.monotonic() - start,
+            gather_seconds=self._received.seconds - waited,
+            sink_seconds=spent,
+        )
+
+    def _feed(self, sink: Sink, dtypes: Dtypes) -> tuple[BaseException | None, float]:
+        """Give every tensor to the sink; what went wrong, and the seconds in the sink."""
+        tensors, spent = self._tensors(dtypes), 0.0
+
+        def everything() -> None:
+            nonlocal spent
+            for name, tensor in tensors:
+                start = time.monotonic()
+                sink.write(name, tensor)
+                spent += time.monotonic() - start
+            start = time.monotonic()
+            sink.finish()
+            spent += time.monotonic() - start
+
+        error = _error_of(sink, everything)
+        tensors.close()  # after an error of the sink: the other ranks send to the end
+        return error, spent
+
+    @property
+    def _received(self) -> _Received:
+        source = self._restorer.source
+        assert isinstance(source, _Received)
+        return source
+
+    def _prepare(self) -> tuple[Dtypes, Contents]:
+        """Bring the parameters up to date, and decide what will be sent."""
+        make_current(self._chunks)
+        self._live.refresh()
+        found: Dtypes | None = None
+        error: BaseException | None = None
+        if self.is_sender:
+            found = decide_dtypes(self._map.mappings, self._restorer, self._sidecar, self._dtype)
+            if found.rounded and not self._allow_rounded:
+                error = CheckpointError(
+                    "the model holds fewer bits of these tensors than the source: "
+                    f"{listing(list(found.rounded))}. Pass allow_rounded=True to send them"
+                )
+        else:
+            for mapping in self._map.mappings:
+                if must_be_read(mapping, self._live.tensors, self._sidecar):
+                    self._send(mapping)
+        self._agree(error)
+        shared: list[Any] = [found]
+        if self._group is not None:
+            dist.broadcast_object_list(shared, group=self._group, group_src=self._sender)
+        return shared[0], contents(self._map.mappings, shared[0].infos, self._scheme)
+
+    def _tensors(self, dtypes: Dtypes) -> Generator[tuple[str, Tensor], None, None]:
+        mappings = iter(self._map.mappings)
+        for mapping in mappings:
+            if not self.is_sender:
+                self._send(mapping)
+                continue
+            try:
+                for spec, tensor in zip(mapping.hf, self._restorer.restore(mapping).hf, strict=True):
+                    info = dtypes.infos[spec.name]
+                    yield from sent_tensors(spec, info, tensor.to(info.dtype), self._scheme)
+            except BaseException:
+                # The consumer has stopped, or a weight cannot be quantized: the other ranks send to the end.
+                for left in mappings:
+                    for spec in left.megatron:
+                        self._received.read(spec.name, spec.index)
+                raise
+
+    def _send(self, mapping: TensorMapping) -> None:
+        for spec in mapping.megatron:
+            self._live.gather(spec.name, spec.index, to=self._sender)
+
+    def _agree(self, error: BaseException | None) -> None:
+        """Raise on every rank when the sending rank has an error."""
+        shared: list[Any] = [None if error is None else f"{type(error).__name__}: {error}"]
+        if self._group is not None:
+            dist.broadcast_object_list(shared, group=self._group, group_src=self._sender)
+        if error is not None:
+            raise error
+        if shared[0] is not None:
+            raise StreamError(f"rank {self._sender}, which sends, failed: {shared[0]}")
+
+
+def _error_of(sink: Sink, action: Callable[[], None]) -> BaseException | None:
+    """What an action raises, after the sink has heard of it: the other ranks must hear of it before this one stops."""
+    try:
+        action()
+    except BaseException as error:
+        sink.abort(error)
+        return error
+    return None

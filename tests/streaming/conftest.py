@@ -1,0 +1,1 @@
+from tests.checkpoint.conftest import families as families

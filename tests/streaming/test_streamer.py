@@ -1,0 +1,294 @@
+"""Tensors of a live model, compared byte for byte with saving it and exporting what was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_fp32 import CheckpointError, export_checkpoint, named_scheme, verify_checkpoints
+from megatron_fp32.checkpoint.formats.digests import digest
+from megatron_fp32.streaming import HuggingFaceDirectory, StreamError, Upload, WeightStreamer
+from megatron_fp32.testing.ranks import RankPool
+from tests.checkpoint.conftest import Families
+from tests.checkpoint.layouts import Layout, build, load, on_ranks, save
+from tests.checkpoint.support import stored_tensors
+from tests.checkpoint.test_parallel_loads import EP2, LOADS, PP2, TP4, _for_four, _for_two, _id
+from tests.families import Case, case
+
+Ranks = Callable[[int], RankPool]
+
+SOME = [
+    (TP4, _for_four("Qwen3.5", groups=2)),
+    (PP2, case("Qwen3.5, tied")),
+    (EP2, _for_two("Qwen3.5-MoE")),
+    (Layout(tensor=2, expert=2), _for_two("Qwen3-Next")),
+]
+
+
+class Kept:
+    """A sink of ten lines."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.tensors: dict[str, tuple[str, tuple[int, ...], str]] = {}
+
+    def begin(self, upload: Upload) -> None:
+        self.announced = {name: (str(info.dtype), info.shape) for name, info in upload.tensors.items()}
+        self.calls.append(f"begin {upload.version}")
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        assert name not in self.tensors
+        self.tensors[name] = (str(tensor.dtype), tuple(tensor.shape), digest(tensor))
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+    def abort(self, error: BaseException) -> None:
+        self.calls.append(f"abort {error}")
+
+
+def expected(hf: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """What a checkpoint holds, fused experts taken apart by their definition in transformers."""
+    found = {}
+    for file in sorted(hf.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            found |= {n: (str(t.dtype), tuple(t.shape), digest(t)) for n, t in apart(name, tensor).items()}
+    return found
+
+
+def apart(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    start, _, kind = name.rpartition(".")
+    if not start.endswith(".experts") or kind not in ("gate_up_proj", "down_proj"):
+        return {name: tensor}
+    found = {}
+    for expert, matrix in enumerate(tensor):
+        if kind == "down_proj":
+            found[f"{start}.{expert}.down_proj.weight"] = matrix
+        else:
+            gate, up = matrix.chunk(2)
+            found |= {f"{start}.{expert}.gate_proj.weight": gate, f"{start}.{expert}.up_proj.weight": up}
+    return found
+
+
+def live(hf: Path, imported: Path, layout: Layout, *, mtp: bool, train: bool) -> Any:
+    """The chunks of this rank, with the import's weights; `train` changes each value, on all replicas alike."""
+    chunks = build(hf, layout, mtp=mtp)
+    load(chunks, imported)
+    if train:
+        with torch.no_grad():
+            for chunk in chunks:
+                for parameter in chunk.parameters():
+                    parameter.mul_(1.25)
+    return chunks
+
+
+def push(hf: Path, imported: Path, saved: Path | None, *, layout: Layout, mtp: bool, fp8: str | None = None) -> Any:
+    chunks = live(hf, imported, layout, mtp=mtp, train=saved is not None)
+    if saved is not None:
+        save(chunks, saved)
+        dist.barrier()
+    sender = dist.get_world_size() - 1
+    streamer = WeightStreamer(chunks, source=imported, fp8=fp8, sender=sender)
+    sink = Kept()
+    receipt = streamer.push(sink, version=7)
+    assert (receipt.version, receipt.tensors > 0, receipt.sink_seconds > 0) == (7, True, dist.get_rank() == sender)
+    if dist.get_rank() != sender:
+        assert not sink.calls
+        return None
+    assert sink.calls == ["begin 7", "finish"]
+    assert {name: entry[:2] for name, entry in sink.tensors.items()} == sink.announced
+    assert list(sink.tensors) == list(sink.announced)
+    return sink.tensors
+
+
+@pytest.mark.parametrize(("layout", "case"), LOADS, ids=_id)
+def test_an_untrained_model_gives_the_bytes_of_its_source(
+    ranks: Ranks,
+    families: Families,
+    layout: Layout,
+    case: Case,
+) -> None:
+    hf, imported = families(case)
+    *others, sent = ranks(layout.ranks).run(on_ranks, layout, push, hf, imported, None, mtp=case.mtp)
+    assert not any(others)
+    converted = {n: e for n, e in expected(hf).items() if case.mtp or not n.startswith("mtp.")}
+    assert sent == converted
+
+
+@pytest.mark.parametrize(("layout", "case"), SOME, ids=_id)
+def test_a_trained_model_gives_what_save_and_export_give(
+    ranks: Ranks,
+    families: Families,
+    tmp_path: Path,
+    layout: Layout,
+    case: Case,
+) -> None:
+    hf, imported = families(case)
+    saved = tmp_path / "saved"
+    *_, sent = ranks(layout.ranks).run(on_ranks, layout, push, hf, imported, saved, mtp=case.mtp)
+    export_checkpoint(saved, tmp_path / "exported", source=imported)
+    assert sent == expected(tmp_path / "exported")
+    assert sent != expected(hf)
+    assert not verify_checkpoints(hf, tmp_path / "exported").agrees()
+
+
+@pytest.mark.parametrize("fp8", ["blockwise", "channelwise", "modelopt"])
+def test_float8_is_what_export_quantizes(
+    ranks: Ranks,
+    families: Families,
+    tmp_path: Path,
+    fp8: str,
+) -> None:
+    layout, made = SOME[2]
+    hf, imported = families(made)
+    saved = tmp_path / "saved"
+    *_, sent = ranks(layout.ranks).run(on_ranks, layout, push, hf, imported, saved, mtp=made.mtp, fp8=fp8)
+    export_checkpoint(saved, tmp_path / "exported", source=imported, fp8=named_scheme(fp8))
+    assert sent == expected(tmp_path / "exported")
+    assert any(dtype == "torch.float8_e4m3fn" for dtype, _, _ in sent.values())
+
+
+def to_directory(hf: Path, imported: Path, out: Path, saved: Path, *, layout: Layout) -> None:
+    chunks = live(hf, imported, layout, mtp=False, train=True)
+    save(chunks, saved)
+    dist.barrier()
+    WeightStreamer(chunks, source=imported).push(HuggingFaceDirectory(out), version=1)
+
+
+def test_a_directory_equals_an_export(ranks: Ranks, families: Families, tmp_path: Path) -> None:
+    hf, imported = families(case("Qwen3-MoE"))
+    ranks(2).run(on_ranks, Layout(tensor=2), to_directory, hf, imported, tmp_path / "sent", tmp_path / "saved")
+    export_checkpoint(tmp_path / "saved", tmp_path / "exported", source=imported)
+    assert stored_tensors(tmp_path / "sent") == stored_tensors(tmp_path / "exported")
+    others = {p.name for p in (tmp_path / "exported").iterdir() if not p.name.endswith(".safetensors")}
+    assert {p.name for p in (tmp_path / "sent").iterdir() if not p.name.endswith(".safetensors")} == others
+    for name in others - {"model.safetensors.index.json"}:
+        assert (tmp_path / "sent" / name).read_bytes() == (tmp_path / "exported" / name).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["exported", "saved", "sent"]
+
+
+class Fails(Kept):
+    def __init__(self, moment: str) -> None:
+        super().__init__()
+        self._moment = moment
+
+    def begin(self, upload: Upload) -> None:
+        if self._moment == "begin":
+            raise OSError("no engine there")
+        super().begin(upload)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        super().write(name, tensor)
+        if self._moment == "write" and len(self.tensors) == 3:
+            raise OSError("the engine has gone")
+
+    def finish(self) -> None:
+        if self._moment == "finish":
+            raise OSError("the engine says no")
+        super().finish()
+
+
+def failing(hf: Path, imported: Path, *, layout: Layout) -> list[str]:
+    """A push fails at every moment, and the next one works, on all ranks."""
+    streamer = WeightStreamer(live(hf, imported, layout, mtp=True, train=False), source=imported)
+    messages = []
+    for moment in ("begin", "write", "finish"):
+        sink = Fails(moment)
+        expects = OSError if streamer.is_sender else StreamError
+        with pytest.raises(expects, match="engine") as caught:
+            streamer.push(sink, version=1)
+        messages.append(str(caught.value))
+        assert [call.split()[0] for call in sink.calls[-1:]] == (["abort"] if streamer.is_sender else [])
+    after = Kept()
+    streamer.push(after, version=2)
+    assert after.calls == (["begin 2", "finish"] if streamer.is_sender else [])
+    names = []
+    for name, _ in streamer:
+        names.append(name)
+        if len(names) == 2:
+            break
+    whole = [name for name, _ in streamer]
+    assert whole == list(after.tensors)
+    return messages
+
+
+def test_a_push_that_fails_ends_on_every_rank_and_the_next_one_works(
+    ranks: Ranks,
+    families: Families,
+) -> None:
+    hf, imported = families(case("Qwen3.5"))
+    sender, other = ranks(2).run(on_ranks, Layout(tensor=2), failing, hf, imported)
+    assert sender == ["no engine there", "the engine has gone", "the engine says no"]
+    assert other == [f"rank 0, which sends, failed: OSError: {message}" for message in sender]
+
+
+def not_finite(hf: Path, imported: Path, *, layout: Layout) -> str:
+    chunks = live(hf, imported, layout, mtp=False, train=False)
+    with torch.no_grad():
+        chunks[0].decoder.layers[0].mlp.linear_fc2.weight[0, 0] = torch.inf
+    streamer = WeightStreamer(chunks, source=imported, fp8="channelwise")
+    sink = Kept()
+    with pytest.raises(ValueError if streamer.is_sender else StreamError) as caught:
+        streamer.push(sink, version=1)
+    assert "finish" not in sink.calls
+    return str(caught.value)
+
+
+def test_a_weight_that_cannot_be_quantized_ends_the_push(ranks: Ranks, families: Families) -> None:
+    hf, imported = families(case("Qwen3"))
+    for message in ranks(2).run(on_ranks, Layout(tensor=2), not_finite, hf, imported):
+        assert "layers.0.mlp.down_proj.weight" in message
+
+
+@pytest.mark.usefixtures("megatron")
+class TestOneProcess:
+    def test_what_is_refused(self, families: Families, tmp_path: Path) -> None:
+        hf, imported = families(case("Qwen3"))
+        _, other = families(case("Llama"))
+        chunks = build(hf)
+        with pytest.raises(CheckpointError, match="this is not the model that was imported"):
+            WeightStreamer(chunks, source=other)
+        with pytest.raises(CheckpointError):
+            WeightStreamer(chunks, source=tmp_path / "nowhere")
+        with pytest.raises(ValueError, match="unknown float8 scheme 'fp8'"):
+            WeightStreamer(chunks, source=imported, fp8="fp8")
+        with pytest.raises(ValueError, match="sender must be a rank of the group of 1 ranks, got 1"):
+            WeightStreamer(chunks, source=imported, sender=1)
+        streamer = WeightStreamer(chunks, source=imported)
+        with pytest.raises(TypeError, match="version must be an int"):
+            streamer.push(Kept(), version="1")  # type: ignore[arg-type]
+
+    def test_a_model_that_was_rounded_is_refused(self, families: Families) -> None:
+        hf, imported = families(case("Qwen3.5"))
+        chunks = build(hf, mtp=True)
+        load(chunks, imported)
+        streamer = WeightStreamer(chunks, source=imported)
+        assert dict(streamer)["model.layers.0.linear_attn.A_log"].dtype == torch.float32
+        chunks[0].decoder.layers[0].self_attention.A_log.data = (
+            chunks[0].decoder.layers[0].self_attention.A_log.data.bfloat16()
+        )
+        with pytest.raises(ValueError, match="has other tensors, shapes or dtypes now"):
+            list(streamer)
+        with pytest.raises(CheckpointError, match=r"fewer bits of these tensors .*A_log\. Pass allow_rounded=True"):
+            list(WeightStreamer(chunks, source=imported))
+
+    def test_an_existing_directory_is_not_touched(self, families: Families, tmp_path: Path) -> None:
+        hf, imported = families(case("Qwen3"))
+        chunks = build(hf)
+        load(chunks, imported)
+        streamer = WeightStreamer(chunks, source=imported)
+        out = tmp_path / "out"
+        out.mkdir()
+        with pytest.raises(CheckpointError, match="exists"):
+            streamer.push(HuggingFaceDirectory(out), version=1)
+        assert list(out.iterdir()) == []
+        out.rmdir()
+        streamer.push(HuggingFaceDirectory(out), version=1)
+        assert stored_tensors(out) == stored_tensors(hf)
