@@ -1,10 +1,10 @@
-"""Time and memory of conversions, beside a copy of the same bytes.
+"""Time and memory of conversions, compared with a copy of the source.
 
     python benchmarks/convert.py --work DIR [--gigabytes 8] [--workers 1 --workers 2] [--json FILE]
 
-Makes a Llama checkpoint of random bits in DIR, which needs room for four times its size. Every run begins with a cold
-cache: the pages of the files that it will read are dropped. The unit is `cp --reflink=never` and a sync of the source.
-Memory is the largest resident set of one process, by the operating system's account (VmHWM), torch and all.
+Makes a Llama checkpoint of random bits in DIR, which needs space for four times its size. Before every run, the pages
+of its input files are dropped from the cache. The unit of time is `cp --reflink=never` of the source and a sync. Memory
+is the largest resident set of one process, including torch, as the operating system reports it (VmHWM).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ BYTES_OF_A_LAYER = 436_224_000
 
 
 def make_source(directory: Path, gigabytes: float) -> None:
-    """A checkpoint of at least so many bytes."""
+    """Make a checkpoint of at least this size."""
     layers = max(1, -(-int(gigabytes * 1e9 - 2 * 128256 * 4096 * 2) // BYTES_OF_A_LAYER))
     config = {**CONFIG, "num_hidden_layers": layers}
     directory.mkdir(parents=True)
@@ -67,7 +67,7 @@ def make_source(directory: Path, gigabytes: float) -> None:
 
 def _finite(spec: TensorSpec, random: np.random.Generator) -> torch.Tensor:
     bits = random.integers(0, 2**16, size=spec.shape, dtype=np.uint16)
-    # Neither infinite nor NaN: float8 has no room for them.
+    # Neither infinite nor NaN, because float8 cannot hold them.
     bits &= np.uint16(0xBFFF)
     return torch.from_numpy(bits).view(torch.bfloat16)
 
@@ -110,7 +110,7 @@ if __name__ == "__main__":
 
 
 def converted(what: str, source: Path, out: Path, workers: int) -> dict[str, float]:
-    """Seconds, and the largest resident set of a process, of one conversion in a process of its own."""
+    """Seconds of a conversion in a new process, and the largest resident set of one of its processes."""
     cool(source)
     script = out.parent / "run.py"
     script.write_text(RUN)
@@ -129,7 +129,7 @@ def converted(what: str, source: Path, out: Path, workers: int) -> dict[str, flo
 
 
 def high_water(process: int) -> int:
-    """The largest resident set that a process has had, in bytes; 0 when it is gone."""
+    """The largest resident set that a process has had, in bytes; 0 if the process has ended."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
@@ -138,7 +138,7 @@ def high_water(process: int) -> int:
 
 
 def descendants(process: int) -> list[int]:
-    """Children, and theirs."""
+    """The child processes of a process, and their child processes."""
     try:
         children = [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
     except OSError:
@@ -147,7 +147,7 @@ def descendants(process: int) -> list[int]:
 
 
 def check(source: Path, exported: Path) -> None:
-    """Raise unless every file of weights is the source's."""
+    """Raise unless every file with weights is equal to the source's."""
     with HuggingFaceReader(source) as a, HuggingFaceReader(exported) as b:
         names = a.tensors.keys()
         if names != b.tensors.keys():

@@ -1,11 +1,11 @@
-"""Time of the float8 quantizers, beside a copy that moves the same bytes.
+"""Time of the float8 quantizers, compared with a copy that moves equally many bytes.
 
     python benchmarks/fp8.py [--shape 12288,4096] [--json FILE]
 
-Needs a CUDA device. A bfloat16 weight is read (2 bytes) and its float8 written (1 byte): the unit is a copy on the
-device that reads and writes 3 bytes a weight altogether. Every row alternates with its unit, both start with a cache
-full of something else, and the ratio is that of the medians. What was timed is then compared with the CPU's result, bit
-for bit.
+Needs a CUDA device. For each weight, a quantizer reads 2 bytes (bfloat16) and writes 1 byte (float8). The unit of time
+is a copy on the device that moves 3 bytes for each weight. Each quantizer alternates with the copy. Both start with a
+cache full of other data, and the ratio is the ratio of the medians. The timed output is then compared with the CPU's
+output, bit for bit.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from megatron_fp32.ops.fp8.reference import quantize_reference
 
 SHAPES = ("12288,4096", "4096,12288", "151936,4096", "128,1536,4096", "2048,32768")
 CHECKED_VALUES = 1 << 27
-"""The largest part of an output that is compared with the CPU's."""
+"""How much of an output is compared with the CPU's output."""
 
 
 def paired(way: Callable[[], Any], unit: Callable[[], Any], repeats: int) -> tuple[float, float, Any]:
-    """Median ms of both, and the last output."""
+    """Median milliseconds of quantizer and copy, and the last output."""
     flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
 
     def before(name: str) -> None:
         flush.zero_()
-        # The device starts late, so that the host is ahead.
+        # The device starts late, so that it never waits for the host.
         torch.cuda._sleep(2_000_000)
 
     found = take_turns({"unit": unit, "way": way}, repeats=repeats, warm_ups=1, before=before)
@@ -45,13 +45,13 @@ def paired(way: Callable[[], Any], unit: Callable[[], Any], repeats: int) -> tup
 
 
 def copy_of(weight: Tensor) -> Callable[[], Any]:
-    """Moves 3 bytes a weight: reads one and a half, writes as many."""
+    """A copy that reads and writes 1.5 bytes for each weight."""
     source = torch.empty(3 * weight.numel() // 2, dtype=torch.uint8, device="cuda")
     return functools.partial(torch.empty_like(source).copy_, source)
 
 
 def check(output: Quantized, weight: Tensor, quantize: Callable[..., Quantized]) -> None:
-    """Raise unless the output is the CPU's, which is the definition's at its corner."""
+    """Raise unless a corner of the output equals the CPU's output, and that equals the reference."""
     unit = 128 if weight.ndim == 2 else 1
     rows = min(len(weight), unit * max(1, CHECKED_VALUES // (unit * weight[0].numel())))
     expected = quantize(weight[:rows].cpu())

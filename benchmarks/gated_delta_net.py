@@ -1,11 +1,11 @@
-"""Time of a gated-delta-net layer with fp32 `A_log` and `out_norm`, beside the stock layer.
+"""Time of a gated-delta-net layer with fp32 `A_log` and `out_norm`, compared with megatron-core's layer.
 
     python benchmarks/gated_delta_net.py [--tokens 4096 --tokens 32768] [--json FILE]
 
 Needs a CUDA device, Transformer Engine and flash-linear-attention, which tunes its kernels for minutes before the first
-row. Forward and backward of one layer of Qwen3.5's shape (hidden 2048, 16 key and 32 value heads of 128); the stock and
-the fp32 layer have the same weights and take turns within one run. `error` is that of the timed output against the same
-layer with all of its parameters and activations in fp32.
+row. It times forward and backward of one layer with Qwen3.5's shape (hidden 2048, 16 key and 32 value heads of 128).
+The stock layer and the fp32 layer have equal weights and take turns within one run. `error` is the error of the timed
+output against a layer with all parameters and activations in fp32.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main(tokens: tuple[int, ...], repeats: int, json_path: Path | None) -> None:
 
 
 def same_weights(spec: str) -> dict[str, torch.nn.Module]:
-    """The stock layer, ours, and one with fp32 everywhere, with the same weights as far as each can hold them."""
+    """The stock layer, `Fp32GatedDeltaNet`, and a layer with fp32 everywhere, with weights equal up to rounding."""
     truth = build(spec, Fp32Config(gated_delta_net=()), torch.float32)
     layers = {"stock": build(spec, Fp32Config(gated_delta_net=())), "fp32": build(spec, Fp32Config())}
     with torch.no_grad():
@@ -101,7 +101,7 @@ def build(spec: str, fp32: Fp32Config, dtype: torch.dtype = torch.bfloat16) -> t
         params_dtype=dtype,
         transformer_impl=spec,
         persist_layer_norm=False,
-        # flash-linear-attention takes no fp32; in this mode megatron-core uses torch operators.
+        # flash-linear-attention does not support fp32. In this mode megatron-core uses torch operators.
         deterministic_mode=dtype == torch.float32,
     )
     attention = decoder_block_spec(config, fp32).layer_specs[0].submodules.self_attention
@@ -110,8 +110,8 @@ def build(spec: str, fp32: Fp32Config, dtype: torch.dtype = torch.bfloat16) -> t
 
 
 def measure(layers: dict[str, torch.nn.Module], tokens: int, repeats: int, spec: str) -> list[dict[str, Any]]:
-    """Median ms of forward and backward of each layer, taking turns."""
-    # A training process sees one shape and one kind of layer: do not let compiled code of other rows crowd it out.
+    """Median milliseconds of forward and backward of each layer. The layers take turns."""
+    # Compiled code of other rows is dropped, because a training process has one shape and one kind of layer.
     torch._dynamo.reset()
     hidden = torch.randn(tokens, 1, MODEL.hidden_size, device="cuda").bfloat16().requires_grad_()
     cotangent = torch.randn_like(hidden)

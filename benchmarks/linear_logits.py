@@ -1,8 +1,8 @@
-"""Time and error of the output layer's logits and gradients, beside bare matrix products of the same shapes.
+"""Time and error of the output layer's logits and gradients, compared with bare matrix products of equal shapes.
 
     python benchmarks/linear_logits.py [--tokens 8192 --hidden 4096 --vocab 151936] [--json FILE]
 
-Needs a CUDA device. Every ratio is taken within one run, and every error on the very output that was timed.
+Needs a CUDA device. Every ratio is measured within one run, and every error belongs to the output that was timed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(tokens: int, hidden_size: int, vocab: int, repeats: int, json_path: Pat
 
 
 def forward_rows(hidden: Tensor, weight: Tensor, repeats: int) -> list[dict[str, Any]]:
-    """Logits: the unit is a bare bf16 product with bf16 output."""
+    """Rows for logits. The unit of time is a bare bf16 product with bf16 output."""
     sample = torch.arange(0, hidden.shape[0], 64, device="cuda")
     truth = hidden[sample].double() @ weight.double().t()
     ways: dict[str, Callable[[], Tensor]] = {
@@ -76,7 +76,7 @@ def forward_rows(hidden: Tensor, weight: Tensor, repeats: int) -> list[dict[str,
 
 
 def backward_rows(hidden: Tensor, weight: Tensor, labels: Tensor, repeats: int) -> list[dict[str, Any]]:
-    """dX and dW of a softmax gradient: the unit is the two bare bf16 products. dW goes into fp32 main_grad."""
+    """Rows for dX and dW of a softmax gradient. The unit is the two bare bf16 products. dW is added to `main_grad`."""
     grad = softmax_gradient(hidden, weight, labels)
     sample = torch.arange(0, hidden.shape[0], 64, device="cuda")
     columns = torch.arange(0, weight.shape[0], 1024, device="cuda")
@@ -96,7 +96,7 @@ def backward_rows(hidden: Tensor, weight: Tensor, labels: Tensor, repeats: int) 
     weight.grad_added_to_main_grad = False
     zero_ms = time_one(weight.main_grad.zero_, repeats=repeats).ms
     for precision in get_args(GradPrecision):
-        # dX of an fp32 residual stream leaves in fp32, and shows what its rounding to bf16 hides.
+        # For an fp32 residual stream dX is fp32, which shows errors that rounding to bf16 hides.
         for dtype, name in ((torch.bfloat16, "bf16 hidden"), (torch.float32, "fp32 hidden")):
             ms, peak, hidden_grad = timed_backward(hidden.to(dtype), weight, grad, precision, repeats)
             measured = {"ms": ms - zero_ms, "ratio": (ms - zero_ms) / bare_ms, "peak_gib": peak}
@@ -108,7 +108,7 @@ def backward_rows(hidden: Tensor, weight: Tensor, labels: Tensor, repeats: int) 
 
 
 def bare_products(hidden: Tensor, weight: Tensor, low: Tensor, repeats: int) -> tuple[float, Tensor]:
-    """Median ms of dX and dW as two bare products of a bf16 dY, and dX."""
+    """Median milliseconds of dX and dW as two bare products of a bf16 dY, and dX."""
     timing = time_one(lambda: (low @ weight, low.t() @ hidden)[0], repeats=repeats)
     return timing.ms, timing.output
 
@@ -116,7 +116,7 @@ def bare_products(hidden: Tensor, weight: Tensor, low: Tensor, repeats: int) -> 
 def timed_backward(
     hidden: Tensor, weight: Tensor, grad: Tensor, precision: GradPrecision, repeats: int
 ) -> tuple[float, float, Tensor]:
-    """Median ms of zeroing main_grad and one backward pass, its peak memory in GiB above what was there, and dX."""
+    """Median milliseconds of zeroing `main_grad` and one backward pass, its peak of new memory in GiB, and dX."""
     leaf = hidden.clone().requires_grad_()
     logits = fp32_logits(leaf, weight, grad_precision=precision)
 

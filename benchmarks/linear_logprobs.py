@@ -1,15 +1,15 @@
-"""Time, memory and error of the head without logits: log-probs, entropy, loss and gradients, beside what others offer.
+"""Time, memory and error of log-probs, entropy, loss and gradients without stored logits, also of other libraries.
 
     python benchmarks/linear_logprobs.py [--shape 8192,4096,151936] [--json FILE]
     torchrun --nproc-per-node 2 benchmarks/linear_logprobs.py ...
 
-Needs a CUDA device; Liger, Cut Cross Entropy and megatron-core take part where they are installed. Every row alternates
-with its unit, the bare bf16 products that its algorithm needs at least, and is their ratio of medians. Errors are those
-of the timed output against float64. With several processes each holds its part of the vocabulary, and the unit is the
-bare products of that part.
+Needs a CUDA device. Liger, Cut Cross Entropy and megatron-core are measured if they are installed. Every row alternates
+with its unit: the bare bf16 products that its algorithm needs at least. The row shows the ratio of the medians. Errors
+are errors of the timed output against float64. With several processes, each has its rows of the vocabulary, and the
+unit is the bare products of these rows.
 
-Hidden states point towards their labels' rows by a random amount, so that the probabilities of the labels spread from
-1e-4 to 1 - 1e-5, as those of a trained model do.
+Hidden states point towards their labels' rows by a random amount. So the probabilities of the labels spread from 1e-4
+to 1 - 1e-5, as in a trained model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GIB = 2**30
 
 
 class Problem:
-    """One shape: operands, the float64 truth of a sample, and the units."""
+    """The operands of one shape, float64 results of a sample, and the units of time."""
 
     def __init__(self, tokens: int, hidden: int, vocab: int, group: dist.ProcessGroup | None) -> None:
         ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
@@ -50,18 +50,18 @@ class Problem:
         towards = torch.empty(tokens, 1, device="cuda").uniform_(4, 24)
         x = torch.randn(tokens, hidden, device="cuda") + towards * whole[self.labels].float()
         self.hidden = x.bfloat16().requires_grad_()
-        # Megatron's padding; one rank needs none.
+        # Megatron's padding, which one rank does not need.
         columns = -(-vocab // (128 * ranks)) * 128 if ranks > 1 else vocab
         self.parallel = VocabParallel(group=group, vocab_size=vocab)
         first = columns * rank
         self._truth(whole, first, min(columns, vocab - first))
-        # A copy: the whole weight would stay in memory.
+        # A copy, because a view would keep the whole weight in memory.
         self.weight = torch.zeros(columns, hidden, device="cuda", dtype=torch.bfloat16)
         self.weight[: vocab - first] = whole[first : first + columns]
         self.weight.requires_grad_()
         self.main_grad = self.weight.main_grad = torch.zeros_like(self.weight, dtype=torch.float32)
         self.weight.grad_added_to_main_grad = False
-        # The same memory, but nobody finds a main_grad there.
+        # A Parameter with the weight's memory, but without main_grad.
         self.plain_weight = self.weight.detach().requires_grad_()
         self.weights = torch.full((tokens,), 1 / tokens, device="cuda")
         self.low = torch.randn(tokens, self.weight.shape[0], device="cuda", dtype=torch.bfloat16)
@@ -90,7 +90,7 @@ class Problem:
         self.weight_grad = dy.t() @ x / tokens
 
     def unit(self, name: str) -> Callable[[], Any]:
-        """The bare products: "logits", or so many of logits, dX and dW."""
+        """The bare products: "logits", "three" (logits, dX and dW) or "four" (logits twice, dX and dW)."""
         x, w = self.hidden.detach(), self.weight.detach()
         products: list[Callable[[], Any]] = [
             lambda: torch.mm(x, w.t(), out=self.out),
@@ -103,7 +103,7 @@ class Problem:
 
 
 class Table:
-    """Rows, printed as they come."""
+    """Measures rows, and prints each when it is measured."""
 
     def __init__(self, problem: Problem, repeats: int, only: str) -> None:
         self.problem, self.repeats, self.only, self.rows = problem, repeats, only, []
@@ -115,7 +115,7 @@ class Table:
         way: Callable[[], Any],
         check: Callable[[Any], dict[str, float]],
     ) -> None:
-        """Time, check and print one way."""
+        """Time, check and print one row."""
         if self.only not in what:
             return
         p = self.problem
@@ -178,7 +178,7 @@ def forward_rows(table: Table) -> None:
 
 
 def gradient_error(p: Problem) -> dict[str, float]:
-    """Of dX and dW where autograd and main_grad have them now."""
+    """Errors of the dX and dW that autograd and `main_grad` have now."""
     rounding = relative_error(p.hidden_grad.bfloat16(), p.hidden_grad)
     error = relative_error(p.hidden.grad[p.sample], p.hidden_grad)
     return {
@@ -234,7 +234,7 @@ def backward_rows(table: Table) -> None:
 
 
 def rival_rows(table: Table) -> None:
-    """What others offer, on the same tensors; they return dW, whose addition to main_grad is timed, too."""
+    """Rows for other libraries, with the tensors of the other rows. The time includes adding dW to `main_grad`."""
     p = table.problem
     x, w = p.hidden, p.plain_weight
 
@@ -252,7 +252,7 @@ def rival_rows(table: Table) -> None:
 
 
 def rivals(x: Tensor, w: Tensor, labels: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """The mean loss, by what is installed."""
+    """Functions for the mean loss, by the name of the installed library."""
     ways: dict[str, Callable[[], Tensor]] = {}
     try:
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction

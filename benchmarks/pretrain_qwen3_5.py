@@ -2,11 +2,16 @@
 
     python benchmarks/pretrain_qwen3_5.py [--iterations 300] [--gpus 2] [--json FILE]
 
-Writes a Qwen3.5 with transformers, imports it, and runs `examples/pretrain.py` from it under torchrun, three
-times in Megatron's deterministic mode: with everything in fp32 that this package keeps; again from the checkpoint in
-the middle of that run, whose end is compared tensor by tensor, optimizer included; and, at the same time on the same
-GPU, stock. The end of the first is exported and loaded in transformers. With two GPUs: tensor parallel with sequence
-parallel.
+Writes a Qwen3.5 with transformers, imports it, and runs `examples/pretrain.py` from it under torchrun, three times in
+Megatron's deterministic mode:
+
+1. with fp32 logits and fp32 parameters;
+2. resumed from the checkpoint in the middle of run 1. The last checkpoints of both runs are compared tensor by tensor,
+   including the optimizer;
+3. with stock megatron-core, at the time of run 1 on its GPU.
+
+The last checkpoint of run 1 is exported and loaded in transformers. With two GPUs, the runs use tensor parallelism with
+sequence parallelism.
 
 Needs CUDA, Transformer Engine, megatron-core with megatron.training, and transformers.
 """
@@ -98,7 +103,7 @@ def main(
 
 
 class Run:
-    """Megatron runs that differ in little."""
+    """Runs Megatron with common flags."""
 
     def __init__(self, command: list[str], *, gpus: int, seq_length: int, flags: str) -> None:
         self.command = command
@@ -107,7 +112,7 @@ class Run:
             "--deterministic-mode", "--bf16", "--use-distributed-optimizer", "--mock-data", "--num-workers", "0",
             "--seq-length", str(seq_length), "--max-position-embeddings", str(seq_length),
             "--micro-batch-size", "2", "--global-batch-size", "4",
-            "--no-gradient-accumulation-fusion",  # the stock head, which ours is made of, wants Apex for it
+            "--no-gradient-accumulation-fusion",  # megatron-core's output layer needs Apex for this fusion
             "--lr", "3e-4", "--min-lr", "3e-5", "--lr-warmup-fraction", "0.1", "--lr-decay-style", "cosine",
             "--clip-grad", "1.0", "--log-interval", "1", "--eval-iters", "0", "--eval-interval", "100000",
             *shlex.split(flags),
@@ -123,7 +128,7 @@ class Run:
         fresh: bool = True,
         save_every: int = 0,
     ) -> list[float]:
-        """Losses of the iterations, from the log; `fresh` starts at 0 from the weights alone."""
+        """The losses of all iterations, from the log. `fresh` only loads weights, and starts at iteration 0."""
         begin = time.monotonic()
         command = [*self.command, *self.flags, *more, "--train-iters", str(iterations)]
         command += ["--load", str(start), *(["--finetune"] if fresh else [])]
@@ -131,13 +136,13 @@ class Run:
             command += ["--save", str(save), "--save-interval", str(save_every)]
         log = save.with_suffix(".log")
         with log.open("w") as out:
-            # Megatron wants these two for sequence parallel and for deterministic mode.
+            # Megatron needs these two for sequence parallelism and for deterministic mode.
             env = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_ALGO": "Ring"}
             env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
             ended = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=env, check=False)
         text = log.read_text()
         if ended.returncode != 0:
-            # Under torchrun the ranks' own last words come before many others.
+            # Under torchrun, many lines follow the error messages of the ranks.
             last = [line for line in text.splitlines() if line.startswith("[rank")] or text.splitlines()
             raise SystemExit("\n".join([" ".join(command), f"ended with {ended.returncode}:", *last[-20:]]))
         print(f"{save.name}: {time.monotonic() - begin:.0f} s", flush=True)
@@ -147,7 +152,7 @@ class Run:
 
 
 def resumed(run: Run, work: Path, iterations: int, straight: list[float]) -> dict[str, Any]:
-    """The second half of the fp32 run again, from its checkpoint: which tensors of the two last checkpoints differ."""
+    """Repeat the second half of the fp32 run from its checkpoint, and compare the last checkpoints of both runs."""
     half = iterations // 2
     start = work / "half"
     start.mkdir()
@@ -186,7 +191,7 @@ def exported(work: Path) -> dict[str, Any]:
         work / "exported", dtype="auto", output_loading_info=True
     )
     problems = {name: sorted(map(str, value)) for name, value in loading.items() if value}
-    # flash-linear-attention, where it is installed, takes CUDA tensors only.
+    # flash-linear-attention, if it is installed, only takes CUDA tensors.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.no_grad():
         finite = bool(model.to(device)(torch.arange(1, 65, device=device)[None]).logits.isfinite().all())

@@ -1,4 +1,4 @@
-"""Draw time against error from what `linear_logprobs.py` measured.
+"""Draw time against error from the results of `linear_logprobs.py`.
 
     python benchmarks/time_and_error.py benchmarks/results/linear_logprobs-h200.json docs/time-and-error.svg
 
@@ -45,7 +45,7 @@ def draw(axis: Axes, rows: list[dict[str, Any]], names: list[str], error: str) -
         marker = "X" if row["what"].startswith(RIVALS) else "s" if "invariant" in row["what"] else "o"
         color = colors[names.index(row["what"]) % len(colors)]
         axis.plot(row["ms"], row[error], marker, color=color, label=row["what"], markersize=9, alpha=0.8)
-    # One line for all: the median of what was measured beside each row.
+    # One line for all rows: the median of their units.
     unit = sorted(row["unit_ms"] for row in rows if row["unit"] == "three")
     axis.axvline(unit[len(unit) // 2], color="grey", linewidth=0.8, linestyle=":")
     axis.set_yscale("log")

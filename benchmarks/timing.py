@@ -1,4 +1,4 @@
-"""The timer of the benchmarks that run on a GPU: CUDA events, ways that take turns, medians."""
+"""The timer of the GPU benchmarks. It times several functions in turns with CUDA events, and takes medians."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 
 class Timing(NamedTuple):
-    """What `take_turns` found of one way."""
+    """The timing of one function."""
 
     ms: float
     """Median of the turns."""
     peak_bytes: int
-    """Memory that the last turn took at most, above what was allocated before it."""
+    """Peak of the memory that the last turn allocated."""
     output: Any
-    """Of the last turn."""
+    """Output of the last turn."""
 
 
 def take_turns(
@@ -29,17 +29,16 @@ def take_turns(
     wait: bool = True,
     swap: bool = False,
 ) -> dict[str, Timing]:
-    """Time several ways, one after the other, so that all of them run at the clocks that the others leave.
+    """Time several functions in turns, so that all of them run at the same power-limited clocks.
 
     Args:
-        ways: by name, what to time.
-        repeats: turns of each that count.
-        warm_ups: turns of each before those.
-        before: called with the name before each turn, outside of the time.
-        wait: wait for the device after each turn. Otherwise nothing waits until the end: as in the middle of a training
-            step the host is ahead, and the clocks are what the power allows. A GPU that has rested is faster for some
-            time.
-        swap: every other turn goes through the ways backwards.
+        ways: the functions to time, by name.
+        repeats: number of turns that count.
+        warm_ups: number of turns before them, which do not count.
+        before: called with the name before each turn. Its time does not count.
+        wait: wait for the device after each turn. With False, nothing waits until the end. As in a training step, the
+            host is then ahead of the device, and power limits the clocks. A GPU that was idle is faster for some time.
+        swap: reverse the order of the functions in every other turn.
     """
     spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in ways}
     outputs: dict[str, Any] = {}
@@ -49,7 +48,7 @@ def take_turns(
         if turn == warm_ups and not wait:
             torch.cuda._sleep(20_000_000)
         for name in reversed(names) if swap and turn % 2 == 0 else names:
-            # The output of the turn before would count as memory of this one.
+            # The output of the previous turn would count as memory of this turn.
             outputs.pop(name, None)
             before(name)
             allocated = torch.cuda.memory_allocated()
@@ -71,5 +70,5 @@ def take_turns(
 
 
 def time_one(way: Callable[[], Any], *, repeats: int) -> Timing:
-    """Time a single way, and wait for the device after each turn."""
+    """Time a single function, and wait for the device after each turn."""
     return take_turns({"way": way}, repeats=repeats)["way"]

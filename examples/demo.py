@@ -1,7 +1,8 @@
-"""A Qwen3.5 checkpoint goes Hugging Face -> Megatron -> training -> Hugging Face, and no bit is lost.
+"""Convert a Qwen3.5 checkpoint from Hugging Face to Megatron, train it, convert it back, and check that no bit is lost.
 
-Runs on the CPU with two tensor-parallel ranks over gloo. Writes `demo-report.json` and exits with 1 when any station
-lost a bit that it should have kept.
+Runs on the CPU with two tensor-parallel ranks over gloo. After each step (build, wrap, load, train, resume, export),
+called a station in the report, the kept parameters are compared. Writes `demo-report.json`, and exits with status 1
+if a station changed a bit that it must keep.
 
     python examples/demo.py [--hf-dir DIR]
 """
@@ -51,7 +52,7 @@ console = Console(highlight=False)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True)
 @click.option("--report", "report_path", type=click.Path(path_type=Path), default=Path("demo-report.json"))
 def main(hf_dir: Path | None, out: Path, report_path: Path) -> None:
-    """Take a Qwen3.5 text checkpoint through Megatron and back, and report what every station did to it."""
+    """Convert a Qwen3.5 text checkpoint to Megatron, train it and convert it back. Report every step's effect."""
     make_room(out, hf_dir)
     report: dict[str, Any] = {"stations": {}, "checks": {}}
     if hf_dir is None:
@@ -83,7 +84,7 @@ DEMO_MODEL: dict[str, Any] = {
 
 
 def run_demo(hf_dir: Path, out: Path, report: dict[str, Any]) -> None:
-    """Every part of the demonstration in its order; fills `report`."""
+    """Run every part of the demonstration, and fill `report`."""
     megatron = out / "megatron"
     with step("import"):
         command("import", "--text-only", hf_dir, megatron)
@@ -127,7 +128,7 @@ def run_demo(hf_dir: Path, out: Path, report: dict[str, Any]) -> None:
 
 
 def log_prob_checks(report: dict[str, Any], pool: RankPool, hf_dir: Path, megatron: Path, batch: Batch) -> None:
-    """The head alone against float64, and the whole model against transformers in float32."""
+    """Compare the output layer with float64, and the whole model with transformers in float32."""
     with step("the head alone, against float64"):
         head = pool.run(demo_ranks.head_errors, hf_dir, megatron, batch)[0]
     gain = head["stock"] / head["fp32"]
@@ -157,7 +158,7 @@ def log_prob_checks(report: dict[str, Any], pool: RankPool, hf_dir: Path, megatr
 
 
 def training_checks(report: dict[str, Any], straight: list[Any], resumed: list[Any]) -> None:
-    """The loss falls, and a resumed run is the uninterrupted one in every bit."""
+    """Check that the loss falls, and that a resumed run equals the uninterrupted run in every bit."""
     losses = straight[0]["losses"]
     report["losses"] = {"straight": losses, "resumed": resumed[0]["losses"]}
     report["optimizer_repairs"] = straight[0]["repairs"]
@@ -180,7 +181,7 @@ def export_check(report: dict[str, Any], name: str, hf_dir: Path, target: Path, 
     with HuggingFaceReader(hf_dir) as source, HuggingFaceReader(target) as exported:
         same_names = exported.tensors.keys() == wanted.keys()
         shared = wanted.keys() & exported.tensors.keys()
-        # What was trained in fp32 from a 16-bit source leaves as F32.
+        # Tensors that were trained in fp32 from a 16-bit source are exported as F32.
         allowed = {n: {source.tensors[n].dtype, *([torch.float32] if name == "training" else [])} for n in shared}
         same_dtypes = all(exported.tensors[n].dtype in allowed[n] for n in shared)
         equal = sum(digest(exported.read(n)) == digest(source.read(n)) for n in shared)
@@ -190,7 +191,7 @@ def export_check(report: dict[str, Any], name: str, hf_dir: Path, target: Path, 
 
 
 def station_checks(report: dict[str, Any]) -> None:
-    """No station may change the dtype or the bits that the one before it had."""
+    """Check that no station changes dtypes or bits of the station before it."""
     stations = report["stations"]
     same = [
         ("HF file", "torch_dist file", "load", "export after import", "export after load and save"),
@@ -219,7 +220,7 @@ def hf_station(directory: Path, megatron: Path) -> dict[str, Any]:
 
 
 def torch_dist_station(megatron: Path) -> dict[str, Any]:
-    """The kept parameters in the imported checkpoint, in Hugging Face's convention."""
+    """The kept parameters in the imported checkpoint, as Hugging Face stores them."""
     from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
     from megatron_fp32.weights.model_map import map_model
     from megatron_fp32.weights.restore import Restorer
@@ -235,7 +236,7 @@ def torch_dist_station(megatron: Path) -> dict[str, Any]:
 
 
 def text_batch(vocab: int) -> Batch:
-    """Two rows of real text, a token a byte."""
+    """Two rows of real text, with one token for each byte."""
     ids = torch.tensor([byte % vocab for byte in TEXT.encode()])
     length = 192
     rows = torch.stack([ids[: length + 1], ids[-length - 1 :]])
@@ -243,37 +244,37 @@ def text_batch(vocab: int) -> Batch:
 
 
 def command(*arguments: object) -> None:
-    """Run `megatron-fp32`, as a user does."""
+    """Run the command `megatron-fp32`."""
     program = Path(sys.executable).parent / "megatron-fp32"
     subprocess.run([str(program), *map(str, arguments)], check=True)
 
 
 def make_room(out: Path, hf_dir: Path | None) -> None:
-    """An empty `out`. Only what an earlier demonstration made is removed."""
+    """Make an empty directory `out`. Only the output of an earlier demonstration is removed."""
     marker = out / "made-by-demo"
     if hf_dir is not None and out.resolve() in (hf_dir.resolve(), *hf_dir.resolve().parents):
-        raise click.UsageError(f"{hf_dir} lies in {out}, which the demonstration clears; name another --out")
+        raise click.UsageError(f"{hf_dir} lies in {out}, which the demonstration clears; pass another --out")
     if out.exists() and not marker.exists():
-        raise click.UsageError(f"{out} exists and no demonstration made it; name another --out")
+        raise click.UsageError(f"{out} exists and no demonstration made it; pass another --out")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     marker.touch()
 
 
 def made(directory: Path) -> Path:
-    """The directory, made."""
+    """Make a directory, and return it."""
     directory.mkdir(parents=True)
     return directory
 
 
 def check(report: dict[str, Any], name: str, ok: bool, detail: str) -> None:
-    """Note the outcome of a check."""
+    """Record the result of a check."""
     report["checks"][name] = {"ok": bool(ok), "detail": detail}
 
 
 @contextlib.contextmanager
 def step(what: str) -> Iterator[None]:
-    """Say what runs now, and how long it took."""
+    """Print the name of a step, and how long it took."""
     start = time.monotonic()
     console.print(f"[bold]{what}[/] ...")
     yield

@@ -1,4 +1,4 @@
-"""What `demo.py` runs on its tensor-parallel ranks."""
+"""Functions that `demo.py` runs on its tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Station = dict[str, dict[str, Any]]
 
 
 def build_trainer(hf_dir: Path, *, bf16: bool, fp32_head: bool = True, seed: int = 1234) -> Trainer:
-    """The provider's model, wrapped. Every rank of a data-parallel group calls it alike."""
+    """Build and wrap the provider's model. Every rank must pass equal arguments."""
     torch.manual_seed(seed)
     provider = model_provider(
         hf_dir,
@@ -59,7 +59,7 @@ def wrapping_stations(hf_dir: Path, megatron_dir: Path) -> dict[str, Station]:
 
 
 def head_errors(hf_dir: Path, megatron_dir: Path, batch: Batch) -> dict[str, Any]:
-    """Errors of both output layers on the same bf16 hidden states, against float64."""
+    """Errors of both output layers against float64, for equal bf16 hidden states."""
     with model_parallel(tensor=TENSOR_PARALLEL):
         vocab = read_hf_config(hf_dir).vocab_size
         kept = build_trainer(hf_dir, bf16=True)
@@ -97,7 +97,7 @@ def train(
     """Train `steps` steps from the import or from `start`, and save.
 
     Returns:
-        losses, digests of this rank's parameters and optimizer tensors, and the kept parameters as a station.
+        Losses, digests of this rank's parameters and optimizer tensors, and the kept parameters.
     """
     with model_parallel(tensor=TENSOR_PARALLEL), install_optimizer_repairs() as repairs:
         trainer = build_trainer(hf_dir, bf16=True)
@@ -132,7 +132,7 @@ def load_and_save(hf_dir: Path, megatron_dir: Path, save: Path) -> None:
 
 
 def describe_kept(model: torch.nn.Module, megatron_dir: Path) -> Station:
-    """The kept parameters of a built model, gathered and in Hugging Face's convention."""
+    """The kept parameters of a built model, gathered, as Hugging Face stores them."""
     parameters = dict(model.named_parameters())
     sidecar, live = find_sidecar(megatron_dir), LiveTensors(model, group=dist.group.WORLD)
     restorer = Restorer(live, sidecar.originals())
@@ -150,7 +150,7 @@ def describe_kept(model: torch.nn.Module, megatron_dir: Path) -> Station:
 
 
 def describe(tensors: list[Tensor], dtypes: set[torch.dtype] | None = None) -> dict[str, Any]:
-    """Dtype, one digest of all values, and the fraction of them that bf16 cannot hold."""
+    """Dtype, one digest of all values, and the fraction of values that are not exact in bf16."""
     values = torch.cat([t.reshape(-1).float() for t in tensors])
     dtypes = dtypes or {t.dtype for t in tensors}
     return {
@@ -161,21 +161,21 @@ def describe(tensors: list[Tensor], dtypes: set[torch.dtype] | None = None) -> d
 
 
 def log_probs(logits: Tensor, batch: Batch, *, sequence_first: bool = False) -> Tensor:
-    """Log-probs of the labels [b, s] from logits [b, s, v], or [s, b, v] where megatron-core has them so."""
+    """Log-probs of the labels [b, s] from logits [b, s, v], or with `sequence_first` from logits [s, b, v]."""
     if sequence_first:
         logits = logits.transpose(0, 1)
     return logits.log_softmax(-1).gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1)
 
 
 def gather(value: Tensor, dim: int) -> Tensor:
-    """The whole of a tensor that is sharded over the tensor-parallel ranks along `dim`."""
+    """Gather a tensor that is sharded over the tensor-parallel ranks along `dim`."""
     parts = [torch.empty_like(value) for _ in range(TENSOR_PARALLEL)]
     dist.all_gather(parts, value.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
     return torch.cat(parts, dim)
 
 
 def check_replicated(value: Tensor) -> None:
-    """Raise unless every rank holds the same values."""
+    """Raise unless all ranks hold equal values."""
     first, second = gather(value, 0).chunk(TENSOR_PARALLEL)
     if not torch.equal(first, second):
         raise RuntimeError("a replicated parameter differs between the tensor-parallel ranks")
@@ -189,7 +189,7 @@ def output_weight(trainer: Trainer) -> Tensor:
 
 
 def count_calls(model: torch.nn.Module) -> dict[str, int]:
-    """How often the fp32 product, and gated delta net with fp32 parameters, ran on this rank."""
+    """How often the fp32 output layer, and gated delta nets with fp32 parameters, ran on this rank."""
     layers = [module for module in model.modules() if hasattr(module, "fp32_calls")]
     return {
         "output_layer": sum(m.fp32_calls for m in layers if m is model.output_layer),

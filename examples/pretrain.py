@@ -1,7 +1,7 @@
 """Train a model of any supported family with Megatron's own loop, with fp32 logits and fp32 gated-delta-net parameters.
 
-The shapes of the model come from the `config.json` in --hf-dir, everything else from Megatron's flags. It needs
-`megatron.training` of megatron-core 0.19 (Python 3.12: pip install 'megatron_fp32[megatron]') and GPUs.
+The shapes of the model come from the `config.json` in --hf-dir, and all other settings from Megatron's flags. The
+script needs `megatron.training` of megatron-core 0.19 (Python 3.12: pip install 'megatron_fp32[megatron]') and GPUs.
 
 Start from a Hugging Face model, on one node of 8 GPUs, on your data. --data-path takes the common prefix of a .bin and
 an .idx file, as Megatron's tools/preprocess_data.py writes them, or several of them with weights:
@@ -15,15 +15,15 @@ an .idx file, as Megatron's tools/preprocess_data.py writes them, or several of 
         --seq-length 4096 --max-position-embeddings 4096 --micro-batch-size 1 --global-batch-size 64 \\
         --train-iters 10000 --lr 1e-5 --no-gradient-accumulation-fusion
 
-Resume: the same command with `--load run` in place of `--load imported --finetune`. It continues with the optimizer's
-state and with the data that has not been seen. A run with random weights starts without --load.
+To resume, replace `--load imported --finetune` by `--load run`. The run then continues with the optimizer's state and
+with data that it has not used yet. Without --load, a run starts with random weights.
 
 On two nodes, run this on each, with RANK 0 and 1 and HOST the name of the first node. All nodes must see --save:
 
     torchrun --nnodes 2 --node-rank RANK --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 8 \\
         examples/pretrain.py ...the same flags...
 
-Without data, to try it: `--mock-data` in place of --data-path, --split and the two tokenizer flags.
+To try it without data, pass `--mock-data` instead of --data-path, --split and the two tokenizer flags.
 
 Back to Hugging Face: megatron-fp32 export run exported --source imported
 
@@ -118,7 +118,7 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
 
 
 def need_megatron_training() -> None:
-    """Exit with a sentence unless megatron-core brings what this script is made of."""
+    """Exit with a message unless megatron-core has the modules that this script needs."""
     try:
         found = hasattr(importlib.import_module("megatron.training.argument_utils"), "gpt_config_from_args")
     except ModuleNotFoundError as error:
@@ -166,7 +166,7 @@ def model_config(args: argparse.Namespace, fp32: Fp32Config) -> Any:
     from megatron.training.argument_utils import gpt_config_from_args
 
     model = gpt_config_from_args(args)
-    # Parameters are fp32 from their construction on; the output layer is changed before the model is wrapped.
+    # Kept parameters are fp32 from construction on. The output layer is changed before the model is wrapped.
     model.transformer_layer_spec = lambda config, vp_stage: decoder_block_spec(
         config.transformer, fp32, vp_stage=vp_stage
     )
@@ -187,7 +187,7 @@ def checked(chunks: list[Any], *, fp32: Fp32Config) -> list[Any]:
 
 
 def attention_in_mtp() -> contextlib.AbstractContextManager[Any]:
-    """megatron.training 0.19.2 makes no MTP layer for models with gated delta nets; the package does."""
+    """The MTP spec of this package, because megatron.training 0.19.2 has none for models with gated delta nets."""
     from megatron.training.models import gpt
 
     def spec(config: Any, decoder: Any, vp_stage: int | None = None) -> Any:
@@ -257,7 +257,7 @@ def datasets(args: argparse.Namespace, samples: list[int], vp_stage: int | None 
 
 
 def compiled_helpers() -> contextlib.AbstractContextManager[Any]:
-    """`pretrain` runs make for the dataset helpers. The wheel brings them compiled, without the Makefile."""
+    """Skip `make` for the dataset helpers: `pretrain` runs it, but the wheel has them compiled and has no Makefile."""
     from megatron.core.datasets import utils
 
     if (Path(utils.__file__).parent / "Makefile").exists():

@@ -36,7 +36,7 @@ if _typing.TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# A name is imported on first use: some need megatron-core, some Triton, and the others must work without them.
+# A name is imported on first use, because some names need megatron-core or Triton and the others must work without.
 _MODULES = {
     "CheckpointError": "errors",
     "Fp32Config": "config",

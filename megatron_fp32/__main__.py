@@ -1,4 +1,4 @@
-"""The command `megatron-fp32`, also `python -m megatron_fp32`."""
+"""The command `megatron-fp32`, which is also `python -m megatron_fp32`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from megatron_fp32.cli import main as commands
 
 
 def main() -> None:
-    """Run the command. Its name is the same whichever way it was started; shell completion depends on it."""
+    """Run the command under the name `megatron-fp32`, however it was started: shell completion depends on the name."""
     commands(prog_name="megatron-fp32")
 
 

@@ -1,7 +1,7 @@
-"""Turn the layers of a model that others built into fp32 ones, and prove afterwards that they stayed so.
+"""Turn the layers of a model that is already built into fp32 layers.
 
-`apply_fp32` belongs between the construction of the model and everything that remembers a dtype: loading weights,
-Float16Module, DistributedDataParallel, the optimizer. `check_fp32` belongs after them.
+Call `apply_fp32` right after the model is built: before weights are loaded, and before Float16Module,
+DistributedDataParallel and the optimizer. Call `check_fp32` after them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import nn
 
 from megatron_fp32.config import Fp32Config, Weights, check_weights, config_or_default
-from megatron_fp32.find_layers import Model, expected_heads, find_output_layers, named_chunks, why_no_vocabulary_head
+from megatron_fp32.find_layers import (
+    Model,
+    find_output_layers,
+    named_chunks,
+    reasons_without_head,
+    why_not_vocabulary_head,
+)
 from megatron_fp32.gated_delta_net.layer import VARIANTS, check_gated_delta_net, to_fp32_gated_delta_net
 from megatron_fp32.kept_parameters.keep_in_fp32 import KeptParameter
 from megatron_fp32.optimizer.native_fp32 import OptimizerRepairs, install_optimizer_repairs
@@ -34,18 +40,18 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fp32Report:
-    """What `apply_fp32` did to the chunks of this rank."""
+    """What `apply_fp32` did to the model chunks of this rank."""
 
     output_layers: tuple[str, ...]
     """Names of the output layers whose logits are fp32 now."""
     parameters: tuple[KeptParameter, ...]
-    """The parameters that are kept in fp32 now, by their full names."""
-    left: tuple[tuple[str, str], ...]
-    """(name, reason) of what looked like something to change and was not changed."""
+    """The parameters that are kept in fp32 now, with their full names."""
+    skipped: tuple[tuple[str, str], ...]
+    """(name, reason) of every layer or parameter that looks like one to change and was not changed."""
 
     @property
     def rounded(self) -> tuple[str, ...]:
-        """Kept parameters whose values lie on the bfloat16 grid: they were rounded before they came here."""
+        """Kept parameters whose values are all exact in bfloat16: they were probably rounded before `apply_fp32`."""
         return tuple(p.name for p in self.parameters if p.on_bf16_grid and not p.redrawn)
 
     def __str__(self) -> str:
@@ -53,8 +59,8 @@ class Fp32Report:
         drawn = sum(p.redrawn for p in self.parameters)
         lines.append(f"fp32 parameters: {len(self.parameters)}, {drawn} of them drawn again")
         if self.rounded:
-            lines.append(f"values already on the bfloat16 grid: {', '.join(self.rounded)}")
-        lines += [f"left: {name}: {reason}" for name, reason in self.left]
+            lines.append(f"values were rounded to bfloat16 before: {', '.join(self.rounded)}")
+        lines += [f"skipped: {name}: {reason}" for name, reason in self.skipped]
         return "\n".join(lines)
 
 
@@ -62,36 +68,37 @@ def apply_fp32(model: Model, config: Fp32Config | None = None, *, weights: Weigh
     """Make output layers compute fp32 logits and gated-delta-net layers keep their parameters in fp32, in place.
 
     Output layers are the modules called `output_layer`, wherever they are: in chunks of a virtual pipeline, inside the
-    language model of a vision-language model, in GPTModel, HybridModel, T5 and BERT. Of a LoRA wrapper, the layer
-    within is changed. Heads that are no projection onto the vocabulary are left, and reported. All layers are looked at
-    before the first one is changed.
+    language model of a vision-language model, in GPTModel, HybridModel, T5 and BERT. In a LoRA wrapper, the wrapped
+    layer is changed. Heads that do not project onto the vocabulary stay as they are and are reported. All layers are
+    checked before the first one is changed.
 
     Args:
-        model: as built, on any device: before Float16Module, DistributedDataParallel and the first forward pass.
-        config: what to keep; the default is logits, `A_log` and `out_norm`.
-        weights: where the model's values come from. `"initialized"`: megatron-core drew them; `A_log`, which it drew in
-            16 bits, is drawn again in fp32 (where `perform_initialization` is on). `"loaded"`: from a checkpoint; every
-            value stays.
+        model: the model as built, on any device: before Float16Module, DistributedDataParallel and the first forward
+            pass.
+        config: what to keep in fp32; the default is logits, `A_log` and `out_norm`.
+        weights: where the model's values come from. `"initialized"`: megatron-core drew them; it drew `A_log` in 16
+            bits, so `A_log` is drawn again in fp32 (if `perform_initialization` is on). `"loaded"`: a checkpoint was
+            loaded; every value stays.
 
     Raises:
-        ValueError: for another value of `weights`, when the model is wrapped already, when nothing was found where
-            there must be something, or a layer is configured for what fp32 logits do not support.
-        TypeError: when a layer is of a kind that cannot be changed.
+        ValueError: for another value of `weights`; when the model is wrapped already; when a layer that the model must
+            have is not found; or when a layer uses a feature that fp32 logits do not support.
+        TypeError: when a layer has a class that cannot be changed.
     """
     check_weights(weights)
     config = config_or_default(config)
     chunks = named_chunks(model)
     for name, chunk in chunks:
         _refuse_wrapped(name, chunk)
-    heads, left = _find_heads(chunks) if config.logits else ([], [])
-    if config.logits and not heads and not left:
-        left += expected_heads(chunks)
+    heads, skipped = _find_heads(chunks) if config.logits else ([], [])
+    if config.logits and not heads and not skipped:
+        skipped += reasons_without_head(chunks)
     for name, owner, head in heads:
         check_output_layer(head, config)
         check_owner(name, owner, config)
     layers = _find_gated_delta_nets(chunks, config.gated_delta_net) if config.gated_delta_net else []
     if config.gated_delta_net:
-        left += _unknown_a_logs(chunks)
+        skipped += _unknown_a_logs(chunks)
     for _, owner, head in heads:
         to_fp32_output_layer(head, config)
         set_fused_loss(owner, config)
@@ -100,46 +107,48 @@ def apply_fp32(model: Model, config: Fp32Config | None = None, *, weights: Weigh
         for name, layer in layers
         for kept in to_fp32_gated_delta_net(layer, config.gated_delta_net, weights=weights)
     ]
-    return Fp32Report(output_layers=tuple(name for name, _, _ in heads), parameters=tuple(parameters), left=tuple(left))
+    return Fp32Report(
+        output_layers=tuple(name for name, _, _ in heads), parameters=tuple(parameters), skipped=tuple(skipped)
+    )
 
 
 class PreWrapHook:
-    """`apply_fp32` as a hook that takes the list of chunks and returns it. Made by `pre_wrap_hook`.
+    """`apply_fp32` as a hook that takes the list of model chunks and returns it. `pre_wrap_hook` makes it.
 
     Attributes:
-        optimizer_repairs: the handle of the optimizer repairs that the first call with kept parameters installs; None
-            before. `undo()` it after the run.
+        optimizer_repairs: the handle of the optimizer repairs; None until the hook is first called, and always where
+            no parameters are kept. Call its `undo()` after the run.
     """
 
     is_megatron_fp32 = True
-    """Tells this hook from others in a list of hooks."""
+    """Distinguishes this hook from others in a list of hooks."""
 
     def __init__(self, config: Fp32Config, weights: Weights) -> None:
         self.optimizer_repairs: OptimizerRepairs | None = None
         self._config, self._weights = config, weights
 
     def __call__(self, chunks: list[Any]) -> list[Any]:
-        """Apply it to the chunks of this rank, log the report, and return the chunks."""
+        """Apply `apply_fp32` to the model chunks of this rank, log the report, and return the chunks."""
         report = apply_fp32(chunks, self._config, weights=self._weights)
         logger.info("megatron_fp32:\n%s", report)
-        # By the configuration: a pipeline stage without such a layer must save and load as the others do.
+        # Installed on every stage, because a pipeline stage without such a layer must save and load like the others.
         if self._config.gated_delta_net and self.optimizer_repairs is None:
             self.optimizer_repairs = install_optimizer_repairs()
         return chunks
 
 
 def pre_wrap_hook(config: Fp32Config | None = None, *, weights: Weights) -> PreWrapHook:
-    """`apply_fp32` as a hook that takes the list of chunks and returns it.
+    """`apply_fp32` as a hook that takes the list of model chunks and returns it.
 
-    For `pre_wrap_hooks` of megatron-core's model configurations (HybridModel >= 0.18, GPTModel >= 0.19), and for
+    Use it in `pre_wrap_hooks` of megatron-core's model configurations (HybridModel >= 0.18, GPTModel >= 0.19), or with
     Megatron-Bridge's `register_pre_wrap_hook(hook, prepend=True)`. The hook logs what it did.
 
-    A hook that is to keep parameters also installs the optimizer repairs, on every rank, because the optimizer of such
-    a model is built next and could not save; see `PreWrapHook.optimizer_repairs`.
+    If parameters are kept, the hook also installs the optimizer repairs on every rank: without them, the optimizer of
+    such a model cannot save. See `PreWrapHook.optimizer_repairs`.
 
     Args:
         config: see `apply_fp32`.
-        weights: see `apply_fp32`: `"initialized"` for a hook that runs before weights are loaded.
+        weights: see `apply_fp32`. Pass `"initialized"` if the hook runs before weights are loaded.
 
     Raises:
         ValueError: for another value of `weights`.
@@ -156,29 +165,29 @@ def _refuse_wrapped(name: str, chunk: nn.Module) -> None:
         if isinstance(module, (Float16Module, _BaseDataParallel)):
             raise ValueError(
                 f"{name}the model is wrapped in {type(module).__name__} already: apply_fp32 must come before, because "
-                "the wrapper has rounded, or remembers the dtype of, what is to stay fp32"
+                "the wrapper has rounded the parameters that must stay fp32, or remembers their 16-bit dtype"
             )
 
 
 def _find_heads(
     chunks: list[tuple[str, nn.Module]],
 ) -> tuple[list[tuple[str, nn.Module, ColumnParallelLinear]], list[tuple[str, str]]]:
-    heads, left = [], []
+    heads, skipped = [], []
     for prefix, chunk in chunks:
         for name, owner, layer in find_output_layers(chunk):
-            reason = why_no_vocabulary_head(layer, owner)
+            reason = why_not_vocabulary_head(layer, owner)
             if reason is not None:
-                left.append((prefix + name, reason))
+                skipped.append((prefix + name, reason))
                 continue
             if not isinstance(layer, ColumnParallelLinear):
                 kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-                why = " computes its product in MXFP8" if "TELMHead" in type(layer).__name__ else ""
+                why = "computes its product in MXFP8" if "TELMHead" in type(layer).__name__ else ""
                 raise TypeError(
-                    f"{prefix}{name} is a {kind}, which{why or ' is no ColumnParallelLinear'}: its logits cannot be "
-                    "fp32. Build the model without it, or use Fp32Config(logits=False)"
+                    f"{prefix}{name} is a {kind}, which {why or 'is not a ColumnParallelLinear'}: its logits cannot "
+                    "be fp32. Build the model without this layer, or use Fp32Config(logits=False)"
                 )
             heads.append((prefix + name, owner, layer))
-    return heads, left
+    return heads, skipped
 
 
 def _find_gated_delta_nets(
@@ -190,14 +199,14 @@ def _find_gated_delta_nets(
             if isinstance(module, GatedDeltaNet):
                 check_gated_delta_net(module, names)
                 layers.append((prefix + name, module))
-            # The layers of a HybridStack, which is none, follow another pattern.
+            # A HybridStack is not a TransformerBlock, and its layers follow another pattern.
             elif isinstance(module, TransformerBlock):
                 _expect_gated_delta_nets(prefix + name, module)
     return layers
 
 
 def _expect_gated_delta_nets(name: str, block: TransformerBlock) -> None:
-    """Raise where `linear_attention_freq` puts a gated-delta-net layer and another one is."""
+    """Raise if a layer that `linear_attention_freq` makes a gated-delta-net layer is something else."""
     if getattr(block.config, "experimental_attention_variant", None) not in VARIANTS:
         return
     pattern = get_linear_attention_pattern(block.config)
@@ -205,8 +214,8 @@ def _expect_gated_delta_nets(name: str, block: TransformerBlock) -> None:
         attention = getattr(layer, "self_attention", None)
         if pattern[layer.layer_number - 1] and not isinstance(attention, GatedDeltaNet):
             raise ValueError(
-                f"{name}.layers.{index} should hold a megatron-core GatedDeltaNet, by linear_attention_freq, but its "
-                f"self_attention is a {type(attention).__name__}"
+                f"{name}.layers.{index} must hold megatron-core's GatedDeltaNet, because linear_attention_freq says "
+                f"so, but its self_attention is a {type(attention).__name__}"
             )
 
 

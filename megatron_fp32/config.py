@@ -1,4 +1,4 @@
-"""What is kept in fp32, as one validated value."""
+"""`Fp32Config`: what is kept in fp32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from megatron_fp32.ops.products.grad_precision import GradPrecision, check_grad_
 from megatron_fp32.validation import check_choice, check_count, check_flag
 
 FusedLoss = Literal["off", "recompute", "saved"]
-"""How a model's loss is computed: from logits; or without them, computed again or saved for the backward pass."""
+"""How a model computes its loss.
+
+- `"off"`: from logits.
+- `"recompute"`: without storing logits; the backward pass computes them again.
+- `"saved"`: the logits of this rank are saved for the backward pass.
+"""
 
 Weights = Literal["initialized", "loaded"]
 """Where the values of a built model come from: megatron-core's initialization, or a checkpoint."""
@@ -19,10 +24,11 @@ DEFAULT_KEPT_PARAMETERS = ("A_log", "out_norm.weight")
 
 
 def check_weights(value: object) -> None:
-    """Raise ValueError unless `value` is a `Weights`."""
+    """Raise ValueError unless `value` is one of `Weights`."""
     if value not in get_args(Weights):
         raise ValueError(
-            f"weights must be 'initialized' (A_log may be drawn again) or 'loaded' (it must not), got {value!r}"
+            "weights must be 'initialized' (A_log may be drawn again) or 'loaded' (A_log must keep its values), got "
+            f"{value!r}"
         )
 
 
@@ -31,51 +37,53 @@ class Fp32Config:
     """What `megatron_fp32` keeps in fp32.
 
     Raises:
-        ValueError: on construction, for a value outside of what a field allows.
-        TypeError: on construction, for a flag that is no bool, such as "false", or a size that is no int.
+        ValueError: on construction, for a value that a field does not allow.
+        TypeError: on construction, for a flag that is not a bool, such as "false", or a size that is not an int.
     """
 
     logits: bool = True
     """Compute the output layer's logits in fp32. `False` leaves megatron-core's layer untouched."""
 
     grad_precision: GradPrecision = "bf16"
-    """How many bits of dY, the gradient of the logits, the backward products see.
+    """How many bits of dY, the gradient of the logits, the backward products use.
 
-    `"bf16"` rounds dY once to the dtype of the weight, as Megatron does. `"bf16x2"` and `"bf16x3"` split it into two
-    and three 16-bit tensors, which keep 16 and 24 bits, at two and three times the cost of the backward products.
+    - `"bf16"` rounds dY once to the dtype of the weight, as Megatron does.
+    - `"bf16x2"` splits dY into two 16-bit tensors, which keep 16 bits. The backward products cost twice as much.
+    - `"bf16x3"` splits dY into three 16-bit tensors, which keep 24 bits. The backward products cost three times as
+      much.
     """
 
     invariant: bool = False
-    """Compute every logit in an order of summation that no batch, padding or tensor-parallel size changes.
+    """Compute every logit in one order of summation for every batch, padding and tensor-parallel size.
 
-    Given bit-equal hidden states, a token's logits are then bit-equal. Needs a weight and hidden states of 16 bits, and
-    on CUDA a device of compute capability 9.0 or newer. With `fused_loss` the losses and the gradient of the hidden
-    states have the same property; without, no gradient has.
+    For bit-equal hidden states, the logits of a token are then bit-equal. Needs a weight and hidden states of 16 bits,
+    and on CUDA a device of compute capability 9.0 or newer. With `fused_loss`, the losses and the gradient of the
+    hidden states are bit-equal, too; without `fused_loss`, gradients may differ in their last bits.
     """
 
     fused_loss: FusedLoss = "off"
     """Compute the loss from hidden states and weight, without `[tokens, vocab]` in memory.
 
-    `"recompute"` multiplies again in the backward pass, `"saved"` keeps this rank's fp32 logits for it. Where the model
-    is called without labels, or logits are gathered, they are computed. Needs `logits`, and an output layer without a
-    bias.
+    `"recompute"` multiplies again in the backward pass. `"saved"` saves this rank's fp32 logits for the backward pass.
+    A model that is called without labels, or whose logits are gathered, computes logits. Needs `logits=True` and an
+    output layer without a bias.
     """
 
     vocab_size: int | None = None
-    """Tokens of the vocabulary without Megatron's padding: `fused_loss` gives the rest no probability. None takes
-    padding for tokens, as Megatron's cross entropy does."""
+    """Size of the vocabulary without Megatron's padding rows, to which `fused_loss` then gives no probability. With
+    None, padding rows count as tokens, as in Megatron's cross entropy."""
 
     gated_delta_net: tuple[str, ...] = DEFAULT_KEPT_PARAMETERS
-    """Parameters of every gated-delta-net layer that stay fp32, named relative to the layer. Empty keeps none."""
+    """Names, within the layer, of the parameters of every gated-delta-net layer that stay fp32. () keeps none."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Fp32Config:
-        """The configuration in a section of a framework's own config, such as parsed YAML or an OmegaConf node.
+        """Read a section of a framework's own config, such as parsed YAML or an OmegaConf node.
 
-        `fused_loss: off` without quotes is False in YAML 1.1, and is taken for `"off"`.
+        `fused_loss: off` without quotes is False in YAML 1.1, and means `"off"` here.
 
         Args:
-            values: fields by name; a field that is left out has its default.
+            values: the value of each field, by the field's name. A missing field gets its default.
 
         Raises:
             ValueError: for a name that is not a field, or a value that the field does not allow.
@@ -103,7 +111,7 @@ class Fp32Config:
         check_flag("invariant", self.invariant)
         check_choice("fused_loss", self.fused_loss, get_args(FusedLoss))
         if self.fused_loss != "off" and not self.logits:
-            raise ValueError("fused_loss needs logits=True: it is the fp32 output layer that computes it")
+            raise ValueError("fused_loss needs logits=True, because the fp32 output layer computes it")
         if self.vocab_size is not None:
             check_count("vocab_size", self.vocab_size)
         if isinstance(self.gated_delta_net, list):

@@ -1,4 +1,4 @@
-"""The error that readers and converters of checkpoints raise, and what messages are made of."""
+"""The error that readers and converters of checkpoints raise, and helpers for its messages."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class CheckpointError(ValueError):
 
 
 def summary(error: BaseException, limit: int = 200) -> str:
-    """An error in at most `limit` characters and its class: a damaged file may put itself into the message."""
+    """The class of an error and its message, cut after `limit` characters: a message may quote a whole damaged file."""
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def listing(names: Sequence[str], limit: int = 8) -> str:
-    """The first `limit` names and the number of the others."""
+    """The first `limit` names, and how many more there are."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown}, and {len(names) - limit} more"
 

@@ -1,4 +1,4 @@
-"""Packages that only parts of this one need, and what to do where one is missing."""
+"""Optional packages, and the error for a missing one, with the command that installs it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _REMEDIES = {
     "triton": "pip install triton; torch's wheels for CUDA on Linux bring it along",
     "transformer_engine": "pip install 'transformer-engine[pytorch]', or build the model with transformer_impl='local'",
 }
-"""What installs each package, by the name that is imported."""
+"""How to install each package, by the name that is imported."""
 
 
 class MissingPackageError(ModuleNotFoundError):
-    """A package that is not installed, with the command that installs it."""
+    """An optional package is not installed. The message has the command that installs it."""
 
 
 @contextlib.contextmanager
 def remedy_named() -> Iterator[None]:
-    """Say how to install a package of an extra that an import inside the block does not find.
+    """Turn the error of an import of a missing optional package into one that says how to install it.
 
-    Every other ImportError passes as it is: a module that is missing inside an installed package is another fault.
+    Every other ImportError passes unchanged: a module that is missing inside an installed package is another fault.
 
     Raises:
         MissingPackageError: for a missing package of `megatron_fp32`'s extras.
@@ -37,7 +37,7 @@ def remedy_named() -> Iterator[None]:
     except MissingPackageError:
         raise
     except ModuleNotFoundError as error:
-        # "megatron" is a namespace that other distributions share: megatron.core alone can be missing, too.
+        # Other distributions share the namespace "megatron", so megatron.core can be missing where "megatron" is not.
         package = "megatron" if error.name == "megatron.core" else error.name
         if package not in _REMEDIES:
             raise

@@ -1,4 +1,4 @@
-"""Find the output layers of a built model, and know which of its chunks should have one."""
+"""Find the output layers of a built model, and which model chunks must have one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron.core.utils import unwrap_model
 from torch import nn
 
 Model = nn.Module | Sequence[nn.Module]
-"""A model, or the chunks of a (virtual) pipeline stage."""
+"""A model, or the list of model chunks of a pipeline stage."""
 
 
 def named_chunks(model: Model) -> list[tuple[str, nn.Module]]:
-    """(what its names begin with, chunk) of every chunk."""
+    """(prefix for names, chunk) of every model chunk. The prefix is empty where there is one chunk."""
     if isinstance(model, nn.Module):
         return [("", model)]
     chunks = list(model)
@@ -28,7 +28,7 @@ def named_chunks(model: Model) -> list[tuple[str, nn.Module]]:
 
 
 def find_output_layers(chunk: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """(name, the module that has it, the layer) of every `output_layer`, looked up inside of LoRA wrappers."""
+    """(name, parent module, layer) of every `output_layer`. For a LoRA wrapper, the layer is the wrapped one."""
     for name, layer in chunk.named_modules():
         parent, _, leaf = name.rpartition(".")
         if leaf != "output_layer":
@@ -41,15 +41,15 @@ def find_output_layers(chunk: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Mo
 
 
 def _inside(layer: nn.Module) -> tuple[str, nn.Module] | None:
-    """What a LoRA layer wraps: `to_wrap` in Megatron-Bridge, `base_layer` in PEFT."""
+    """(attribute, layer) that a LoRA wrapper wraps: `to_wrap` in Megatron-Bridge, `base_layer` in PEFT."""
     for attribute in ("to_wrap", "base_layer"):
         if isinstance(inner := getattr(layer, attribute, None), nn.Module):
             return attribute, inner
     return None
 
 
-def why_no_vocabulary_head(layer: nn.Module, owner: nn.Module) -> str | None:
-    """The reason why a layer is no projection onto the vocabulary; None when it is one."""
+def why_not_vocabulary_head(layer: nn.Module, owner: nn.Module) -> str | None:
+    """Why a layer does not project onto the vocabulary; None if it does."""
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
     rows, vocab = (
         getattr(layer, "output_size", getattr(layer, "out_features", None)),
@@ -64,18 +64,18 @@ def why_no_vocabulary_head(layer: nn.Module, owner: nn.Module) -> str | None:
     return None
 
 
-def expected_heads(chunks: list[tuple[str, nn.Module]]) -> list[tuple[str, str]]:
-    """Why chunks without an output layer need none, as (name, reason).
+def reasons_without_head(chunks: list[tuple[str, nn.Module]]) -> list[tuple[str, str]]:
+    """(name, reason) of chunks that do not need an output layer; the chunks have none.
 
     Raises:
-        ValueError: unless every one of them says so.
+        ValueError: when a chunk must have an output layer, or does not say whether it must.
     """
     bare = [(prefix, unwrap_model(chunk)) for prefix, chunk in chunks]
     encoders = [pair for pair in bare if getattr(pair[1], "add_decoder", True) is False]
-    left = [(f"{prefix}{type(chunk).__name__}", "an encoder without a decoder") for prefix, chunk in encoders]
+    skipped = [(f"{prefix}{type(chunk).__name__}", "an encoder without a decoder") for prefix, chunk in encoders]
     chunks = [pair for pair in bare if pair not in encoders]
     if not chunks:
-        return left
+        return skipped
     stages: list[tuple[str, Any]] = [
         (prefix + (name or type(module).__name__), module)
         for prefix, chunk in chunks
@@ -84,8 +84,8 @@ def expected_heads(chunks: list[tuple[str, nn.Module]]) -> list[tuple[str, str]]
     ]
     if not stages:
         raise ValueError("no module called output_layer, and no language model that says whether it should have one")
-    # A T5 encoder's last stage has none.
+    # The last pipeline stage of a T5 encoder does not have an output layer.
     missing = [name for name, module in stages if module.post_process and getattr(module, "add_decoder", True)]
     if missing:
         raise ValueError(f"no module called output_layer in {', '.join(missing)}, a last pipeline stage")
-    return left
+    return skipped

@@ -1,4 +1,4 @@
-"""Imported by every module of kernels, before Triton: where that is missing, the error says what to do."""
+"""Every module of kernels imports this before Triton: if Triton is missing, the error says what to do."""
 
 from __future__ import annotations
 

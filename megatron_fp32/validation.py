@@ -1,4 +1,4 @@
-"""Checks of arguments, for functions that people call: what was expected, what came, before any work is done."""
+"""Checks of arguments for public functions. Each error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise ValueError unless `value` is one of the words."""
+    """Raise ValueError unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is True or False: of other values, such as "false", the truth would be taken."""
+    """Raise TypeError unless `value` is True or False: Python would treat another value, such as "false", as True."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
@@ -28,7 +28,7 @@ def check_count(name: str, value: object, *, least: int = 1) -> None:
 
 
 def check_number(name: str, value: object, *, least: float = 0.0, positive: bool = False) -> None:
-    """Raise TypeError unless `value` is a number, ValueError when it is NaN, below `least`, or 0 and not `positive`."""
+    """Raise TypeError unless `value` is a number, ValueError if it is NaN, below `least`, or 0 with `positive`."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not value >= least or (positive and not value > 0):
@@ -36,7 +36,7 @@ def check_number(name: str, value: object, *, least: float = 0.0, positive: bool
 
 
 def check_finite(name: str, value: object, *, positive: bool = False) -> None:
-    """Raise TypeError unless `value` is a number, ValueError unless it is finite, and positive where it must be."""
+    """Raise TypeError unless `value` is a number, ValueError if it is not finite, or 0 or less with `positive`."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value) or (positive and value <= 0):
@@ -44,7 +44,7 @@ def check_finite(name: str, value: object, *, positive: bool = False) -> None:
 
 
 def check_path(name: str, value: object, *, optional: bool = False) -> None:
-    """Raise unless `value` is a path (None where it is optional).
+    """Check that `value` is a path, or None with `optional`.
 
     Raises:
         TypeError: for a value that is not a str or a Path.
@@ -61,6 +61,6 @@ def check_path(name: str, value: object, *, optional: bool = False) -> None:
 
 
 def check_callable(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is None or can be called."""
+    """Raise TypeError unless `value` is None or callable."""
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a function or None, got {value!r}")

@@ -56,7 +56,7 @@ class TestModels:
             (A_LOG, torch.bfloat16),
             (OUT_NORM, torch.bfloat16),
         ]
-        assert report.left == ()
+        assert report.skipped == ()
         assert {name for name, p in model.named_parameters() if p.dtype == torch.float32} == {A_LOG, OUT_NORM}
 
     def test_it_survives_wrapping_and_trains(self) -> None:
@@ -195,7 +195,7 @@ class TestLeft:
         model.output_layer = LinearForLastLayer(64, 1)
         report = apply_fp32(model, weights="initialized")
         assert report.output_layers == ()
-        ((name, reason),) = report.left
+        ((name, reason),) = report.skipped
         assert name == "output_layer"
         assert "a value head" in reason
         assert "LinearForLastLayer" in str(report)
@@ -204,14 +204,14 @@ class TestLeft:
     def test_a_linear_layer_as_wide_as_the_vocabulary_is_no_value_head(self) -> None:
         model = stock_model()
         model.output_layer = nn.Linear(64, 120)
-        with pytest.raises(TypeError, match=r"output_layer is a torch.nn.modules.linear.Linear, which is no Column"):
+        with pytest.raises(TypeError, match=r"output_layer is a torch.nn.modules.linear.Linear, which is not a Column"):
             apply_fp32(model, weights="initialized")
 
     def test_a_rank_with_an_encoder_alone(self) -> None:
         class VisionLanguage(nn.Module):
             add_decoder, language_model = False, None
 
-        assert apply_fp32([VisionLanguage()], weights="initialized").left == (
+        assert apply_fp32([VisionLanguage()], weights="initialized").skipped == (
             ("VisionLanguage", "an encoder without a decoder"),
         )
         check_fp32([VisionLanguage()])
@@ -222,7 +222,7 @@ class TestLeft:
 
         model = stock_model()
         model.output_layer = TELinear()
-        assert "a head of 5 outputs for a vocabulary of 120" in apply_fp32(model, weights="initialized").left[0][1]
+        assert "a head of 5 outputs for a vocabulary of 120" in apply_fp32(model, weights="initialized").skipped[0][1]
 
     def test_an_mxfp8_head_is_refused_and_nothing_is_changed(self) -> None:
         class TELMHeadColumnParallelLinear(nn.Module):
@@ -245,7 +245,7 @@ class TestLeft:
         model = stock_model()
         model.mixer = nn.Module()
         model.mixer.A_log = nn.Parameter(torch.zeros(4))
-        assert apply_fp32(model, weights="initialized").left == (
+        assert apply_fp32(model, weights="initialized").skipped == (
             ("mixer.A_log", "Module is not megatron-core's GatedDeltaNet; see keep_in_fp32"),
         )
 
@@ -272,7 +272,7 @@ class TestNothingMatched:
     def test_a_layer_that_should_be_a_gated_delta_net(self) -> None:
         model = stock_model()
         model.decoder.layers[0].self_attention = nn.Identity()
-        with pytest.raises(ValueError, match=r"decoder\.layers\.0 should hold .*GatedDeltaNet.* is a Identity"):
+        with pytest.raises(ValueError, match=r"decoder\.layers\.0 must hold .*GatedDeltaNet.* is a Identity"):
             apply_fp32(model, weights="initialized")
 
     def test_a_subclass_of_the_layer(self) -> None:

@@ -200,8 +200,8 @@ class TestWhatIsInTheDirectory:
 
     def test_a_source_that_is_a_hugging_face_checkpoint(self, hf: Path, megatron: Path, tmp_path: Path) -> None:
         message = _refused("export", megatron / "release", tmp_path / "out", "--source", hf)
-        assert f"{hf} holds no hf_source" in message
-        assert "is a Hugging Face checkpoint: run megatron-fp32 import, and pass what that makes" in message
+        assert f"{hf} does not hold hf_source" in message
+        assert "is a Hugging Face checkpoint: run megatron-fp32 import, and pass the directory that it makes" in message
 
     @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
     def test_weights_behind_a_link_that_leads_nowhere(self, hf: Path, original: Path, name: str) -> None:

@@ -1,1 +1,1 @@
-"""Checkpoint formats and the conversion between them. Nothing here imports Megatron."""
+"""Conversion, quantization, comparison and inspection of checkpoints. Modules here do not import Megatron."""

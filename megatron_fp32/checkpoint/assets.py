@@ -1,9 +1,9 @@
-"""The files of a checkpoint that are no weights, such as config and tokenizer: found first, copied later.
+"""Assets: the files of a checkpoint that do not hold weights, such as config and tokenizer.
 
-`assets_of` looks at everything before any work is done. A link in a Hugging Face directory is followed within the
-directory and, in a snapshot of the Hub's cache (`models--NAME/snapshots/REVISION`), to the cache's own `blobs`; its
-content is copied. Any other link is an error: whoever wrote it could have named any file of this machine, which would
-then be published with the export.
+`assets_of` checks all assets before any work is done. A link is followed if its target is in the Hugging Face
+directory, or, for a snapshot of the Hub's cache (`models--NAME/snapshots/REVISION`), in the cache's `blobs`. The
+content of the target is copied. Any other link is an error, because it could refer to any file of this machine, which
+an export would then publish.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ import stat
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePath
 
-from megatron_fp32.checkpoint.formats.directory import is_adapter_file, link_target, refuse_pointers
+from megatron_fp32.checkpoint.formats.directory_checks import is_adapter_file, link_target, refuse_pointers
 from megatron_fp32.checkpoint.formats.torch_dist import TRACKER
-from megatron_fp32.checkpoint.quantization_claims import CLAIM_FILES
+from megatron_fp32.checkpoint.quantization_entries import QUANTIZATION_FILES
 from megatron_fp32.errors import CheckpointError
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5")
-"""Ends of the names of weights."""
+"""Ends of the names of files with weights."""
 
 _MEGATRON = (".metadata", "metadata.json", TRACKER)
 
 _ITERATION = re.compile(r"iter_\d{7,}")
 
-_GENERATED = ("config.json", *CLAIM_FILES)
-"""Files that a conversion may write or take away itself."""
+_GENERATED = ("config.json", *QUANTIZATION_FILES)
+"""Files that a conversion may write or remove."""
 
 
 def assets_of(directory: Path) -> list[PurePath]:
-    """Files of a Hugging Face checkpoint that are no weights, and belong to no Megatron checkpoint inside of it.
+    """The assets of a Hugging Face checkpoint. Files of Megatron checkpoints in its subdirectories are left out.
 
     Args:
-        directory: of the checkpoint.
+        directory: the directory of the checkpoint.
 
     Returns:
-        paths relative to the directory, sorted.
+        Paths relative to the directory, sorted.
 
     Raises:
-        CheckpointError: naming a link that leads nowhere, out of the directory, or to a directory; a file that is not a
-            regular one; a file that cannot be read; a Git LFS pointer, which would be carried as if it were the file.
+        CheckpointError: naming a link that is broken, leaves the directory or refers to a directory; a file that is not
+            a regular file or cannot be read; or a Git LFS pointer.
     """
     root = directory.resolve()
     allowed = [root, (root.parent.parent / "blobs").resolve()] if root.parent.name == "snapshots" else [root]
@@ -50,27 +50,34 @@ def assets_of(directory: Path) -> list[PurePath]:
 
 
 def sidecar_assets_of(directory: Path) -> list[PurePath]:
-    """Files that an import has put into a sidecar's `assets`.
+    """The files in the `assets` directory of a sidecar.
 
     Raises:
-        CheckpointError: as `assets_of`, and for names that an import never puts there: those of weights would take the
-            place of exported ones.
+        CheckpointError: see `assets_of`; and for names that an import never writes there. For example, a file with
+            weights would replace an exported file.
     """
     if directory.is_symlink() or not directory.is_dir():
-        raise CheckpointError(f"{directory} must be a directory, as an import makes it")
+        raise CheckpointError(f"{directory} must be a directory that an import made")
     for path, _, files in os.walk(directory, onerror=_raise):
         parts = Path(path).relative_to(directory).parts
         wrong = [name for name in (*parts, *files) if name.lower().endswith(WEIGHTS)]
         wrong += [name for name in files if name.startswith(".unfinished-") or (not parts and is_adapter_file(name))]
         if wrong:
             raise CheckpointError(
-                f"{path} holds {wrong[0]!r}: an import puts neither weights nor an adapter among the assets. Delete it"
+                f"{path} holds {wrong[0]!r}, but an import writes neither weights nor an adapter into assets/: delete "
+                "that file"
             )
     return sorted(_found(directory, [directory.resolve()]))
 
 
 def copy_files(source: Path, places: Iterable[PurePath], target: Path) -> None:
-    """Copy the content of files, in directories that are made where they do not exist."""
+    """Copy files, and make the directories that they need.
+
+    Args:
+        source: the directory to copy from.
+        places: paths of the files, relative to `source`.
+        target: the directory to copy to.
+    """
     target.mkdir(exist_ok=True)
     for place in places:
         (target / place).parent.mkdir(parents=True, exist_ok=True)
@@ -85,13 +92,13 @@ def _found(directory: Path, allowed: list[Path]) -> list[PurePath]:
         if not is_top and _is_megatron(here, files):
             folders.clear()
             continue
-        # Hidden folders are those of git and of download caches.
+        # Hidden folders belong to git and to download caches.
         folders[:] = sorted(n for n in folders if not n.startswith(".") and not n.lower().endswith(WEIGHTS))
         for name in folders:
             if is_top and name.lower() in _GENERATED:
                 raise CheckpointError(f"{here / name} is a directory with the name of a file: rename or remove it")
             if (here / name).is_symlink():
-                raise CheckpointError(f"{here / name} is a link to a directory: remove it, or put a copy in its place")
+                raise CheckpointError(f"{here / name} is a link to a directory: remove it, or replace it by a copy")
         for name in files:
             if name.lower().endswith((*WEIGHTS, ".distcp")) or (name in _MEGATRON and _is_megatron(here, files)):
                 continue
@@ -102,10 +109,10 @@ def _found(directory: Path, allowed: list[Path]) -> list[PurePath]:
 
 
 def _is_megatron(directory: Path, files: Collection[str]) -> bool:
-    """It holds a `torch_dist` checkpoint, names one, or is what an import left beside one."""
+    """Whether a directory holds a `torch_dist` checkpoint or a tracker file, or is a sidecar."""
     if ".metadata" in files or TRACKER in files or any(name.endswith(".distcp") for name in files):
         return True
-    # The second is one that has lost its metadata, or never had any.
+    # A directory with the name of an iteration may be a checkpoint without metadata.
     return (directory.name == "hf_source" and "source.json" in files) or _ITERATION.fullmatch(
         directory.name
     ) is not None
@@ -127,8 +134,7 @@ def _check(path: Path, allowed: list[Path]) -> None:
     if not any(real.is_relative_to(place) for place in allowed):
         if path.is_symlink():
             raise CheckpointError(
-                f"{path} is a link to {link_target(path)}, outside of the directory: put a copy of the file in its "
-                "place"
+                f"{path} is a link to {link_target(path)}, outside of the directory: replace it by a copy of the file"
             )
         raise CheckpointError(f"{path} lies outside of {allowed[0]}")
     if not os.access(path, os.R_OK):

@@ -1,9 +1,11 @@
-"""Conversion between Hugging Face and Megatron: plan, stream, verify.
+"""Conversion between Hugging Face and Megatron checkpoints.
 
-The plan needs headers only and refuses what would not work. It is cut into parts, one file of the output each, which
-any number of processes work on; what is in memory is one mapping's tensors for each of them. Every tensor is read back
-from the disk and compared with what was meant before its part counts as done, and the output gets its name when all
-parts are. A conversion that was interrupted goes on where it ended.
+- The plan only reads headers, and refuses checkpoints that cannot be converted.
+- The work is cut into parts. Each part is one file of the output. Several processes can work on parts; each process has
+  the tensors of one mapping in memory.
+- Every tensor is read back from the disk and compared by digest before its part counts as done.
+- The output is renamed to its final name when all parts are done.
+- The same call resumes a conversion that was interrupted.
 """
 
 from __future__ import annotations
@@ -35,16 +37,17 @@ class ImportReport:
     """Tensors read from the Hugging Face checkpoint."""
     nbytes: int
     fp32_tensors: tuple[str, ...]
-    """Those that are stored as F32."""
+    """Names of the tensors that are F32."""
     carried: tuple[str, ...]
-    """Kept beside the checkpoint as they are, for the export."""
+    """Names of the tensors that were not converted but are kept in the sidecar, for an export."""
     left_out: tuple[str, ...]
-    quantization_claims: tuple[str, ...]
-    """Entries of `config.json`, and files beside it, that say how the weights are quantized, which they are not. The
-    sidecar keeps them; an export leaves them out."""
+    """Names of the tensors that were neither converted nor kept."""
+    quantization_entries: tuple[str, ...]
+    """Entries of `config.json`, and files next to it, that say that the weights are quantized, although they are not.
+    The sidecar keeps them; an export leaves them out."""
     other_frequencies: tuple[str, ...]
-    """Of those that are carried, stored rotary frequencies with other values than `config.json` gives. transformers
-    does not read them, and neither does Megatron."""
+    """Names of carried tensors with rotary frequencies that differ from those in `config.json`. Neither transformers
+    nor Megatron reads such tensors."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,22 +58,24 @@ class ExportReport:
     tensors: int
     nbytes: int
     unchanged: int
-    """Tensors equal byte for byte, dtype included, to those of the source."""
+    """Number of tensors that are equal to the source's, byte for byte and in dtype."""
     widened: tuple[str, ...]
-    """Trained in fp32 from a 16-bit source, and left as F32."""
+    """Tensors that were trained in fp32 from a 16-bit source and are exported as F32."""
     narrowed: tuple[str, ...]
-    """Trained in fp32 from a 16-bit source, and rounded to its dtype, as `dtype="source"` asks."""
+    """Tensors that were trained in fp32 from a 16-bit source and are rounded to its dtype, because of
+    `dtype="source"`."""
     rounded: tuple[str, ...]
-    """Fewer bits in the Megatron checkpoint than in the source. Empty unless `allow_rounded`."""
-    quantization_claims: tuple[str, ...]
-    """What the source's config said of a quantization that its weights did not have, and the export does not say."""
+    """Tensors with fewer bits in the Megatron checkpoint than in the source. Empty unless `allow_rounded`."""
+    quantization_entries: tuple[str, ...]
+    """Entries and files of the source that say that its weights are quantized, although they are not. The export does
+    not have them."""
     partial_blocks: tuple[str, ...]
-    """Block-wise float8 weights with rows or columns that are no multiple of the block's: not every reader takes their
-    scales as they are meant."""
+    """Block-wise float8 weights whose rows or columns are not a multiple of the block's. Some readers get the scales of
+    such weights wrong."""
     cut_rows: dict[str, CutRows]
-    """Rows of Megatron's embedding and head above the vocabulary that are not zero, and were not exported."""
+    """For each Megatron tensor, its rows above the vocabulary that are not zero. They were not exported."""
     cut_tokens: bool
-    """They are no padding that the softmax has trained, but tokens (see `checkpoint.vocabulary`)."""
+    """`cut_rows` cannot be padding rows, so they are tokens; see `weights.vocabulary`."""
 
 
 def import_checkpoint(
@@ -89,21 +94,23 @@ def import_checkpoint(
     Args:
         hf_dir: directory with `config.json` and safetensors files.
         out: directory to make; it must not exist.
-        text_only: `"drop"` vision and multi-token prediction.
-        vision: what to do with the vision part of a vision-language model: `"refuse"` it, `"carry"` its tensors beside
-            the checkpoint, from where an export takes them, or `"drop"` them.
-        mtp: what to do with multi-token prediction: `"convert"`, or as above.
-        max_part_bytes: a data file is closed before it grows past this, unless by one tensor alone.
-        workers: how many processes convert; more than one are spawned, so a script needs `if __name__ == "__main__"`.
-        progress: told of every tensor.
+        text_only: leave out the vision part and multi-token prediction: `vision="drop"` and `mtp="drop"`.
+        vision: what to do with the tensors of a vision part: `"refuse"` the checkpoint, `"carry"` them in the sidecar
+            for an export, or `"drop"` them.
+        mtp: what to do with the tensors of multi-token prediction: `"convert"` them to a Megatron MTP layer, `"carry"`
+            or `"drop"` them.
+        max_part_bytes: most bytes of tensors in a data file. A larger tensor gets a file of its own.
+        workers: number of processes. With more than one, processes are spawned, so a script needs
+            `if __name__ == "__main__"`.
+        progress: called after every tensor; see `ProgressCallback`.
 
     Raises:
-        CheckpointError: when the source is incomplete or damaged, or `out` exists. Nothing is left behind.
-        OSError: such as of a full disk; what is done stays in `.NAME.partial` beside `out`, and the same call goes on
-            from there.
-        ValueError: when `config.json` describes a model that is not supported, parts are to be both dropped and
-            carried, or an argument has a value that is not allowed.
-        TypeError: for an argument of another type. Both come before anything is read.
+        CheckpointError: when the source is incomplete or damaged, or `out` exists. No output is left.
+        OSError: for example when the disk is full. Finished parts stay in `.NAME.partial` next to `out`, and the same
+            call resumes from there.
+        ValueError: when `config.json` describes a model that is not supported, when `text_only` contradicts `vision` or
+            `mtp`, or when an argument has a value that is not allowed.
+        TypeError: for an argument of another type. Arguments are checked before any file is read.
     """
     check_path("hf_dir", hf_dir)
     check_path("out", out)
@@ -116,7 +123,7 @@ def import_checkpoint(
     if text_only and "carry" in (vision, mtp):
         raise ValueError(
             f"text_only=True drops vision and multi-token prediction, but vision={vision!r} and mtp={mtp!r} were "
-            "passed with it: leave out text_only=True, or what carries them"
+            "passed, too: leave out text_only=True or the argument with 'carry'"
         )
     if text_only:
         vision = mtp = "drop"
@@ -132,7 +139,7 @@ def import_checkpoint(
             fp32_tensors=tuple(n for n, t in source.items() if t.info.dtype == torch.float32),
             carried=job.plan.carried,
             left_out=job.plan.left_out,
-            quantization_claims=job.claims,
+            quantization_entries=job.quantization_entries,
             other_frequencies=job.other_frequencies(),
         )
 
@@ -152,26 +159,26 @@ def export_checkpoint(
 ) -> ExportReport:
     """Convert a Megatron `torch_dist` checkpoint, trained or not, into a Hugging Face checkpoint.
 
-    Every tensor leaves with the dtype that it came with. One that was trained in fp32 from a 16-bit source leaves as
-    F32, unless its values are still exact in the source's dtype, or `dtype` says otherwise.
+    Every tensor is exported with its dtype in the source. A tensor that was trained in fp32 from a 16-bit source is
+    exported as F32, unless its values are still exact in the source's dtype or `dtype="source"`.
 
     Args:
         megatron_dir: the checkpoint, or the directory whose tracker file names it.
         out: directory to make; it must not exist.
-        source: what the import made, when it does not lie beside `megatron_dir`.
-        allow_rounded: export tensors although the checkpoint holds fewer bits of them than the source did.
-        dtype: `"source"` rounds what was trained in fp32 to the source's dtype.
-        fp8: quantize the weights that this scheme names, on the way.
-        vocab_size: rows of the embedding and of the head to export, which become `vocab_size` in `config.json`; at
-            least the source's. None: the source's. Rows above it that are not zero are listed in `cut_rows`.
-        max_shard_bytes: a file is closed before it grows past this.
+        source: the directory that the import made, if there is no sidecar next to `megatron_dir`.
+        allow_rounded: also export tensors that have fewer bits in the checkpoint than in the source.
+        dtype: `"source"` rounds tensors that were trained in fp32 to the source's dtype.
+        fp8: quantize the weights during the export, in this format.
+        vocab_size: rows of the embedding and of the head to export. It becomes `vocab_size` in `config.json`, and must
+            be at least the source's, which None means. Rows above it that are not zero are listed in `cut_rows`.
+        max_shard_bytes: most bytes of tensors in a file. A larger tensor gets a file of its own.
         workers: see `import_checkpoint`.
-        progress: told of every tensor.
+        progress: called after every tensor; see `ProgressCallback`.
 
     Raises:
-        CheckpointError: for missing, unexpected or misshapen tensors, for rounded ones, and when there is no sidecar.
-            Nothing is left behind.
-        OSError: as `import_checkpoint`.
+        CheckpointError: for missing, unexpected, misshapen or rounded tensors, and when there is no sidecar. No output
+            is left.
+        OSError: see `import_checkpoint`.
         ValueError: for an argument with a value that is not allowed, and for infinite or NaN weights that are to be
             quantized.
         TypeError: for an argument of another type.
@@ -210,7 +217,7 @@ def export_checkpoint(
             widened=widened if dtype == "trained" else (),
             narrowed=widened if dtype == "source" else (),
             rounded=job.dtypes.rounded,
-            quantization_claims=job.claims,
+            quantization_entries=job.quantization_entries,
             partial_blocks=() if fp8 is None else partial_blocks(job.infos, fp8),
             cut_rows=cut_rows,
             cut_tokens=not is_padding(cut_rows, tied=job.plan.config.tie_word_embeddings),

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from headers and metadata alone: no tensor is read."""
+"""Reports what a checkpoint holds. It reads headers and metadata, but no tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ import torch
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.fp8.detect import read_quantization_config, scheme_of_tensors
-from megatron_fp32.checkpoint.identify import Kind, adapter_files, kind_of, model_tensors, read_config, sidecar_of
+from megatron_fp32.checkpoint.identify import (
+    CheckpointKind,
+    adapter_files,
+    checkpoint_kind,
+    model_tensors,
+    read_config,
+    sidecar_of,
+)
 from megatron_fp32.checkpoint.sidecar import Sidecar
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.validation import check_path
@@ -29,7 +36,7 @@ _ITERATION = re.compile(r"iter_(\d+)")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DtypeTotal:
-    """Everything that a checkpoint holds in one dtype."""
+    """Totals of all tensors with one dtype."""
 
     tensors: int
     parameters: int
@@ -38,55 +45,59 @@ class DtypeTotal:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MegatronDetails:
-    """What only a Megatron checkpoint has."""
+    """Details of a Megatron checkpoint."""
 
     iteration: int | None
-    """As its directory is called; None for `release` and other names."""
+    """The iteration in the name of its directory; None for `release` and other names."""
     release: bool
-    """Its directory is called `release`: it starts a training run."""
+    """Its directory is named `release`: a training run starts from it at step 0."""
     optimizer: bool
-    """Optimizer states are there."""
+    """It has optimizer states."""
     other_entries: int
-    """Entries that are no weights: optimizer, generators, common state, `_extra_state`."""
+    """Number of entries that are not weights, such as optimizer, generators, common state and `_extra_state`."""
     stacked_layers: bool
-    """One tensor holds all layers of a kind."""
+    """The decoder's layers are stacked: each tensor holds all layers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SidecarDetails:
-    """What an import left beside a Megatron checkpoint."""
+    """Details of the sidecar of a Megatron checkpoint."""
 
     path: Path
     tensors: int
-    """Hugging Face tensors that were converted."""
+    """Number of Hugging Face tensors that were converted."""
     carried: int
+    """Number of Hugging Face tensors that the sidecar holds."""
     left_out: int
+    """Number of Hugging Face tensors that were neither converted nor kept."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What a checkpoint holds. Everything about tensors is about those of the model."""
+    """What a checkpoint holds. Facts about tensors are about the tensors of the model."""
 
     path: Path
-    """Where its files are."""
-    kind: Kind
+    """The directory with the files."""
+    kind: CheckpointKind
     model_type: str | None
-    """Of the text model. None where no `config.json` says."""
+    """`model_type` of the text model. None without a `config.json`."""
     family: str | None
-    """None when it cannot be converted."""
+    """Name of the family. None if the model cannot be converted."""
     tensors: Mapping[str, TensorInfo]
     files: Mapping[str, int]
     """Sizes in bytes of the files with weights."""
     multi_token_prediction: bool
-    """MTP tensors are there, converted or carried."""
+    """The checkpoint, or its sidecar, has MTP tensors."""
     vision: bool
-    """Vision tensors are there, or carried."""
+    """The checkpoint, or its sidecar, has vision tensors."""
     float8: str | None
-    """Layout and format of the scales, or why they are unknown; None where nothing is float8."""
+    """The FP8 scheme, or why it is unknown. None if no tensor is float8."""
     adapter: tuple[str, ...]
-    """Files of an adapter beside the weights, which transformers would add to them."""
+    """Files of an adapter in the directory, which transformers would add to the weights."""
     megatron: MegatronDetails | None
+    """None for a Hugging Face checkpoint."""
     sidecar: SidecarDetails | None
+    """None if there is no sidecar."""
 
     @property
     def parameters(self) -> int:
@@ -95,12 +106,12 @@ class Inspection:
 
     @property
     def nbytes(self) -> int:
-        """Size of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
     def by_dtype(self) -> dict[torch.dtype, DtypeTotal]:
-        """Totals, the largest first."""
+        """Totals for each dtype, largest in bytes first."""
         infos: dict[torch.dtype, list[TensorInfo]] = {}
         for info in self.tensors.values():
             infos.setdefault(info.dtype, []).append(info)
@@ -116,11 +127,11 @@ class Inspection:
 
     @property
     def fp32_tensors(self) -> tuple[str, ...]:
-        """Names of those in fp32."""
+        """Names of the fp32 tensors."""
         return tuple(name for name, info in self.tensors.items() if info.dtype == torch.float32)
 
     def as_json(self) -> dict[str, Any]:
-        """For `json.dumps`, without the list of all tensors. Dtypes have safetensors' names."""
+        """The content for `json.dumps`, without the list of all tensors. Dtypes have safetensors' names."""
         content = dataclasses.asdict(dataclasses.replace(self, tensors={}))
         content["path"] = str(self.path)
         if self.sidecar:
@@ -133,20 +144,20 @@ class Inspection:
 
 
 def inspect_checkpoint(path: str | Path, *, source: str | Path | None = None) -> Inspection:
-    """Look at a checkpoint.
+    """Report what a checkpoint holds. No tensor is read.
 
     Args:
         path: a directory with `model.safetensors` or its index, or a `torch_dist` checkpoint.
-        source: what an import made, for a Megatron checkpoint that a trainer saved elsewhere.
+        source: the directory that the import made, for a Megatron checkpoint that a trainer saved elsewhere.
 
     Raises:
-        CheckpointError: when it cannot be read.
+        CheckpointError: when the checkpoint cannot be read.
         ValueError: when `source` is given for a Hugging Face checkpoint.
     """
     check_path("path", path)
     check_path("source", source, optional=True)
     path = Path(path)
-    if kind_of(path) == "megatron":
+    if checkpoint_kind(path) == "megatron":
         return _inspect_megatron(path, source)
     if source is not None:
         raise ValueError(f"source must be left out, because {path} is not a Megatron checkpoint")
@@ -221,7 +232,7 @@ def _model_type(config: dict[str, Any]) -> str | None:
 def _family(config: dict[str, Any]) -> str | None:
     try:
         return find_family(config).name
-    except ValueError:  # an answer here: the checkpoint is of none
+    except ValueError:  # the checkpoint belongs to no supported family
         return None
 
 

@@ -1,4 +1,4 @@
-"""What an import will do, decided from headers alone: no tensor is read."""
+"""The plan of an import, decided from headers. No tensor is read."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from megatron_fp32.weights.tensors import DTYPE_NAMES, TensorInfo
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportPlan(ModelMap):
-    """What an import reads and writes."""
+    """The mappings of an import, and the tensors that are not converted."""
 
     carried: tuple[str, ...]
-    """Hugging Face tensors that are kept beside the checkpoint as they are."""
+    """Hugging Face tensors that are kept in the sidecar without conversion."""
     left_out: tuple[str, ...]
+    """Hugging Face tensors that are neither converted nor kept."""
     frequencies: tuple[str, ...]
-    """Of those that are carried, stored rotary frequencies: they follow from `config.json`."""
+    """The carried tensors that hold rotary frequencies, which can be computed from `config.json`."""
 
 
 def plan_import(
     hf_config: dict[str, Any], hf: Mapping[str, TensorInfo], *, vision: Vision = "refuse", mtp: Mtp = "convert"
 ) -> ImportPlan:
-    """What an import of a Hugging Face checkpoint does.
+    """Plan the import of a Hugging Face checkpoint.
 
     Args:
         hf_config: parsed `config.json`.
         hf: every tensor of the checkpoint.
-        vision, mtp: what to do with these parts.
+        vision, mtp: see `import_checkpoint`.
 
     Raises:
-        CheckpointError: naming every tensor that does not fit the configuration.
+        CheckpointError: naming every tensor that does not match the configuration.
         ValueError: for a model that is not supported.
     """
     parts: tuple[tuple[str | tuple[str, ...], str], ...] = ((VISION, vision), (MTP, mtp))
@@ -53,7 +54,7 @@ def plan_import(
     if refused:
         raise CheckpointError(
             f"{len(refused)} tensors of its vision part cannot be converted: {listing(refused)}. Pass vision='carry' "
-            "to keep them in hf_source/ for the export, or vision='drop' or text_only=True to leave them out"
+            "to keep them in hf_source/ for an export, or pass vision='drop' or text_only=True to leave them out"
         )
     converted = {name: info for name, info in hf.items() if name not in {*carried, *dropped}}
     _refuse_quantized(converted)
@@ -76,7 +77,7 @@ def _refuse_quantized(tensors: Mapping[str, TensorInfo]) -> None:
 
 
 def _dtype_problems(model: ModelMap, hf: Mapping[str, TensorInfo]) -> list[str]:
-    """A Megatron tensor has one dtype, whatever it is put together from."""
+    """Messages for Megatron tensors whose Hugging Face tensors have several dtypes, or a dtype below 16 bits."""
     sources: dict[str, dict[str, torch.dtype]] = {}
     for mapping in model.mappings:
         dtypes = {spec.name: hf[spec.name].dtype for spec in mapping.hf if spec.name in hf}
@@ -96,7 +97,7 @@ def _dtype_problems(model: ModelMap, hf: Mapping[str, TensorInfo]) -> list[str]:
 
 
 def megatron_args(config: DecoderConfig) -> Namespace:
-    """What Megatron compares between a checkpoint and its command line (megatron/training/checkpointing.py)."""
+    """The arguments that Megatron compares with its command line (megatron/training/checkpointing.py)."""
     return Namespace(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,

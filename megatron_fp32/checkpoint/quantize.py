@@ -1,4 +1,4 @@
-"""Quantization of a 16-bit Hugging Face checkpoint to float8."""
+"""Quantizes a Hugging Face checkpoint of 16 bits or more to float8."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ class Fp8Report:
     scheme: Fp8Scheme
     quantized: tuple[str, ...]
     """Names of the float8 weights."""
-    kept: tuple[str, ...]
-    """Names of the tensors that are as they were."""
-    quantization_claims: tuple[str, ...]
-    """Files of the source that told of another quantization, and were left out."""
+    unchanged: tuple[str, ...]
+    """Names of the tensors that were not changed."""
+    quantization_entries: tuple[str, ...]
+    """Files of the source that describe another quantization, and were left out."""
     partial_blocks: tuple[str, ...]
-    """Block-wise float8 weights with rows or columns that are no multiple of the block's: not every reader takes their
-    scales as they are meant."""
+    """Block-wise float8 weights whose rows or columns are not a multiple of the block's. Some readers get the scales of
+    such weights wrong."""
     nbytes: int
+    """Size of all tensors of the FP8 checkpoint in bytes."""
     source_nbytes: int
+    """Size of all tensors of the source in bytes."""
 
 
 def quantize_checkpoint(
@@ -46,27 +48,26 @@ def quantize_checkpoint(
     workers: int = 1,
     progress: ProgressCallback | None = None,
 ) -> Fp8Report:
-    """Quantize a Hugging Face checkpoint; one tensor of it is in memory at a time.
+    """Quantize a Hugging Face checkpoint, with one tensor in memory at a time.
 
-    Tensors that are not quantized keep their bytes, and files that are no weights are copied, but for `config.json`,
-    which gets its `quantization_config`. The result is read back and compared with what was written before it gets its
-    name.
+    Tensors that are not quantized keep their bytes. Assets are copied, and `config.json` gets a `quantization_config`.
+    Every tensor is read back from the disk and compared before the output is renamed to its final name.
 
     Args:
         hf_dir: directory with `config.json` and safetensors files.
         out: directory to make; it must not exist.
-        scheme: the format, or the name of one.
-        device: where to quantize. It does not change the result.
-        max_shard_bytes: a file is closed before it grows past this.
+        scheme: the format, or its name.
+        device: the device to quantize on. The result does not depend on it.
+        max_shard_bytes: most bytes of tensors in a file. A larger tensor gets a file of its own.
         workers: see `import_checkpoint`.
-        progress: told of every tensor.
+        progress: called after every tensor; see `ProgressCallback`.
 
     Raises:
-        CheckpointError: when the source is incomplete, or quantized already, or nothing of it is to be quantized.
-            Nothing is left behind.
-        OSError: as `import_checkpoint`.
-        ValueError: for an unknown scheme, a device that is not there, another argument with a value that is not
-            allowed, and for infinite or NaN weights, with the name.
+        CheckpointError: when the source is incomplete or quantized already, or has no weight that the scheme
+            quantizes. No output is left.
+        OSError: see `import_checkpoint`.
+        ValueError: for an unknown scheme, a device that cannot be used, an argument with a value that is not allowed,
+            and infinite or NaN weights, with the name of the weight.
         TypeError: for an argument of another type.
     """
     check_path("hf_dir", hf_dir)
@@ -86,8 +87,8 @@ def quantize_checkpoint(
             directory=Path(out),
             scheme=scheme,
             quantized=tuple(name for name, info in job.infos.items() if info.dtype == torch.float8_e4m3fn),
-            kept=tuple(name for name, info in job.infos.items() if job.reader.tensors.get(name) == info),
-            quantization_claims=job.claims,
+            unchanged=tuple(name for name, info in job.infos.items() if job.reader.tensors.get(name) == info),
+            quantization_entries=job.quantization_entries,
             partial_blocks=partial_blocks(job.infos, scheme),
             nbytes=sum(info.nbytes for info in job.infos.values()),
             source_nbytes=sum(info.nbytes for info in job.reader.tensors.values()),
@@ -98,7 +99,7 @@ def _check_device(device: torch.device | str) -> None:
     try:
         place = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {device!r}") from error
+        raise ValueError(f"device must be a device of torch, such as 'cpu' or 'cuda:0', got {device!r}") from error
     try:
         torch.zeros(1, device=place).cpu()
     except (RuntimeError, AssertionError) as error:

@@ -1,9 +1,9 @@
-"""What an import leaves beside a Megatron checkpoint, so that an export can give back what came.
+"""The sidecar: the directory `hf_source/` that an import writes next to a Megatron checkpoint, and an export needs.
 
-`hf_source/` holds `source.json` (family, and dtype, shape and digest of every tensor), `originals/` (the
-exact values of tensors whose change of layout cannot be undone), `carried/` (tensors that are not converted, such as
-those of a vision part), and `assets/` (config, tokenizer and every other file of the Hugging Face directory that is no
-weights, byte for byte).
+- `source.json`: the family, and dtype, shape and digest of every Hugging Face tensor.
+- `originals/`: exact values of tensors whose conversion cannot be undone exactly.
+- `carried/`: tensors that were not converted, such as the tensors of a vision part.
+- `assets/`: config, tokenizer and all other files of the Hugging Face directory that do not hold weights.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from megatron_fp32.checkpoint.assets import assets_of, copy_files, sidecar_assets_of
 from megatron_fp32.checkpoint.formats.digests import Digests, compare, digest
-from megatron_fp32.checkpoint.formats.directory import existing_directory, refuse_pointers
-from megatron_fp32.checkpoint.formats.files import read_json_object
+from megatron_fp32.checkpoint.formats.directory_checks import existing_directory, refuse_pointers
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
+from megatron_fp32.checkpoint.formats.json_file import read_json_object
 from megatron_fp32.checkpoint.formats.safetensors_writer import HuggingFaceWriter
 from megatron_fp32.checkpoint.formats.torch_dist import find_checkpoint
 from megatron_fp32.checkpoint.jobs.staging import Staging
@@ -36,14 +36,15 @@ DIRECTORY = "hf_source"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sidecar(SourceRecord):
-    """A `hf_source` directory."""
+    """A sidecar: the directory `hf_source`."""
 
     directory: Path
     tensors: Mapping[str, SourceTensor]
+    """Tensors of the source that were converted."""
     carried: Mapping[str, SourceTensor]
-    """Tensors of the source that were not converted but kept here."""
+    """Tensors of the source that were not converted but are kept in the sidecar."""
     left_out: tuple[str, ...]
-    """Tensors of the source that the import left out, as it was told to."""
+    """Names of tensors of the source that were neither converted nor kept."""
 
     @property
     def hf_config(self) -> dict[str, Any]:
@@ -53,7 +54,7 @@ class Sidecar(SourceRecord):
         return read_json_object(path, finite=False)
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise where `source.json` gives a tensor another shape than the config beside it.
+        """Check that `source.json` and `assets/config.json` agree about the shapes of tensors.
 
         Raises:
             CheckpointError: naming the file, the tensor and both shapes.
@@ -61,13 +62,17 @@ class Sidecar(SourceRecord):
         for name, source in self.tensors.items():
             if name in shapes and source.info.shape != shapes[name]:
                 raise CheckpointError(
-                    f"{self.directory / 'source.json'} gives {name!r} the shape {source.info.shape}, and by assets/"
-                    f"config.json beside it the shape is {shapes[name]}: one of the two files was changed after the "
+                    f"{self.directory / 'source.json'} gives {name!r} the shape {source.info.shape}, but assets/"
+                    f"config.json gives it the shape {shapes[name]}: one of the two files was changed after the "
                     "import. Import the Hugging Face checkpoint again, and pass the result as source=DIR"
                 )
 
     def originals(self) -> dict[str, Tensor]:
-        """The tensors whose change of layout cannot be undone, as they came."""
+        """The source's tensors whose conversion cannot be undone exactly.
+
+        Raises:
+            CheckpointError: when they are damaged.
+        """
         path = self.directory / "originals"
         if not path.is_dir():
             return {}
@@ -75,59 +80,67 @@ class Sidecar(SourceRecord):
             tensors = {name: reader.read(name) for name in reader.tensors}
         damaged = [n for n, t in tensors.items() if n not in self.tensors or digest(t) != self.tensors[n].digest]
         if damaged:
-            raise CheckpointError(f"{path} is damaged: {damaged} are not what was imported")
+            raise CheckpointError(f"{path} is damaged: the values of {damaged} have changed since the import")
         return tensors
 
     @contextlib.contextmanager
     def open_carried(self) -> Iterator[CarriedTensors]:
-        """What was kept, for reading one tensor at a time."""
+        """Open the carried tensors, for reading one tensor at a time.
+
+        Raises:
+            CheckpointError: when `carried/` and `source.json` do not list the same tensors.
+        """
         if not self.carried:
             if (self.directory / "carried").exists():
                 raise CheckpointError(
-                    f"{self.directory / 'source.json'} is damaged: it does not list what carried/ holds"
+                    f"{self.directory / 'source.json'} is damaged: it does not list the tensors in carried/"
                 )
             yield CarriedTensors(self, None)
             return
         with HuggingFaceReader(self.directory / "carried") as reader:
             if reader.tensors != {name: tensor.info for name, tensor in self.carried.items()}:
-                raise CheckpointError(f"{reader.directory} is damaged: other tensors than were kept")
+                raise CheckpointError(
+                    f"{reader.directory} is damaged: its tensors are not those that source.json lists"
+                )
             yield CarriedTensors(self, reader)
 
     def copy_assets(self, directory: Path) -> None:
-        """Put the files that are no weights into `directory`.
+        """Copy the assets into `directory`.
 
         Raises:
-            CheckpointError: as `check_assets`.
+            CheckpointError: see `check_assets`.
         """
         copy_files(self.directory / "assets", self.check_assets(), directory)
 
     def check_assets(self) -> list[PurePath]:
-        """The files that are no weights, by their paths in `assets`.
+        """The assets, as paths relative to `assets/`.
 
         Raises:
-            CheckpointError: when `assets` holds what an import never puts there, such as weights and links that leave
-                the directory.
+            CheckpointError: when `assets/` has a file that an import never writes there, such as weights, or a link
+                that leaves the directory.
         """
         return sidecar_assets_of(self.directory / "assets")
 
 
 class CarriedTensors:
-    """Tensors that an import kept beside the checkpoint."""
+    """Reads the carried tensors of a sidecar."""
 
     def __init__(self, sidecar: Sidecar, reader: HuggingFaceReader | None) -> None:
         self._sidecar = sidecar
         self._reader = reader
 
     def read(self, name: str) -> Tensor:
-        """The tensor, as it came.
+        """Read a tensor.
 
         Raises:
-            CheckpointError: when its values have changed.
+            CheckpointError: when its values have changed since the import.
         """
         assert self._reader is not None
         tensor = self._reader.read(name)
         if digest(tensor) != self._sidecar.carried[name].digest:
-            raise CheckpointError(f"{self._reader.directory} is damaged: {name!r} is not what was imported")
+            raise CheckpointError(
+                f"{self._reader.directory} is damaged: the values of {name!r} have changed since the import"
+            )
         return tensor
 
 
@@ -139,17 +152,17 @@ def write_sidecar(
     tensors: Mapping[str, SourceTensor],
     originals: Mapping[str, Tensor],
 ) -> None:
-    """Make `hf_source`.
+    """Write the sidecar.
 
     Args:
-        staging: of the import.
-        reader: of the Hugging Face checkpoint.
-        plan: of the import.
-        tensors: those that were converted.
-        originals: exact values of those whose change of layout cannot be undone.
+        staging: the staging directory of the import.
+        reader: the reader of the Hugging Face checkpoint.
+        plan: the plan of the import.
+        tensors: the tensors that were converted.
+        originals: exact values of tensors whose conversion cannot be undone exactly.
     """
     directory = staging.output / DIRECTORY
-    # What a run that was interrupted here has left.
+    # An interrupted run may have left files here.
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     copy_files(reader.directory, assets_of(reader.directory), directory / "assets")
@@ -174,22 +187,22 @@ def write_sidecar(
 
 def _write_tensors(directory: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> None:
     directory.mkdir()
-    writer, meant = HuggingFaceWriter(directory, infos), {}
+    writer, digests = HuggingFaceWriter(directory, infos), {}
     for name in infos:
         tensor = read(name)
         writer.write(name, tensor)
-        meant[name] = digest(tensor)
+        digests[name] = digest(tensor)
     writer.finish()
     with HuggingFaceReader(directory) as written:
-        for name, expected in meant.items():
+        for name, expected in digests.items():
             compare(digest(written.read(name)), expected, directory, name)
 
 
 def find_sidecar(megatron_dir: str | Path, source: str | Path | None = None) -> Sidecar:
-    """The sidecar that `source` names, or that lies in or beside a Megatron checkpoint.
+    """The sidecar in `source`, or in or next to a Megatron checkpoint.
 
     Raises:
-        CheckpointError: when there is none, or it is damaged.
+        CheckpointError: when there is no sidecar, or it is damaged.
     """
     if source is not None:
         existing_directory(source)
@@ -200,10 +213,13 @@ def find_sidecar(megatron_dir: str | Path, source: str | Path | None = None) -> 
     if source is not None:
         kind = ""
         if any((Path(source) / name).is_file() for name in ("config.json", "model.safetensors")):
-            kind = f" ({source} is a Hugging Face checkpoint: run megatron-fp32 import, and pass what that makes)"
+            kind = (
+                f" ({source} is a Hugging Face checkpoint: run megatron-fp32 import, and pass the directory that it "
+                "makes)"
+            )
         raise CheckpointError(
-            f"{source} holds no {DIRECTORY}: the source must be a directory that an import made, or the {DIRECTORY} in "
-            f"one{kind}"
+            f"{source} does not hold {DIRECTORY}: the source must be a directory that an import made, or the "
+            f"{DIRECTORY} in such a directory{kind}"
         )
     raise CheckpointError(
         f"there is no {DIRECTORY} in or next to {megatron_dir}. A checkpoint that a trainer saved does not hold its "

@@ -11,7 +11,7 @@ import click
 
 from megatron_fp32.cli import options
 from megatron_fp32.cli.progress import progress
-from megatron_fp32.cli.report import print_claims, print_partial_blocks
+from megatron_fp32.cli.report import print_partial_blocks, print_quantization_entries
 from megatron_fp32.cli.terminal import console, errors_exit, print_json
 from megatron_fp32.weights.choices import ExportDtype, Fp8Format
 
@@ -107,7 +107,7 @@ def _print_report(report: ExportReport) -> None:
     ):
         if names:
             out.print(f"{what}: {', '.join(names)}")
-    print_claims(report.quantization_claims)
+    print_quantization_entries(report.quantization_entries)
     print_partial_blocks(report.partial_blocks)
     for name, cut in report.cut_rows.items():
         out.print(f"not exported: {cut.rows} rows of {name} above the vocabulary that are not zero")

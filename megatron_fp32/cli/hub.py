@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from megatron_fp32.checkpoint.formats.directory import HUB_ID
+from megatron_fp32.checkpoint.formats.directory_checks import HUB_ID
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.extras import missing, remedy_named
 

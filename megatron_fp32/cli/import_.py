@@ -11,7 +11,7 @@ import click
 from megatron_fp32.cli import options
 from megatron_fp32.cli.hub import HubId, local
 from megatron_fp32.cli.progress import progress
-from megatron_fp32.cli.report import print_claims
+from megatron_fp32.cli.report import print_quantization_entries
 from megatron_fp32.cli.terminal import console, errors_exit, print_json
 from megatron_fp32.weights.choices import PART_BYTES, Mtp, Vision
 
@@ -101,4 +101,4 @@ def _print_report(report: ImportReport) -> None:
         out.print(f"left out, as asked ({len(report.left_out)}):")
         for name in report.left_out:
             out.print(f"  {name}")
-    print_claims(report.quantization_claims, "will be left out of exports")
+    print_quantization_entries(report.quantization_entries, "will be left out of exports")

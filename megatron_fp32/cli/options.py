@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megatron_fp32.checkpoint.formats.directory import hub_hint
+from megatron_fp32.checkpoint.formats.directory_checks import hub_hint
 from megatron_fp32.cli.hub import HubId, parse_hub_id, why_not_fetched
 from megatron_fp32.weights.choices import SHARD_BYTES, Fp8Format
 

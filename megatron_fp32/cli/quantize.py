@@ -11,7 +11,7 @@ import click
 from megatron_fp32.cli import options
 from megatron_fp32.cli.hub import HubId, local
 from megatron_fp32.cli.progress import progress
-from megatron_fp32.cli.report import print_claims, print_partial_blocks
+from megatron_fp32.cli.report import print_partial_blocks, print_quantization_entries
 from megatron_fp32.cli.terminal import console, errors_exit, print_json
 from megatron_fp32.weights.choices import Fp8Format
 
@@ -68,8 +68,9 @@ def command(
         print_json(dataclasses.asdict(report))
         return
     console().print(
-        f"{report.directory}: {len(report.quantized)} weights in float8 ({report.scheme.format}), {len(report.kept)} "
-        f"tensors as they were; {report.nbytes:,} bytes of {report.source_nbytes:,}, each tensor read back and equal"
+        f"{report.directory}: {len(report.quantized)} weights in float8 ({report.scheme.format}), "
+        f"{len(report.unchanged)} tensors as they were; {report.nbytes:,} bytes of {report.source_nbytes:,}, each "
+        "tensor read back and equal"
     )
-    print_claims(report.quantization_claims)
+    print_quantization_entries(report.quantization_entries)
     print_partial_blocks(report.partial_blocks)

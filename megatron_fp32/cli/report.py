@@ -6,10 +6,10 @@ from megatron_fp32.cli.terminal import console
 from megatron_fp32.errors import listing
 
 
-def print_claims(claims: tuple[str, ...], done: str = "left out") -> None:
+def print_quantization_entries(entries: tuple[str, ...], done: str = "left out") -> None:
     """Say which entries and files of the source describe a quantization that its weights do not have."""
-    if claims:
-        console().print(f"{done}, because the weights are not quantized as it says: {', '.join(claims)}")
+    if entries:
+        console().print(f"{done}, because the weights are not quantized as it says: {', '.join(entries)}")
 
 
 def print_partial_blocks(names: tuple[str, ...]) -> None:

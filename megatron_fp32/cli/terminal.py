@@ -14,7 +14,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from megatron_fp32.checkpoint.formats.directory import staging_directory
+from megatron_fp32.checkpoint.formats.directory_checks import staging_directory
 from megatron_fp32.cli.flags import all_options, with_flags
 from megatron_fp32.extras import MissingPackageError
 

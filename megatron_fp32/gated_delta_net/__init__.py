@@ -1,1 +1,1 @@
-"""GatedDeltaNet with fp32 parameters, and the norm that megatron-core's local spec lacks."""
+"""GatedDeltaNet with fp32 parameters, and a norm that megatron-core's local spec does not have."""

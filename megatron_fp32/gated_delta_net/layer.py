@@ -1,7 +1,10 @@
 """Gated delta net whose `A_log` and `out_norm` are fp32 from construction on.
 
-Stock megatron-core draws `A_log` and takes its logarithm in `params_dtype`, rounds both parameters in Float16Module,
-and (without sequence parallel) trains `out_norm` with a gradient that saw only the local heads (Megatron-LM#7452).
+Stock megatron-core differs in three ways:
+
+- It draws `A_log`, and takes its logarithm, in `params_dtype`.
+- Float16Module rounds both parameters.
+- Without sequence parallelism, the gradient of `out_norm` only covers the local heads (Megatron-LM#7452).
 """
 
 from __future__ import annotations
@@ -35,22 +38,23 @@ from megatron_fp32.kept_parameters.keep_in_fp32 import (
 )
 
 VARIANTS = ("gated_delta_net", "gdn")
-"""What `experimental_attention_variant` calls these layers: up to 0.19.2, and on main, which renames the former."""
+"""Values of `experimental_attention_variant` for these layers: up to megatron-core 0.19.2, and on its main branch."""
 
 
 class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
     """`GatedDeltaNet` with kept fp32 parameters and the right gradient for `out_norm`.
 
     Args:
-        fp32_parameters: what to keep, relative to the layer. `dt_bias` stays in `params_dtype` unless it is named, as
-            in the released checkpoints. The forward pass takes no other parameter in fp32 (`GATED_DELTA_NET_TAKES`).
-        *args, **kwargs: those of `GatedDeltaNet`.
+        fp32_parameters: names, within the layer, of the parameters to keep in fp32. `dt_bias` stays in `params_dtype`
+            unless you name it, as in the released checkpoints. The forward pass cannot use other parameters in fp32
+            (`GATED_DELTA_NET_FP32_PARAMETERS`).
+        *args, **kwargs: arguments of `GatedDeltaNet`.
 
     Attributes:
-        fp32_calls: forward passes in which every kept parameter was fp32, for proving that it held.
+        fp32_calls: number of forward passes in which every kept parameter was fp32; `check_fp32` reads it.
 
     Raises:
-        ValueError: when a name is no parameter of the layer.
+        ValueError: when a name is not a parameter of the layer.
     """
 
     fp32_calls: int
@@ -65,7 +69,7 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
     _fp32_parameters: tuple[str, ...]
 
     def __init__(self, *args: Any, fp32_parameters: tuple[str, ...] = DEFAULT_KEPT_PARAMETERS, **kwargs: Any) -> None:
-        # The parent's constructor ends in reset_parameters, which reads this.
+        # The parent's constructor calls reset_parameters, which reads this attribute.
         if isinstance(fp32_parameters, str):
             raise TypeError(f"fp32_parameters must be a tuple of names, got {fp32_parameters!r}")
         object.__setattr__(self, "_fp32_parameters", tuple(fp32_parameters))
@@ -74,11 +78,11 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
         self._hook: RemovableHandle | None = None
 
     def extra_repr(self) -> str:
-        """The parameters that are fp32: the class keeps megatron-core's name."""
+        """The fp32 parameters, for `print(model)`: the class name is megatron-core's."""
         return f"fp32_parameters={self._fp32_parameters}"
 
     def reset_parameters(self) -> None:
-        """Initialize as megatron-core does, then draw `A_log` again in fp32 where it is kept."""
+        """Initialize as megatron-core does, then draw `A_log` again in fp32 if it is kept."""
         draws = "A_log" in self._fp32_parameters and self.config.perform_initialization and not self.A_log.is_meta
         start = self._tracker_state() if draws else None
         with reset_in_params_dtype(self):
@@ -91,22 +95,22 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
             self._draw_a_log(start)
 
     def _take_norm_from_transformer_engine(self) -> None:
-        """Put our norm in its place, with the same Parameter and state-dict keys.
+        """Replace Transformer Engine's norm by `RMSNorm` of this package, with its Parameter and state-dict keys.
 
-        With an fp32 weight theirs returns fp32, and writing that to memory for the gate costs 4 % of the layer at 32
-        thousand tokens. Ours is compiled into one function with the gate.
+        With an fp32 weight, Transformer Engine's norm returns fp32. Writing that to memory for the gate costs 4 % of
+        the layer's time at 32 thousand tokens. `RMSNorm` is compiled into one function with the gate.
         """
         norm = self.out_norm
-        theirs = type(norm).__module__.startswith("transformer_engine.") and self.config.normalization == "RMSNorm"
-        if theirs and "out_norm.weight" in self._fp32_parameters:
+        stock = type(norm).__module__.startswith("transformer_engine.") and self.config.normalization == "RMSNorm"
+        if stock and "out_norm.weight" in self._fp32_parameters:
             with torch.device("meta"):
                 own = RMSNorm(self.config, self.value_head_dim, self.config.layernorm_epsilon)
             own.weight = norm.get_parameter("weight")
             self.out_norm = own
 
     def _apply_gated_norm(self, x: Tensor, gate: Tensor) -> Tensor:
-        # megatron-core compiles this method. DDP with overlap_param_gather hooks every module, each in its own way, and
-        # a norm that is called in compiled code would make it compile anew for every layer, until Dynamo gives up.
+        # megatron-core compiles this method. DDP with overlap_param_gather puts a different hook on every module, so a
+        # norm that is called in compiled code would be compiled again for every layer, until Dynamo gives up.
         if isinstance(self.out_norm, RMSNorm):
             return self.out_norm(x, gate, self.act_fn)
         return super()._apply_gated_norm(x, gate)
@@ -116,21 +120,22 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
             return _generator(self.get_parameter("A_log").device).get_state()
 
     def _state_for_another_a_log(self) -> Tensor:
-        """A random state for an `A_log` that was drawn in 16 bits, when the state before that draw is gone.
+        """A random state for drawing `A_log` again, when the state before the 16-bit draw is not known any more.
 
-        It follows from the tracker, the values that were drawn and the layer's number: ranks that hold the same part of
-        the layer get the same one, and other parts, layers and seeds get others.
+        It is computed from the tracker, the drawn values and the layer's number. So ranks with one shard of the layer
+        get one state, and other shards, layers and seeds get other states.
         """
         a_log = self.get_parameter("A_log").detach()
         known = [a_log.float().cpu().numpy().tobytes(), self._tracker_state().numpy().tobytes(), str(self.layer_number)]
         digest = hashlib.sha256(b"".join(part.encode() if isinstance(part, str) else part for part in known)).digest()
-        # 63 bits: manual_seed takes no larger number on every device.
+        # 63 bits: manual_seed refuses larger numbers on some devices.
         return torch.Generator(a_log.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1).get_state()
 
     def _draw_a_log(self, start: Tensor) -> None:
         """Draw `A_log` in fp32 from the random state `start`.
 
-        The tracker ends where it was, so that what is drawn later (other layers, other chunks, dropout) is stock's.
+        The tracker's state is put back afterwards, so that later draws (other layers, other chunks, dropout) equal
+        stock megatron-core's.
         """
         a_log = self.get_parameter("A_log")
         with get_cuda_rng_tracker().fork(), torch.no_grad():
@@ -143,7 +148,7 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
             generator.set_state(end)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As the parent; counts the pass when every kept parameter is fp32."""
+        """The parent's forward pass, counted in `fp32_calls` if every kept parameter is fp32."""
         self._sum_out_norm_grad_over_tp()
         output = super().forward(*args, **kwargs)
         if all(self.get_parameter(name).dtype == torch.float32 for name in self._fp32_parameters):
@@ -151,11 +156,12 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
         return output
 
     def _sum_out_norm_grad_over_tp(self) -> None:
-        """`out_norm.weight` is replicated over the tensor-parallel ranks, each of which sees only its own heads.
+        """Register a hook that sums the gradient of `out_norm.weight` over the tensor-parallel ranks.
 
-        With sequence parallel finalize_model_grads already sums its gradient, because the norm marks its weight.
-        Otherwise nobody does. A hook on the Parameter serves every implementation of the norm; it is set here, not in
-        the constructor, because deepcopy, pickle and `to_empty` make new Parameters without hooks.
+        The weight is replicated, and each rank only computes the gradient of its own heads. With sequence parallelism,
+        finalize_model_grads sums the gradient, because the norm marks its weight; otherwise megatron-core does not.
+        A hook on the Parameter works with every implementation of the norm. It is registered here, not in the
+        constructor, because deepcopy, pickle and `to_empty` make new Parameters without hooks.
         """
         weight = self.out_norm.get_parameter("weight")
         if self.tp_size == 1 or not weight.requires_grad:
@@ -177,7 +183,7 @@ class Fp32GatedDeltaNet(Fp32ParameterGuard, GatedDeltaNet):
         return {**self.__dict__, "_hook": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fp32GatedDeltaNet:
-        """The copy shares the process groups, which cannot be copied (stock layers cannot be either, for that)."""
+        """A copy that shares the process groups. They cannot be copied, so stock layers cannot be copied either."""
         memo.update({id(g): g for g in vars(self.pg_collection).values() if isinstance(g, dist.ProcessGroup)})
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
@@ -192,7 +198,7 @@ def _generator(device: torch.device) -> torch.Generator:
 
 
 def check_gated_delta_net(layer: GatedDeltaNet, names: tuple[str, ...]) -> None:
-    """Raise what `to_fp32_gated_delta_net` would raise for this layer and these names."""
+    """Raise the errors that `to_fp32_gated_delta_net` would raise for this layer and these names."""
     if type(layer) not in (GatedDeltaNet, Fp32GatedDeltaNet):
         raise TypeError(
             f"expected a {GatedDeltaNet.__module__}.GatedDeltaNet, got {type(layer).__module__}."
@@ -204,21 +210,21 @@ def check_gated_delta_net(layer: GatedDeltaNet, names: tuple[str, ...]) -> None:
 def to_fp32_gated_delta_net(
     layer: GatedDeltaNet, names: tuple[str, ...] = DEFAULT_KEPT_PARAMETERS, *, weights: Weights
 ) -> tuple[KeptParameter, ...]:
-    """Turn a built `GatedDeltaNet` into an `Fp32GatedDeltaNet`, in place. Doing it again changes nothing.
+    """Turn a built `GatedDeltaNet` into an `Fp32GatedDeltaNet`, in place. A second call changes nothing.
 
     Args:
-        layer: before Float16Module, DDP and the first forward pass.
-        names: what to keep, relative to the layer.
-        weights: `"initialized"` draws `A_log` again in fp32 where megatron-core has drawn it in 16 bits
-            (`config.perform_initialization`); `"loaded"` leaves its values as they are.
+        layer: the layer, before Float16Module, DDP and the first forward pass.
+        names: names, within the layer, of the parameters to keep in fp32.
+        weights: `"initialized"` draws `A_log` again in fp32 if megatron-core drew it in 16 bits
+            (`config.perform_initialization`); `"loaded"` keeps its values.
 
     Returns:
-        what was found of each parameter, and whether it was drawn again.
+        One entry for each parameter: its previous dtype, whether its values look rounded, whether it was drawn again.
 
     Raises:
         TypeError: for a subclass, which may use its parameters in its own way.
-        ValueError: when a name is no parameter of the layer, or none that its forward pass takes in fp32; for another
-            value of `weights`.
+        ValueError: when a name is not a parameter of the layer, or is one that the forward pass cannot use in fp32;
+            for another value of `weights`.
     """
     check_weights(weights)
     check_gated_delta_net(layer, names)

@@ -1,7 +1,7 @@
-"""The RMSNorm that megatron-core's local spec lacks: zero-centred gamma and sequence parallel.
+"""An RMSNorm with zero-centred gamma and sequence parallelism, for the local spec.
 
-`WrappedTorchNorm` (megatron/core/transformer/torch_norm.py) refuses both, and every norm of Qwen3-Next and Qwen3.5 but
-one is zero-centred.
+megatron-core's `WrappedTorchNorm` (megatron/core/transformer/torch_norm.py) refuses both. All norms of Qwen3-Next and
+Qwen3.5 except `out_norm` are zero-centred.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 
 class PreLinearRMSNorm(nn.Module):
-    """RMSNorm in front of a linear layer, where Transformer Engine has one module for both.
+    """RMSNorm in front of a linear layer. Transformer Engine has one module for both.
 
-    `y = x / sqrt(mean(x^2) + eps) * w`, with `1 + w` for w where `config.layernorm_zero_centered_gamma` says so,
-    computed in fp32 and rounded once to the dtype of the weight. That is also the dtype that Transformer Engine's
-    RMSNorm returns, so an fp32 weight gives an fp32 result under either spec.
+    `y = x / sqrt(mean(x^2) + eps) * w`, with `1 + w` instead of w if `config.layernorm_zero_centered_gamma` is set. It
+    is computed in fp32 and rounded once to the dtype of the weight. Transformer Engine's RMSNorm returns the dtype of
+    the weight, too, so an fp32 weight gives an fp32 result under either spec.
 
     Args:
         config: gives `layernorm_zero_centered_gamma`, `sequence_parallel` and `params_dtype`.
@@ -43,15 +43,15 @@ class PreLinearRMSNorm(nn.Module):
         self.zero_centered_gamma = config.layernorm_zero_centered_gamma
         start = torch.zeros if self.zero_centered_gamma else torch.ones
         self.weight = nn.Parameter(start(hidden_size, dtype=config.params_dtype))
-        # Read by finalize_model_grads, which then sums the gradient over the tensor-parallel ranks.
+        # finalize_model_grads reads this mark, and then sums the gradient over the tensor-parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., hidden_size] in any floating dtype -> the same shape in the dtype of the weight."""
+        """The norm of x [..., hidden_size], of any floating dtype. The result has x's shape and the weight's dtype."""
         return _norm(x, self.weight, self.eps, self.zero_centered_gamma)
 
     def extra_repr(self) -> str:
-        """Size, epsilon and storage convention, for `print(model)`."""
+        """Size, epsilon and whether gamma is zero-centred, for `print(model)`."""
         return f"{self.weight.numel()}, eps={self.eps}, zero_centered_gamma={self.zero_centered_gamma}"
 
 
@@ -73,32 +73,32 @@ def _gated_norm(
 
 
 class RMSNorm(PreLinearRMSNorm):
-    """RMSNorm that stands alone: `q_layernorm`, `k_layernorm`, `out_norm`, `final_layernorm`.
+    """RMSNorm as a module of its own: `q_layernorm`, `k_layernorm`, `out_norm`, `final_layernorm`.
 
     With a gate it is the gated norm of a gated-delta-net layer, `norm(x) * act(gate)`, compiled as one function.
 
-    Its Transformer Engine counterpart stores an `_extra_state`, so this one declares an empty one too: a checkpoint
-    written under either spec then loads strictly under the other.
+    Transformer Engine's norm stores an `_extra_state`. This norm stores an empty one, so that a checkpoint of either
+    spec loads strictly under the other.
     """
 
     def forward(
         self, x: Tensor, gate: Tensor | None = None, act_fn: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
-        """x [..., hidden_size] -> the same shape in the dtype of the weight.
+        """The norm of x [..., hidden_size], in x's shape and the weight's dtype.
 
-        With `gate` [..., hidden_size] and `act_fn`: [tokens, hidden_size] in the dtype of `x`, rounded once, as
-        megatron-core's `GatedDeltaNet._apply_gated_norm`.
+        With `gate` [..., hidden_size] and `act_fn`, the result is the gated norm, [tokens, hidden_size] in the dtype of
+        `x`, rounded once, as in megatron-core's `GatedDeltaNet._apply_gated_norm`.
         """
         if gate is None:
             return super().forward(x)
         return _gated_norm(x, gate, self.weight, self.eps, self.zero_centered_gamma, act_fn)
 
     def get_extra_state(self) -> None:
-        """Nothing: there is no FP8 state here."""
+        """None: this norm has no FP8 state."""
         return None
 
     def set_extra_state(self, state: Any) -> None:
-        """Ignored, as megatron-core's local linear layers do."""
+        """Ignore the state, as megatron-core's local linear layers do."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         state_dict.setdefault(f"{prefix}_extra_state", None)

@@ -1,1 +1,1 @@
-"""Parameters that stay fp32 through every cast of the model around them."""
+"""Kept parameters: parameters that stay fp32 when the model around them is cast."""

@@ -1,4 +1,4 @@
-"""Counting fp32 passes, without getting in the way of compilers."""
+"""Counts the forward passes of a layer in fp32, without making Dynamo compile again."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 
 def count_fp32_call(layer: Any) -> None:
-    """Add one to `layer.fp32_calls`; in compiled code only make sure that it is not 0.
+    """Add one to `layer.fp32_calls`. In compiled code, only make sure that it is not 0.
 
-    Dynamo takes an integer on a module for a constant: a counter would have it compile again at every call.
+    Dynamo treats an integer on a module as a constant, so it would compile again at every call if this counted.
     """
     if not torch.compiler.is_compiling():
         layer.fp32_calls += 1

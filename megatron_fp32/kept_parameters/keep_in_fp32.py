@@ -1,9 +1,9 @@
-"""Parameters that are fp32 from construction on, whatever is done to the module around them.
+"""`keep_in_fp32`: parameters that stay fp32, whatever casts the module around them.
 
-Float16Module, `.to`, `.half`, `.bfloat16`, `to_empty` and EMA copies all go through `Module._apply`; a guarded module
-answers it with fp32 for the parameters that it keeps, without ever rounding their values on the way. The marks that
-others read are set as well: `keep_in_fp32` on the parameter (megatron-core main, Megatron-LM#5929) and
-`_keep_in_float32_parameter_names` on the module (Megatron-Bridge >= 0.6).
+Float16Module, `.to`, `.half`, `.bfloat16`, `to_empty` and EMA copies all go through `Module._apply`. The module gets a
+guard: an `_apply` that leaves kept parameters fp32 and never rounds their values. Two marks for other packages are set:
+`keep_in_fp32` on the parameter (megatron-core main, Megatron-LM#5929) and `_keep_in_float32_parameter_names` on the
+module (Megatron-Bridge >= 0.6).
 """
 
 from __future__ import annotations
@@ -25,46 +25,48 @@ from torch.nn.utils import parametrize
 from megatron_fp32.kept_parameters.forward_dtypes import check_forward, note_on_forward, reset_in_params_dtype
 
 _NAMES = "_keep_in_float32_parameter_names"
-# Megatron-Bridge sets the names too, on modules that have no guard.
+# Distinguishes a guarded module, because Megatron-Bridge sets `_NAMES` on modules without a guard.
 _GUARD = "_has_fp32_guard"
-# By the names under which they were asked for, so that a module that was replaced with its mark is missed.
+# The names that `keep_in_fp32` was called with, so that `kept_problems` notices when the module of one was replaced.
 _REQUESTED = "_kept_in_fp32_by_name"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeptParameter:
-    """What `keep_in_fp32` found when it took a parameter over."""
+    """A parameter as `keep_in_fp32` found it."""
 
     name: str
     previous_dtype: torch.dtype
     on_bf16_grid: bool | None
-    """All values are representable in bfloat16, so they may have been rounded before. None on the meta device."""
+    """All values are exact in bfloat16, so they may have been rounded before. None on the meta device."""
     redrawn: bool = False
-    """It was initialized again, in fp32, after that."""
+    """Afterwards the parameter was initialized again, in fp32."""
     note: str | None = None
-    """Why keeping it has less effect than it seems; None when there is nothing to say."""
+    """Why keeping the parameter has less effect than it seems; None if it has its full effect."""
 
 
 def keep_in_fp32(module: nn.Module, *names: str) -> tuple[KeptParameter, ...]:
-    """Make parameters of `module` fp32 and keep them so.
+    """Cast parameters of `module` to fp32 and keep them fp32.
 
-    The module's class is replaced by a subclass of the same name that guards them; parameters, hooks, buffers and
-    state-dict keys are the same objects as before. Call it before weights are loaded and before Float16Module, DDP and
-    the first forward pass: compiled code and DDP's buffers remember the dtype that they saw.
+    The class of the module that has a parameter is replaced by a subclass with the same name and a guard. Parameters,
+    hooks, buffers and state-dict keys stay. Call `keep_in_fp32` before weights are loaded and before Float16Module, DDP
+    and the first forward pass, because DDP's buffers and compiled code remember dtypes.
 
     Args:
-        names: parameter names relative to `module`, such as `"A_log"` or `"out_norm.weight"`. A parameter that is
-            kept already stays as it is. Where modules under `module` share it, each of them is guarded.
+        module: the module.
+        names: parameter names within `module`, such as `"A_log"` or `"out_norm.weight"`. A parameter that is kept
+            already stays as it is. If several modules under `module` share a parameter, each of them gets a guard.
 
     Returns:
-        one entry a name: the dtype it had, whether its values look rounded, and what limits the effect. Such a limit is
-        a warning too: without `moe_router_dtype`, a router casts its weight to the dtype of its input.
+        One entry for each name: its previous dtype, whether its values look rounded, and a note if keeping it has less
+        effect than it seems. The note is a warning, too. Example: without `moe_router_dtype`, a router casts its weight
+        to the dtype of its input.
 
     Raises:
-        ValueError: when a name is no parameter of the module, DDP already owns a 16-bit one, or the forward pass of
-            the layer fails with it in fp32.
-        TypeError: when a parameter is not a plain floating-point tensor, or its module's class cannot be guarded (a
-            ScriptModule). After any error the module is as it was, whichever of the names is at fault.
+        ValueError: when a name is not a parameter of the module, when a 16-bit parameter already belongs to DDP, or
+            when the layer's forward pass fails with the parameter in fp32.
+        TypeError: when a parameter is not a plain floating-point tensor, or the class of its module cannot get a guard
+            (a ScriptModule). After any error the module is unchanged.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected a module, got {type(module).__name__}: call keep_in_fp32 for each chunk of a model")
@@ -87,7 +89,7 @@ def keep_in_fp32(module: nn.Module, *names: str) -> tuple[KeptParameter, ...]:
 
 
 def check_parameters(module: nn.Module, *names: str) -> None:
-    """Raise what `keep_in_fp32` would raise for these names."""
+    """Raise the errors that `keep_in_fp32` would raise for these names."""
     for name in names:
         _resolve(module, name)
 
@@ -102,7 +104,7 @@ def kept_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def kept_problems(model: nn.Module) -> Iterator[str]:
-    """What is wrong with the modules under `model` whose parameters `keep_in_fp32` took over, one sentence each."""
+    """One sentence for each kept parameter under `model` that is not kept any more."""
     for prefix, module in model.named_modules():
         for name in vars(module).get(_REQUESTED, ()):
             if not _is_kept_below(module, name):
@@ -114,11 +116,11 @@ def kept_problems(model: nn.Module) -> Iterator[str]:
             yield f"{where} has lost its guard: a cast would round {', '.join(vars(module).get(_NAMES, ()))}"
         for leaf in vars(module).get(_NAMES, ()):
             if module._parameters.get(leaf) is None:
-                yield f"{where}.{leaf} is no parameter any more: someone removed, froze or parametrized it"
+                yield f"{where}.{leaf} is not a parameter any more: it was removed, frozen or parametrized"
 
 
 def _is_kept_below(module: nn.Module, name: str) -> bool:
-    """Whether `name`, or what a wrapper (LoRA) has put there, still has a module that keeps such a parameter."""
+    """Whether the module of the parameter `name`, or the module inside its LoRA wrapper, still keeps the parameter."""
     path, _, leaf = name.rpartition(".")
     try:
         owner = module.get_submodule(path) if path else module
@@ -128,7 +130,7 @@ def _is_kept_below(module: nn.Module, name: str) -> bool:
 
 
 class Fp32ParameterGuard(nn.Module):
-    """Mix-in, first among the bases, that keeps the parameters named in `_keep_in_float32_parameter_names` fp32."""
+    """Mix-in with the guard for the parameters in `_keep_in_float32_parameter_names`. It must be the first base."""
 
     _keeps_fp32 = True
 
@@ -144,7 +146,7 @@ class Fp32ParameterGuard(nn.Module):
 
 
 def has_guard(module: nn.Module) -> bool:
-    """Whether the module answers casts with fp32 for the parameters that it keeps."""
+    """Whether casts of the module leave its kept parameters fp32."""
     return getattr(type(module), "_keeps_fp32", False) and not {"_apply", "_load_from_state_dict"} & vars(module).keys()
 
 
@@ -176,7 +178,7 @@ def _guarded_apply(module: nn.Module, apply: Callable[..., Any], fn: Callable[[T
 def _guarded_load(module: nn.Module, load: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     before = _attributes(module)
     load(*args, **kwargs)
-    # assign=True puts the checkpoint's own tensor in place, in its own dtype.
+    # load_state_dict(assign=True) replaces the parameter by the checkpoint's tensor, with the checkpoint's dtype.
     for leaf, parameter in _guarded(module).items():
         if parameter.dtype != torch.float32:
             module._parameters[leaf] = nn.Parameter(parameter.detach().float(), parameter.requires_grad)
@@ -193,8 +195,7 @@ def _attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _carry_attributes(module: nn.Module, attributes: dict[str, dict[str, Any]]) -> None:
-    """A new Parameter, or one whose contents were swapped, lacks `tensor_model_parallel`, `sequence_parallel`
-    and our mark."""
+    """Put attributes such as `sequence_parallel` and `keep_in_fp32` on Parameters that a cast or load replaced."""
     for leaf, values in attributes.items():
         vars(module._parameters[leaf]).update(values)
 
@@ -208,12 +209,14 @@ def _resolve(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     except AttributeError as error:
         raise ValueError(f"{type(module).__name__} has no submodule {path!r} for the parameter {name!r}") from error
     if isinstance(owner, torch.jit.ScriptModule):
-        raise TypeError(f"{name!r} belongs to a ScriptModule, whose class is fixed: keep it before torch.jit.script")
+        raise TypeError(
+            f"{name!r} belongs to a ScriptModule, whose class cannot change: call keep_in_fp32 before torch.jit.script"
+        )
     parameter = owner._parameters.get(leaf)
     if parameter is None:
         raise ValueError(f"{type(module).__name__} has no parameter {name!r}{_why_no_parameter(module, owner, leaf)}")
     if isinstance(parameter, UninitializedTensorMixin) or isinstance(owner, LazyModuleMixin):
-        raise TypeError(f"{name!r} has no shape yet: run the lazy {type(owner).__name__} once, then keep it")
+        raise TypeError(f"{name!r} has no shape yet: run the lazy {type(owner).__name__} once, then call keep_in_fp32")
     if type(parameter.data) is not torch.Tensor or not parameter.dtype.is_floating_point:
         raise TypeError(
             f"{name!r} must be a plain floating-point tensor to be kept in fp32, "
@@ -235,7 +238,7 @@ def _why_no_parameter(module: nn.Module, owner: nn.Module, leaf: str) -> str:
             ": it is a buffer, and only parameters are kept (megatron-core itself keeps a router's expert_bias in fp32)"
         )
     if parametrize.is_parametrized(owner, leaf):
-        return f": it is parametrized; keep 'parametrizations.{leaf}.original' of that module"
+        return f": it is parametrized; name 'parametrizations.{leaf}.original' of its module instead"
     return f"; it has: {', '.join(n for n, _ in module.named_parameters()) or 'none'}"
 
 
@@ -251,9 +254,9 @@ def _look_at(owner: nn.Module, leaf: str, name: str) -> KeptParameter:
 
 
 def _keep_one(module: nn.Module, owner: nn.Module, leaf: str, undo: contextlib.ExitStack) -> None:
-    """Keep one parameter; `undo` gets what takes each step back."""
+    """Keep one parameter, and add to `undo` the callbacks that revert each step."""
     parameter: Any = owner._parameters[leaf]
-    # A tied parameter has several owners, and the cast of any of them would reach it.
+    # A tied parameter belongs to several modules, and a cast of any of them would cast it.
     for other in list(module.modules()):
         for other_leaf, candidate in list(other._parameters.items()):
             if candidate is parameter:
@@ -274,8 +277,8 @@ def _guard(owner: nn.Module, leaf: str, undo: contextlib.ExitStack) -> None:
             owner.__class__ = _guarded_class(before)  # type: ignore[assignment, arg-type]
         except Exception as error:
             raise TypeError(
-                f"{before.__module__}.{before.__qualname__} cannot be guarded, so its {leaf!r} cannot be kept in fp32: "
-                f"{error}"
+                f"the class {before.__module__}.{before.__qualname__} cannot get a guard, so its {leaf!r} cannot be "
+                f"kept in fp32: {error}"
             ) from error
         undo.callback(setattr, owner, "__class__", before)
     names = vars(owner).get(_NAMES, ())
@@ -292,17 +295,18 @@ def _restore_attributes(owner: nn.Module, values: dict[str, Any]) -> None:
 
 
 def _on_bf16_grid(tensor: Tensor) -> bool:
-    # Uninitialised memory may hold NaN, which is not equal to itself.
+    # NaN, which uninitialised memory may hold, is not equal to itself.
     values = tensor.float()
     return bool(((values.bfloat16().float() == values) | values.isnan()).all())
 
 
 @functools.cache
 def _guarded_class(base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of one base, with the mix-in's methods copied in.
+    """A subclass of `base` alone, with its own copies of the methods of `Fp32ParameterGuard`.
 
-    Python lets an instance change to any such subclass. With the mix-in as a second base it refuses those whose base
-    list does not begin with a Module, such as megatron-core's `Router(ABC, MegatronModule)`: "object layout differs".
+    Python lets every instance of `base` change to such a subclass. With the mix-in as a second base, it would refuse
+    classes whose first base is not a Module, such as megatron-core's `Router(ABC, MegatronModule)`: "object layout
+    differs".
     """
 
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -319,7 +323,7 @@ def _guarded_class(base: type[nn.Module]) -> type[nn.Module]:
         with reset_in_params_dtype(self):
             super(guarded, self).reset_parameters(*args, **kwargs)
 
-    # Megatron-Bridge chooses a parameter's mapping by type(module).__name__, so the name stays the base's.
+    # Megatron-Bridge chooses a parameter's mapping by type(module).__name__, so the subclass has the base's name.
     members = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -338,7 +342,7 @@ def _guarded_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _reduce_guarded(module: Any, protocol: Any) -> tuple[Any, ...]:
-    """Pickle as (base class, state): a class made at run time cannot be found by its name."""
+    """Pickle as (base class, state), because unpickling cannot find a class that was made at run time."""
     base = module._guarded_base
     if base.__reduce_ex__ is object.__reduce_ex__ and base.__reduce__ is object.__reduce__:
         return _rebuild_guarded, (base,), module.__getstate__()

@@ -1,6 +1,6 @@
 """The tensors of a Megatron model in memory, sharded over the ranks of a process group, as a `TensorSource`.
 
-With the record of the import, these are the Hugging Face tensors of a model that is being trained:
+With the sidecar of the import, you get the Hugging Face tensors of a model that is being trained:
 
     live = LiveTensors(chunks, group=torch.distributed.group.WORLD)
     model_map = map_trained_model(sidecar.hf_config, sidecar.infos, live.tensors)
@@ -8,7 +8,7 @@ With the record of the import, these are the Hugging Face tensors of a model tha
     for mapping in model_map.mappings:
         tensors = restorer.restore(mapping).hf
 
-Keys, shards and replicas are those of megatron-core's `sharded_state_dict` (dist_checkpointing/mapping.py), so a live
+Keys, shards and replicas come from megatron-core's `sharded_state_dict` (dist_checkpointing/mapping.py), so a live
 model has the tensors that its checkpoint would have.
 """
 
@@ -38,28 +38,28 @@ from megatron_fp32.weights.tensors import TensorInfo
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A part of a tensor that one rank holds, a box of values."""
+    """A box of a tensor's values, which one rank holds."""
 
     name: str
     """Key of the whole tensor."""
     offset: Shape
     """Where the box begins in the whole tensor."""
     shape: Shape
-    """Of the box, with the axes of the whole tensor."""
+    """Shape of the box, with the axes of the whole tensor."""
     info: TensorInfo
     """Dtype and shape of the whole tensor."""
 
     def has(self, index: Shape) -> bool:
-        """Whether values of element `index` of the tensor are in the box."""
+        """Whether the box has values of element `index` of the tensor."""
         return all(start <= at < start + size for at, start, size in zip(index, self.offset, self.shape, strict=False))
 
 
 def sharded_tensors(chunks: nn.Module | Sequence[nn.Module]) -> list[ShardedTensor]:
-    """Every `ShardedTensor` of the chunks of this rank, replicas included, with megatron-core's factories applied.
+    """Every `ShardedTensor` of this rank's model chunks, with replicas and after megatron-core's factories.
 
     Args:
-        chunks: the model, or the chunks of a virtual pipeline stage; wrappers such as DistributedDataParallel are
-            looked through.
+        chunks: the model, or the chunks of a virtual pipeline stage; bare, or in wrappers such as
+            DistributedDataParallel.
     """
     if isinstance(chunks, nn.Module):
         chunks = [chunks]
@@ -70,18 +70,18 @@ def sharded_tensors(chunks: nn.Module | Sequence[nn.Module]) -> list[ShardedTens
 
 
 class LiveTensors:
-    """A `TensorSource` over a model that lives on the ranks of a process group.
+    """A `TensorSource` over a model in the memory of the ranks of a process group.
 
-    The constructor and `read` communicate: every rank of the group calls them, in the same order, with the same names.
-    Values are those of the moment of the call, so an optimizer step between two reads shows. They are read through
-    views of the parameters, which stay valid as long as the parameters keep their storage.
+    The constructor and `read` communicate: every rank of the group must call them in one order and with equal names.
+    `read` returns the values at the moment of the call, so two reads with an optimizer step in between differ. Values
+    are read through views of the parameters, which stay valid as long as the parameters keep their storage.
 
     Args:
-        chunks: of this rank, wrapped or not.
-        group: all ranks that hold the model together, replicas included; None for a model on one rank.
+        chunks: the model chunks of this rank, wrapped or not.
+        group: all ranks that hold the model together, with replicas; None for a model on one rank.
 
     Raises:
-        ValueError: when the ranks of the group do not hold every value of a tensor exactly once, replicas aside.
+        ValueError: when the main replicas on the ranks do not hold every value of a tensor exactly once.
     """
 
     def __init__(self, chunks: nn.Module | Sequence[nn.Module], *, group: dist.ProcessGroup | None) -> None:
@@ -98,11 +98,11 @@ class LiveTensors:
             for at, piece in enumerate(of_rank):
                 self._places.setdefault(piece.name, []).append((rank, at, piece))
         self.tensors: Mapping[str, TensorInfo] = {name: found[0][2].info for name, found in self._places.items()}
-        """Every tensor of the model, with its global shape; rows that pad the vocabulary are part of it."""
+        """Every tensor of the model, with its global shape, which includes padding rows of the vocabulary."""
         self._check_complete()
 
     def holds(self, spec: TensorSpec) -> bool:
-        """Whether this rank holds values of a tensor, or of an element of a stack, for the others; see `subset`."""
+        """Whether this rank sends values of a tensor, or of an element of a stack; see `ModelMap.subset`."""
         return any(rank == self._rank and piece.has(spec.index) for rank, _, piece in self._places.get(spec.name, ()))
 
     def refresh(self) -> None:
@@ -119,7 +119,7 @@ class LiveTensors:
     def read(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
         """A whole tensor, or one element of a stack, on every rank of the group.
 
-        On one rank this may be a view of the parameter: do not change it.
+        Without a group, the result may be a view of the parameter: do not change it.
         """
         places = list(self._boxes(name, index))
         if self._group is None and len(places) == 1:
@@ -172,7 +172,7 @@ class LiveTensors:
         return torch.empty(info.shape[len(index) :], dtype=info.dtype, device=self._device())
 
     def _inside(self, which: int, index: Shape) -> Tensor:
-        """The values of element `index` that one of this rank's pieces has."""
+        """The values of element `index` in piece `which` of this rank."""
         piece, values = self._own[which]
         return values.detach().view(piece.shape)[
             tuple(i - start for i, start in zip(index, piece.offset, strict=False))
@@ -189,8 +189,8 @@ class LiveTensors:
                 wrong.append(f"{name} ({held} of {expected} values)")
         if wrong:
             raise ValueError(
-                f"the ranks of the group do not hold each value once: {listing(wrong)}. Pass the group of all ranks "
-                "that hold the model"
+                f"the ranks of the group do not hold every value of the model exactly once: {listing(wrong)}. Pass the "
+                "group of all ranks that hold the model"
             )
 
 

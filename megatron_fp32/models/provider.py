@@ -1,4 +1,4 @@
-"""Build a model from a Hugging Face `config.json`, for a Megatron script or a test."""
+"""Build a Megatron model from a Hugging Face `config.json`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
-from megatron_fp32.checkpoint.formats.directory import why_no_config, why_no_directory
+from megatron_fp32.checkpoint.formats.directory_checks import why_no_config, why_no_directory
 from megatron_fp32.checkpoint.identify import read_config
 from megatron_fp32.config import Fp32Config, config_or_default
 from megatron_fp32.models.specs import decoder_block_spec, mtp_block_spec
@@ -29,10 +29,10 @@ from megatron_fp32.weights.hf_config.sizes import LINEAR_ATTENTION_FIELDS
 
 
 def read_hf_config(hf_dir: str | Path) -> DecoderConfig:
-    """The `config.json` in a directory, as a family's configuration.
+    """Read the `config.json` in a directory.
 
     Raises:
-        FileNotFoundError: when there is none.
+        FileNotFoundError: when the directory or the file does not exist.
         ValueError: for a family or a variant that is not supported.
     """
     if not Path(hf_dir).is_dir():
@@ -50,9 +50,12 @@ def transformer_config(model: DecoderConfig, **overrides: Any) -> TransformerCon
     """megatron-core's configuration of a model.
 
     Args:
-        model: the shapes.
+        model: the configuration from `read_hf_config`.
         overrides: fields of `TransformerConfig`, such as `tensor_model_parallel_size`, `sequence_parallel`, `bf16`,
-            `params_dtype`, `transformer_impl` and `mtp_num_layers`. They win over what the model says.
+            `params_dtype`, `transformer_impl` and `mtp_num_layers`. They replace the model's values.
+
+    Raises:
+        TypeError: for an override that is not a field of `TransformerConfig`, or a flag that is not a bool.
     """
     _check_overrides(overrides)
     fields: dict[str, Any] = {
@@ -94,14 +97,14 @@ def transformer_config(model: DecoderConfig, **overrides: Any) -> TransformerCon
     fields |= overrides
     if fields.get("moe_router_topk") != 1 or fields["moe_router_pre_softmax"]:
         return TransformerConfig(**fields)
-    # megatron-core refuses that, because such a router does not learn. transformers' does not either.
+    # megatron-core refuses this model, because such a router does not learn. In transformers it does not learn either.
     config = TransformerConfig(**{**fields, "moe_router_pre_softmax": True})
     config.moe_router_pre_softmax = False
     return config
 
 
 def _check_overrides(overrides: dict[str, Any]) -> None:
-    """Raise TypeError for what no field of `TransformerConfig` can be."""
+    """Raise TypeError for names that are not fields of `TransformerConfig`, and for flags that are not bools."""
     fields = {field.name: field for field in dataclasses.fields(TransformerConfig) if field.init}
     unknown = sorted(overrides.keys() - fields.keys())
     if unknown:
@@ -112,7 +115,7 @@ def _check_overrides(overrides: dict[str, Any]) -> None:
 
 
 def cpu_overrides() -> dict[str, Any]:
-    """Overrides of `transformer_config` for `testing.cpu`: the local backend, torch operators only, no fusion."""
+    """Overrides of `transformer_config` for `testing.cpu`: the local spec, torch operators only, no fusion."""
     return {
         "transformer_impl": "local",
         "deterministic_mode": True,
@@ -127,7 +130,7 @@ def cpu_overrides() -> dict[str, Any]:
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int, *, divisible_by: int = 128) -> int:
-    """Rows of the embedding: the next multiple of `divisible_by * tensor_parallel`, as Megatron pads."""
+    """Rows of the embedding with Megatron's padding: the next multiple of `divisible_by * tensor_parallel`."""
     for name, size in (
         ("vocab_size", vocab_size),
         ("tensor_parallel", tensor_parallel),
@@ -151,16 +154,17 @@ def build_model(
     vocab_divisible_by: int = 128,
     pg_collection: ProcessGroupCollection | None = None,
 ) -> GPTModel:
-    """A `GPTModel`, not yet wrapped, with what `fp32` says in fp32.
+    """Build a `GPTModel` that is not yet wrapped, in fp32 as `fp32` says.
 
     Args:
-        model: shapes and rotary embedding.
-        config: from `transformer_config`. With `mtp_num_layers=1` the last stage has an MTP layer.
+        model: the configuration from `read_hf_config`.
+        config: the result of `transformer_config`. With `mtp_num_layers=1` the last stage has an MTP layer.
         fp32: what to keep in fp32.
         pre_process, post_process, vp_stage: the pipeline stage, as in megatron-core.
+        max_sequence_length: tokens of the longest sequence.
         parallel_output: leave the logits vocab-parallel.
         vocab_divisible_by: see `padded_vocab_size`.
-        pg_collection: process groups; None takes megatron-core's global ones.
+        pg_collection: process groups; None uses megatron-core's global groups.
     """
     fp32 = config_or_default(fp32, name="fp32")
     for name, flag in (("pre_process", pre_process), ("post_process", post_process)):
@@ -187,7 +191,7 @@ def build_model(
         pg_collection=pg_collection,
     )
     if model.rope_scaling is not None:
-        # The constructor takes the factor alone, and has the other numbers built in.
+        # The constructor only takes the factor; the other numbers are constants in it.
         rope = gpt.rotary_pos_emb
         rope.inv_freq = rope._apply_scaling(rope.inv_freq, **dataclasses.asdict(model.rope_scaling))
     drop_unread_head(gpt)
@@ -198,11 +202,11 @@ def build_model(
 
 
 def drop_unread_head(model: GPTModel) -> None:
-    """Take away the weight of a tied head beside MTP on a later pipeline stage, before the model is wrapped.
+    """Remove the unused weight of a tied head on a pipeline stage with MTP. Call it before the model is wrapped.
 
-    That head is called with the weight of the embedding that MTP has on its stage. megatron-core gives it one of its
-    own that nobody reads, and refuses to load or save it (NVIDIA/Megatron-LM pull request 7577). Other models stay as
-    they are.
+    On a later pipeline stage with MTP, a tied head is called with the weight of the embedding that MTP has there.
+    megatron-core gives the head an unused weight as well, and then refuses to load or save it (NVIDIA/Megatron-LM pull
+    request 7577). Other models are not changed.
     """
     is_tied = model.share_embeddings_and_output_weights
     if is_tied and model.post_process and not model.pre_process and getattr(model, "mtp_process", False):
@@ -210,11 +214,11 @@ def drop_unread_head(model: GPTModel) -> None:
 
 
 class ModelProvider:
-    """Builds a model as Megatron's `pretrain()` asks for it. Made by `model_provider`.
+    """Builds the model of a pipeline stage when Megatron's `pretrain()` calls it. `model_provider` makes it.
 
     Attributes:
-        optimizer_repairs: the handle of the optimizer repairs that the first model with kept parameters installs;
-            None before. `undo()` it after the run.
+        optimizer_repairs: the handle of the optimizer repairs; None until the first model is built, and always where
+            no parameters are kept. Call its `undo()` after the run.
     """
 
     def __init__(
@@ -229,7 +233,7 @@ class ModelProvider:
         self.optimizer_repairs: OptimizerRepairs | None = None
         self._model, self._fp32, self._overrides = model, fp32, overrides
         self._max_sequence_length, self._vocab_divisible_by = max_sequence_length, vocab_divisible_by
-        # By the configuration: a pipeline stage without such a layer must save and load as the others do.
+        # Decided for the whole model, because a pipeline stage without such a layer must save and load like the others.
         self._keeps_parameters = bool(fp32.gated_delta_net) and LINEAR in model.layer_types
 
     def __call__(
@@ -240,12 +244,12 @@ class ModelProvider:
         config: TransformerConfig | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> GPTModel:
-        """The model of a pipeline stage, not yet wrapped.
+        """Build the model of a pipeline stage. It is not yet wrapped.
 
         Args:
             pre_process, post_process, vp_stage: the pipeline stage, as in megatron-core.
-            config: in place of the provider's own, which newer releases of Megatron pass.
-            pg_collection: process groups; None takes megatron-core's global ones.
+            config: replaces the provider's own configuration; newer releases of Megatron pass it.
+            pg_collection: process groups; None uses megatron-core's global groups.
         """
         built = build_model(
             self._model,
@@ -271,10 +275,10 @@ def model_provider(
     vocab_divisible_by: int = 128,
     **overrides: Any,
 ) -> ModelProvider:
-    """A provider with Megatron's signature: `provider(pre_process, post_process, vp_stage, config, pg_collection)`.
+    """Make a model provider for Megatron: `provider(pre_process, post_process, vp_stage, config, pg_collection)`.
 
-    A provider of a model with kept parameters also installs the optimizer repairs, on every rank, because the optimizer
-    of such a model is built next and could not save; see `ModelProvider.optimizer_repairs`.
+    If parameters are kept, the provider also installs the optimizer repairs on every rank: without them, the optimizer
+    of such a model cannot save. See `ModelProvider.optimizer_repairs`.
 
     Args:
         hf_dir: directory with the model's `config.json`.

@@ -1,8 +1,8 @@
-"""Layer specs under Transformer Engine and under the local backend, with one set of checkpoint keys.
+"""Layer specs for Transformer Engine and for the local backend, with one set of checkpoint keys.
 
-megatron-core's own block spec for gated-delta-net layers refuses the local backend, and its local specs have neither a
-zero-centred norm nor one for sequence parallel. The local spec here has both, and the checkpoint keys of the
-Transformer Engine spec, so that one checkpoint loads under both.
+megatron-core's block spec for gated-delta-net layers refuses the local backend. Its local specs have neither a
+zero-centred norm nor a norm for sequence parallelism. The local spec here has both norms, and the checkpoint keys of
+the Transformer Engine spec, so that one checkpoint loads under both specs.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ def decoder_block_spec(
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """The decoder's spec: the layers that `linear_attention_freq` and `moe_layer_freq` of the configuration describe.
+    """The spec of the decoder, with the layers that `linear_attention_freq` and `moe_layer_freq` describe.
 
     Args:
-        config: `transformer_impl` chooses the backend, `"transformer_engine"` or `"local"`.
+        config: its `transformer_impl` chooses the backend, `"transformer_engine"` or `"local"`.
         fp32: which parameters of the gated-delta-net layers are kept; the default keeps `A_log` and `out_norm`.
-        vp_stage, pp_rank: the pipeline stage to build for.
+        vp_stage, pp_rank: the pipeline stage to build.
 
     Raises:
         ValueError: for another attention variant or backend.
-        MissingPackageError: when Transformer Engine is not installed, and the configuration asks for it.
+        MissingPackageError: when the configuration needs Transformer Engine, and it is not installed.
     """
     _check(config)
     if config.transformer_impl == "local":
@@ -73,12 +73,12 @@ def decoder_block_spec(
 def mtp_block_spec(
     config: TransformerConfig, *, vp_stage: int | None = None
 ) -> MultiTokenPredictionBlockSubmodules | None:
-    """The spec of multi-token prediction: full attention, with experts where the decoder has any.
+    """The spec of the MTP layers: full attention, with experts if the decoder has experts.
 
-    megatron-core takes the spec of the last layer of the stage, which may be a gated delta net.
+    megatron-core itself would use the spec of the stage's last layer, which may be a gated delta net.
 
     Args:
-        config: see `decoder_block_spec`; `mtp_num_layers` counts the layers.
+        config: see `decoder_block_spec`; `mtp_num_layers` is the number of MTP layers.
         vp_stage: the virtual pipeline stage.
 
     Returns:
@@ -108,13 +108,13 @@ def _check(config: TransformerConfig) -> None:
         raise ValueError(f"expected experimental_attention_variant None or 'gated_delta_net', got {variant!r}")
     if config.transformer_impl not in ("transformer_engine", "local"):
         raise ValueError(f"expected transformer_impl 'transformer_engine' or 'local', got {config.transformer_impl!r}")
-    # Without it megatron-core calls this name, which is None or not there.
+    # Without Transformer Engine this name is None or missing, and megatron-core would call it.
     if config.transformer_impl == "transformer_engine" and getattr(gpt_layer_specs, "TESpecProvider", None) is None:
         raise MissingPackageError(missing("transformer_engine"), name="transformer_engine")
 
 
 def _one_attention_layer(config: TransformerConfig) -> TransformerConfig:
-    """The configuration of a decoder of one layer on one stage, with experts where the decoder has any."""
+    """The configuration of a decoder with one attention layer on one stage, with experts if the decoder has experts."""
     config = copy.copy(config)
     config.num_layers, config.linear_attention_freq, config.moe_layer_freq = 1, [0], 1
     config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size = 1, None
@@ -139,26 +139,27 @@ def with_fp32_gated_delta_net(
 
 
 def pretrain_spec(model_config: Any, vp_stage: int | None = None) -> Any:
-    """For `--spec megatron_fp32.models.specs pretrain_spec` of an unmodified `pretrain_gpt.py` (megatron-core >= 0.19).
+    """Everything in `Fp32Config()` for an unmodified `pretrain_gpt.py` (megatron-core >= 0.19).
 
-    There a spec may be a function of the model configuration, which is called as each chunk is built. This one returns
-    the spec that would have been taken without `--spec`, with gated-delta-net layers whose parameters stay fp32, and
-    adds `apply_fp32` to the configuration's `pre_wrap_hooks`, for the output layer: everything in `Fp32Config()`.
-    That hook installs the optimizer repairs as well; see `pre_wrap_hook` for how to take them back.
+    Pass `--spec megatron_fp32.models.specs pretrain_spec`. Since 0.19 a spec may be a function of the model
+    configuration, which Megatron calls for each model chunk. This function returns the spec that Megatron would use
+    without `--spec`, with gated-delta-net layers whose parameters stay fp32. For the output layer, it adds `apply_fp32`
+    to the configuration's `pre_wrap_hooks`. That hook installs the optimizer repairs, too; `pre_wrap_hook` says how to
+    undo them.
 
     Args:
-        model_config: `megatron.training.models.GPTModelConfig`.
+        model_config: a `megatron.training.models.GPTModelConfig`.
         vp_stage: the virtual pipeline stage.
 
     Raises:
-        TypeError: when this is no such configuration: earlier releases take no function for a spec.
+        TypeError: when `model_config` does not have `pre_wrap_hooks`: in older releases a spec cannot be a function.
     """
     if not isinstance(getattr(model_config, "pre_wrap_hooks", None), list):
         raise TypeError(
             f"expected a model configuration with pre_wrap_hooks (megatron-core >= 0.19), got "
-            f"{type(model_config).__name__}; elsewhere call apply_fp32 in the model provider"
+            f"{type(model_config).__name__}; in older releases call apply_fp32 in the model provider"
         )
-    # Called for each chunk; the hook is for all of them. It is found again by its mark, not kept in a global.
+    # This function is called for each chunk, but one hook handles all chunks. Its mark shows that it is there already.
     if not any(getattr(hook, "is_megatron_fp32", False) for hook in model_config.pre_wrap_hooks):
         model_config.pre_wrap_hooks.insert(0, pre_wrap_hook(weights="initialized"))
     if model_config.transformer.experimental_attention_variant in VARIANTS:
@@ -200,7 +201,7 @@ def _local_layer(config: TransformerConfig, *, gated_delta_net: bool, moe: bool)
         )
     elif config.qk_layernorm:
         attention.submodules = dataclasses.replace(attention.submodules, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
-    # Under Transformer Engine the norms belong to the linear layers behind them, but for the one before experts.
+    # Under Transformer Engine each norm belongs to the linear layer after it, except the norm before experts.
     keys = {"input_layernorm.": f"self_attention.{'in_proj' if gated_delta_net else 'linear_qkv'}.layer_norm_"}
     if not moe:
         keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"

@@ -1,1 +1,1 @@
-"""What megatron-core's optimizers need for parameters that are fp32 in the model."""
+"""Repairs and checks of megatron-core's optimizers, for models with fp32 parameters among 16-bit parameters."""

@@ -1,4 +1,4 @@
-"""What megatron-core cannot do for native-fp32 parameters, and no repair can: found before it goes wrong."""
+"""Find settings that fail with native-fp32 parameters and that no repair can fix, before they do harm."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 
 def communication_problems(chunks: Sequence[Any], optimizer: Any) -> Iterator[str]:
-    """Bucket groups that send numbers of two dtypes in one call.
+    """One sentence for each bucket group that sends two dtypes in one call.
 
-    DistributedDataParallel puts all buckets of a chunk into one group with `disable_bucketing=True`, which Megatron-LM
-    sets for virtual pipeline chunks after the first.
+    With `disable_bucketing=True`, which Megatron-LM sets for virtual pipeline chunks after the first,
+    DistributedDataParallel puts all buckets of a chunk into one group.
 
     Args:
-        chunks: this rank's chunks, wrapped in DistributedDataParallel or bare.
-        optimizer: None, or megatron-core's, a chained one included: it knows the wrapped chunks of bare ones.
+        chunks: this rank's model chunks, wrapped in DistributedDataParallel or bare.
+        optimizer: None, or megatron-core's optimizer, chained or not. For bare chunks, it gives the wrapped chunks.
     """
     inner = [optimizer, *(getattr(optimizer, "chained_optimizers", None) or [])]
     wrapped = [chunk for one in inner for chunk in getattr(one, "model_chunks", None) or []]
@@ -41,10 +41,10 @@ def communication_problems(chunks: Sequence[Any], optimizer: Any) -> Iterator[st
 
 
 def offload_problems(optimizer: Any) -> Iterator[str]:
-    """An optimizer whose states are on the CPU cannot be loaded.
+    """One sentence if the optimizer has its states on the CPU, because its checkpoints cannot be loaded.
 
     Args:
-        optimizer: one optimizer that is not chained.
+        optimizer: an optimizer that is not chained.
     """
     if isinstance(getattr(optimizer, "optimizer", None), HybridDeviceOptimizer):
         yield (

@@ -19,7 +19,7 @@ from megatron_fp32.optimizer.replaced import replaced
 
 
 def leaf_shards() -> contextlib.AbstractContextManager[None]:
-    """The shards of native-fp32 parameters are leaves, into which a checkpoint can be loaded."""
+    """Make the shards of native-fp32 parameters leaves of autograd, so that a checkpoint can be loaded into them."""
 
     def make(original: Any) -> Any:
         build = original.__func__
@@ -30,7 +30,7 @@ def leaf_shards() -> contextlib.AbstractContextManager[None]:
             for group_range, shards in zip(opt_group_ranges, built[3], strict=True):
                 params = group_range["orig_group"]["params"]
                 for i, shard in enumerate(shards):
-                    # detach(), not no_grad(): a view made under no_grad must not be modified in place later.
+                    # detach(), not no_grad(): autograd forbids changing a view in place that was made under no_grad.
                     leaf = shard.detach()
                     vars(leaf).update(vars(shard))
                     shards[i] = leaf
@@ -43,13 +43,13 @@ def leaf_shards() -> contextlib.AbstractContextManager[None]:
 
 
 def index_map() -> contextlib.AbstractContextManager[None]:
-    """`model_param_group_index_map` has the order of the inner optimizer: native-fp32 parameters first."""
+    """Give `model_param_group_index_map` the order of the inner optimizer: native-fp32 parameters first."""
 
     def make(original: Any) -> Any:
         @functools.wraps(original)
         def repaired(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
-            # Absent for a stub optimizer and for Megatron-FSDP.
+            # A stub optimizer and Megatron-FSDP do not have these groups.
             groups = zip(getattr(self, "model_fp32_groups", ()), getattr(self, "model_float16_groups", ()), strict=True)
             for group_index, (fp32, float16) in enumerate(groups):
                 for order, param in enumerate([*fp32, *float16]):
@@ -61,7 +61,7 @@ def index_map() -> contextlib.AbstractContextManager[None]:
 
 
 def zero_state_before_first_step() -> contextlib.AbstractContextManager[None]:
-    """torch's Adam has states before its first step, as a load needs them."""
+    """Give torch's Adam states before its first step, because a load needs them."""
 
     def make(original: Any) -> Any:
         @functools.wraps(original)
@@ -79,7 +79,7 @@ def zero_state_before_first_step() -> contextlib.AbstractContextManager[None]:
 
 
 def keep_step_when_missing() -> contextlib.AbstractContextManager[None]:
-    """torch's Adam keeps its step when a checkpoint has it in the parameter groups alone."""
+    """Keep the step of torch's Adam when a checkpoint has it only in the parameter groups."""
 
     def make(original: Any) -> Any:
         @functools.wraps(original)
@@ -88,7 +88,7 @@ def keep_step_when_missing() -> contextlib.AbstractContextManager[None]:
             main = self.optimizer.param_groups[group_index]["params"][order]
             step = self.optimizer.state[main].get("step")
             if isinstance(step, Tensor) and "step" not in tensors:
-                # It travels in the parameter groups, and load_state_dict has set it from there.
+                # load_state_dict has set the step from the parameter groups.
                 tensors = {**tensors, "step": step.clone()}
             original(self, model_param, tensors)
 
@@ -98,7 +98,7 @@ def keep_step_when_missing() -> contextlib.AbstractContextManager[None]:
 
 
 def separate_steps() -> contextlib.AbstractContextManager[None]:
-    """Each parameter has a step of its own in torch's Adam after a load."""
+    """Give each parameter its own step tensor in torch's Adam after a load."""
 
     def make(original: Any) -> Any:
         @functools.wraps(original)
@@ -108,8 +108,8 @@ def separate_steps() -> contextlib.AbstractContextManager[None]:
                 for param in group["params"]:
                     state = self.optimizer.state[param]
                     if "step" in group and isinstance(state.get("step"), Tensor):
-                        # The groups carry what was saved. dp_reshardable has just copied the step of before the
-                        # load over it.
+                        # The groups have the saved step. dp_reshardable has just overwritten the state's step with
+                        # the step from before the load.
                         state["step"] = torch.full_like(state["step"], float(group["step"]))
 
         return repaired
@@ -118,7 +118,7 @@ def separate_steps() -> contextlib.AbstractContextManager[None]:
 
 
 def _adam_zero_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """What `torch.optim.Adam` makes at its first step, before it."""
+    """The states that `torch.optim.Adam` creates at its first step, with their initial values."""
     on_device = group.get("capturable") or group.get("fused")
     state = {
         "step": torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu"),
@@ -131,14 +131,14 @@ def _adam_zero_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
 
 
 GATHERS = "gathers_fp32_parameters"
-"""The attribute of a `load_state_dict` that exchanges what it has loaded."""
+"""The attribute of a `load_state_dict` that sends loaded native-fp32 parameters to all ranks."""
 
 
 def bucket_padding() -> contextlib.AbstractContextManager[None]:
-    """`fully_reshardable` finds a parameter where it is, with several buckets.
+    """Save the right values for `fully_reshardable` with several buckets.
 
-    `get_parameter_state_dp_zero` gathers every state of a buffer without the padding between buckets, and
-    `sharded_param_state_fully_reshardable` cuts parameters out of it at the places that they have with it
+    `get_parameter_state_dp_zero` gathers every state of a buffer without the padding between buckets. But
+    `sharded_param_state_fully_reshardable` cuts parameters out of the result at their positions with padding
     (optimizer/distrib_optimizer.py of 0.16.1 to 0.19.2, where a TODO names an internal issue 504).
     """
 
@@ -170,7 +170,7 @@ def bucket_padding() -> contextlib.AbstractContextManager[None]:
 
 
 def _places_without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
-    """First and last place of each parameter, and its bucket, when buckets follow each other without padding."""
+    """(start, end, bucket) of each parameter in a buffer without padding between buckets."""
     unpadded = itertools.accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0)
     shifts = [bucket.offset - start for bucket, start in zip(buffer.buckets, unpadded, strict=False)]
     return {
@@ -180,9 +180,9 @@ def _places_without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
 
 
 def shards_without_parameters() -> contextlib.AbstractContextManager[None]:
-    """`dp_reshardable` saves a bucket of which some rank's part holds no parameter, but padding alone.
+    """Let `dp_reshardable` save a bucket in which the shard of some rank is only padding.
 
-    Native-fp32 parameters have buffers of their own. These are small, so that this happens at a few ranks already.
+    Native-fp32 parameters have their own buffers, which are so small that this happens with a few ranks.
     """
 
     def make(original: Any) -> Any:
@@ -213,19 +213,19 @@ def shards_without_parameters() -> contextlib.AbstractContextManager[None]:
 
 
 def _plain_states(optimizer: Any) -> dict[str, Tensor]:
-    """The main parameter and states of a parameter of one number."""
+    """A main parameter and its states, with one value each."""
     keys = getattr(optimizer, "optimizer_state_keys", ("exp_avg", "exp_avg_sq"))
     return {key: torch.empty(1, device=optimizer.buffers[0].grad_data.device) for key in ("param", *keys)}
 
 
 def _padding_of_no_length(like: dict[str, Any]) -> dict[str, Any]:
-    """An entry from which the original derives the padding of the rest of the part."""
+    """An empty entry. megatron-core's method then treats the whole shard as padding."""
     tensors = {key: v.new_empty(0) for key, v in like.items() if isinstance(v, Tensor) and v.dim() == 1}
     return {**tensors, "gbuf_local_start": 0, "gbuf_local_end": 0, "padding": True}
 
 
 def _place_empty_tensors(state: dict[Any, Any], buffers: int) -> None:
-    """Empty tensors lie at the end of the whole one: the place of this rank may be beyond."""
+    """Move empty tensors to the end of their whole tensor, because this rank's offset may lie beyond it."""
     for index in range(buffers):
         for buckets in state[index].values():
             for entry in itertools.chain.from_iterable(buckets):
@@ -235,11 +235,11 @@ def _place_empty_tensors(state: dict[Any, Any], buffers: int) -> None:
 
 
 def fp32_parameters_after_load() -> contextlib.AbstractContextManager[None]:
-    """All ranks have the loaded main parameters of native-fp32 parameters.
+    """Send loaded main parameters of native-fp32 parameters to all ranks.
 
-    A main parameter is this rank's part of the model's own parameter. Where the checkpoint's model tensors are less
-    precise than its main parameters (native-fp32 parameters were 16-bit in the run that saved it), the parts of other
-    ranks would stay as the model's tensors have them until the next step.
+    The main parameter of a native-fp32 parameter is this rank's shard of the model's parameter. In a checkpoint of a
+    run in which the parameter had 16 bits, the model's tensor is less precise than the main parameter. Without this
+    repair, a rank would use the less precise values for the shards of other ranks until the next step.
     """
 
     def make(original: Any) -> Any:
@@ -252,12 +252,12 @@ def fp32_parameters_after_load() -> contextlib.AbstractContextManager[None]:
                 if buffer.param_dtype == torch.float32 and buffer.param_data is not None:
                     for bucket in buffer.buckets:
                         count = bucket.param_data.numel() // self.data_parallel_group.size()
-                        mine = bucket.param_data[count * self.data_parallel_group.rank() :][:count]
+                        own = bucket.param_data[count * self.data_parallel_group.rank() :][:count]
                         torch.distributed.all_gather_into_tensor(
-                            bucket.param_data, mine.clone(), group=self.data_parallel_group
+                            bucket.param_data, own.clone(), group=self.data_parallel_group
                         )
 
-        setattr(repaired, GATHERS, True)  # functools.wraps of another repair carries it on
+        setattr(repaired, GATHERS, True)  # functools.wraps in another repair copies this attribute
         return repaired
 
     return replaced(DistributedOptimizer, "load_state_dict", make)

@@ -1,4 +1,4 @@
-"""Repairs of `Float16OptimizerWithFloat16Params`. Each is a context manager that replaces one method or two."""
+"""Repairs of `Float16OptimizerWithFloat16Params`. Each is a context manager that replaces one or two methods."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_fp32.optimizer.replaced import replaced
 
 
 def id_map() -> contextlib.AbstractContextManager[None]:
-    """States are named by the numbers of the inner optimizer, which counts native-fp32 parameters too."""
+    """Name states by the numbers of the inner optimizer, which also counts native-fp32 parameters."""
 
     def make(original: Any) -> Any:
         @functools.wraps(original)
@@ -40,8 +40,8 @@ def id_map() -> contextlib.AbstractContextManager[None]:
             }
             groups = [list(group["params"]) for group in self.optimizer.param_groups]
             stock = self.float16_groups, self.fp32_from_float16_groups
-            # The original numbers float16_groups; with every parameter of the inner optimizer in it, in the inner
-            # optimizer's order, its numbers are right.
+            # The original method numbers the parameters in float16_groups. Its numbers are right when float16_groups
+            # has every parameter of the inner optimizer, in the inner optimizer's order.
             self.float16_groups = [[model_of.get(id(p), p) for p in group] for group in groups]
             self.fp32_from_float16_groups = groups
             try:
@@ -65,12 +65,12 @@ BY_GROUP = "fp32_from_fp16_params_by_group"
 
 
 def groups_by_number() -> contextlib.AbstractContextManager[None]:
-    """Main parameters in a dict with the numbers of their groups as keys, instead of a list with an entry a group.
+    """Save main parameters in a dict with group numbers as keys, instead of a list with one entry for each group.
 
-    `dist_checkpointing` takes lists apart into what is sharded and what is not, and leaves out what is empty
-    (dist_checkpointing/dict_utils.py, `extract_matching_values`), so that an empty group shifts the others. The dict
-    has a key of its own: a checkpoint that was saved without this repair holds a useless list under the old one.
-    The file's tensors have the same names in both forms.
+    `dist_checkpointing` splits lists into sharded and other entries, and drops empty ones
+    (dist_checkpointing/dict_utils.py, `extract_matching_values`), so that an empty group shifts the following groups.
+    The dict has its own key, because a checkpoint that was saved without this repair has an unusable list under the old
+    key. The tensors in the files have equal names in both forms.
     """
 
     def make_sharded(original: Any) -> Any:
@@ -109,11 +109,12 @@ _MAY_BE_ABSENT = "may_be_absent"
 
 @contextlib.contextmanager
 def native_masters() -> Iterator[None]:
-    """Native-fp32 parameters are saved as their own main parameters, and loaded from a checkpoint's main parameters.
+    """Save native-fp32 parameters as main parameters, too, and load them from a checkpoint's main parameters.
 
-    A checkpoint of a run that had them in 16 bits holds more of them in `optimizer.state.fp32_param.*` than in the
-    model's tensors; and such a run asks for `optimizer.state.fp32_param.*` of every parameter when it loads. A
-    checkpoint without them (saved before this repair was there) is loaded as it is: its model tensors are fp32.
+    In a checkpoint of a run in which these parameters had 16 bits, `optimizer.state.fp32_param.*` is more precise than
+    the model's tensors. Such a run also needs `optimizer.state.fp32_param.*` of every parameter when it loads. A
+    checkpoint that was saved without this repair does not have them for native-fp32 parameters. It is loaded without
+    them, because its model tensors are fp32.
     """
 
     def make_sharded(original: Any) -> Any:
@@ -149,7 +150,7 @@ def native_masters() -> Iterator[None]:
 
 
 def _native_master(entry: Any, param: Tensor, is_loading: bool) -> Any:
-    # Loading writes into the tensor at once, and the model's state dict is loaded over it later.
+    # Loading writes into this tensor. It must not be the parameter, because the model's state dict is loaded later.
     data = torch.empty_like(param) if is_loading else param.detach()
     master = make_sharded_optimizer_tensor(entry, data, prefix="optimizer.state.fp32_param")
     if is_loading and isinstance(master, ShardedTensor):
@@ -162,7 +163,7 @@ def _make_strategy_load(original: Any) -> Any:
     def repaired(self: Any, sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
         file = Path(checkpoint_dir) / ".metadata"
         asked = any(getattr(value, _MAY_BE_ABSENT, False) for value in nested_values(sharded_state_dict))
-        if asked and file.is_file():  # a store that is no file system is left to the original, with all that is asked
+        if asked and file.is_file():  # a store that is not a file system is left to the original method
             _drop_absent(sharded_state_dict, read_metadata(file).state_dict_metadata)
         return original(self, sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
@@ -170,11 +171,11 @@ def _make_strategy_load(original: Any) -> Any:
 
 
 def _drop_absent(state: Any, names: Any) -> None:
-    """Take out of nested dicts what may be absent from the checkpoint and is."""
+    """Remove entries from nested dicts that may be absent from the checkpoint and are absent."""
     for key, value in list(state.items()):
         if isinstance(value, dict):
             _drop_absent(value, names)
-            if not value:  # the original does not give back empty dicts, and misses them
+            if not value:  # the original method fails for empty dicts, because it does not return them
                 del state[key]
         elif getattr(value, _MAY_BE_ABSENT, False) and value.key not in names:
             del state[key]

@@ -1,8 +1,8 @@
-"""What released megatron-core optimizers need for parameters that are fp32 in the model.
+"""Repairs of released megatron-core optimizers for native-fp32 parameters: parameters that are fp32 in the model.
 
-Training works without any of this; the first checkpoint does not. Each repair is probed for on tiny tensors, so it is
-installed only where this megatron-core needs it, and the handle that `install_optimizer_repairs` returns takes all of
-them back.
+Training works without the repairs, but checkpoints of the optimizer do not. A probe on tiny tensors finds out whether
+the installed megatron-core needs a repair, and only then is it installed. The handle that `install_optimizer_repairs`
+returns undoes all repairs.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from megatron_fp32.optimizer import distributed, float16, probes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Repair:
-    """One fault of a released optimizer."""
+    """A fault of a released optimizer, and whether its repair was installed."""
 
     name: str
     symptom: str
-    """What happens without the repair."""
+    """The error or the wrong result without the repair."""
     upstream: str
-    """Where it is, or will be, fixed in Megatron-LM."""
+    """The pull request or issue in Megatron-LM that fixes the fault; "none" if there is none."""
     needed: bool
-    """This megatron-core has the fault, so the repair was installed."""
+    """The installed megatron-core has the fault, so the repair was installed."""
 
 
 class OptimizerRepairs:
-    """The repairs that were installed. Use it as a context manager, or call `undo`.
+    """The handle of the installed repairs. Use it as a context manager, or call `undo`.
 
     Attributes:
-        report: every known repair, with whether it was needed.
+        report: every known repair, and whether it was needed.
     """
 
     def __init__(self, report: tuple[Repair, ...], undo: contextlib.ExitStack) -> None:
@@ -52,7 +52,7 @@ class OptimizerRepairs:
         return tuple(repair.name for repair in self.report if repair.needed)
 
     def undo(self) -> None:
-        """Put megatron-core back as it was. A second call does nothing."""
+        """Put megatron-core's own methods back. A second call does nothing."""
         self._undo.close()
 
     def __enter__(self) -> OptimizerRepairs:
@@ -67,9 +67,9 @@ class OptimizerRepairs:
 def install_optimizer_repairs() -> OptimizerRepairs:
     """Repair the optimizers of the installed megatron-core for native-fp32 parameters.
 
-    Call it before the optimizer is built. It changes methods of `DistributedOptimizer` and
-    `Float16OptimizerWithFloat16Params`; models without native-fp32 parameters see no difference. Where a repair is
-    installed already, the new handle does not install it again.
+    Call it before the optimizer is built. It replaces methods of `DistributedOptimizer` and
+    `Float16OptimizerWithFloat16Params`. For models without native-fp32 parameters, nothing changes. A repair that is
+    installed already is not installed again, and the new handle does not undo it.
     """
     undo = contextlib.ExitStack()
     report = []
@@ -81,7 +81,7 @@ def install_optimizer_repairs() -> OptimizerRepairs:
 
 
 def pending_repairs(optimizer: Any) -> tuple[Repair, ...]:
-    """The repairs that this megatron-core optimizer needs for native-fp32 parameters and that are not installed."""
+    """The repairs that this optimizer needs for native-fp32 parameters and that are not installed."""
     if isinstance(optimizer, DistributedOptimizer):
         families: tuple[str, ...] = ("distributed-", "torch-adam-")
     elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
@@ -113,7 +113,7 @@ def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContext
     yield (
         Repair(
             name="float16-id-map",
-            symptom="save: 'Optimizer shape does not match model shape', or swapped states where shapes are equal",
+            symptom="save: 'Optimizer shape does not match model shape', or swapped states if shapes are equal",
             upstream="Megatron-LM#5929",
             needed=not probes.float16_ids_count_fp32(),
         ),
@@ -149,7 +149,7 @@ def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContext
     yield (
         Repair(
             name="distributed-bucket-padding",
-            symptom="save of fully_reshardable, with several buckets: states are written shifted, and zeros in the end",
+            symptom="save of fully_reshardable, with several buckets: states are shifted, with zeros at the end",
             upstream="none",
             needed=not probes.bucket_padding_is_left_out(),
         ),
@@ -158,7 +158,7 @@ def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContext
     yield (
         Repair(
             name="distributed-empty-part",
-            symptom="save of dp_reshardable: 'empty bucket encountered', where a rank's part of a bucket is padding",
+            symptom="save of dp_reshardable: 'empty bucket encountered', if a rank's shard of a bucket is padding",
             upstream="none",
             needed=not probes.parts_may_be_padding(),
         ),
@@ -167,7 +167,7 @@ def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContext
     yield (
         Repair(
             name="distributed-gather-after-load",
-            symptom="load of what a 16-bit run saved: ranks have different values of a native-fp32 parameter",
+            symptom="load of a checkpoint of a 16-bit run: ranks have different values of a native-fp32 parameter",
             upstream="none",
             needed=not probes.load_gathers_parameters(),
         ),
@@ -185,7 +185,7 @@ def _repairs() -> Iterator[tuple[Repair, Callable[[], contextlib.AbstractContext
     yield (
         Repair(
             name="float16-native-masters",
-            symptom="load of what a 16-bit run saved: native-fp32 parameters stay rounded",
+            symptom="load of a checkpoint of a 16-bit run: native-fp32 parameters stay rounded",
             upstream="none",
             needed=not probes.float16_saves_native_masters(),
         ),

@@ -1,7 +1,7 @@
 """Whether the installed megatron-core has the faults that `native_fp32` repairs.
 
-Each probe runs megatron-core's own method on two parameters, of 5 (bf16) and 3 (fp32) values, and is true when all is
-well.
+Each probe runs a method of megatron-core on two parameters, of 5 (bf16) and 3 (fp32) values. It returns True if the
+method does not have the fault.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_fp32.optimizer.distributed import GATHERS
 
 
 class _CudaTyped(nn.Parameter):
-    """Answers `type()` as a parameter on a GPU does: the optimizers dispatch on the string."""
+    """A parameter whose `type()` is the string of a parameter on a GPU, because the optimizers dispatch on it."""
 
     def type(self, *args: Any, **kwargs: Any) -> Any:
         name = {torch.float32: "FloatTensor", torch.bfloat16: "BFloat16Tensor"}[self.dtype]
@@ -47,14 +47,14 @@ def _build_groups() -> tuple[dict[Any, Any], dict[str, Any], list[list[Tensor]]]
 
 
 def shards_are_leaves() -> bool:
-    """The distributed optimizer's shards of fp32 parameters are leaves, not views of the model's parameters."""
+    """Whether the distributed optimizer's shards of fp32 parameters are leaves, not views of the model's parameters."""
     _, _, fp32_shards = _build_groups()
     return all(shard.is_leaf for shards in fp32_shards for shard in shards)
 
 
 def index_map_follows_groups() -> bool:
-    """The distributed optimizer's map from parameters to places follows the order of its groups."""
-    # The repair is in __init__, which this probe does not run.
+    """Whether the distributed optimizer's map from parameters to positions has the order of its groups."""
+    # The repair replaces __init__, which this probe does not run.
     if Path(vars(DistributedOptimizer)["__init__"].__code__.co_filename).parent == Path(__file__).parent:
         return True
     index_map, group, _ = _build_groups()
@@ -62,7 +62,7 @@ def index_map_follows_groups() -> bool:
 
 
 def _float16_state_dict() -> Any:
-    """What Float16Optimizer makes of two groups: one with a 16-bit and a native-fp32 parameter, one without any."""
+    """The state dict of Float16Optimizer for two groups: a 16-bit and a native-fp32 parameter; and no parameters."""
     half, full = nn.Parameter(torch.zeros(5, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(3))
     main = torch.zeros(5)
     probe = object.__new__(Float16OptimizerWithFloat16Params)
@@ -86,13 +86,13 @@ def _float16_state_dict() -> Any:
 
 
 def float16_ids_count_fp32() -> bool:
-    """Float16Optimizer numbers fp32 parameters too when it names states for a checkpoint."""
+    """Whether Float16Optimizer also counts fp32 parameters when it names states for a checkpoint."""
     state_dict = _float16_state_dict()
     return state_dict is not None and bool(state_dict["optimizer"]["state"][0]["momentum_buffer"].key.endswith(".full"))
 
 
 def float16_groups_may_be_empty() -> bool:
-    """Float16Optimizer's main parameters of a group without any do not shift those of others in a checkpoint."""
+    """Whether a group without main parameters leaves the main parameters of other groups in place in a checkpoint."""
     state_dict = _float16_state_dict()
     if state_dict is None:
         return False
@@ -101,14 +101,14 @@ def float16_groups_may_be_empty() -> bool:
 
 
 def float16_saves_native_masters() -> bool:
-    """Float16Optimizer stores native-fp32 parameters among the main parameters."""
+    """Whether Float16Optimizer stores native-fp32 parameters among the main parameters."""
     state_dict = _float16_state_dict()
     keys = {getattr(value, "key", "") for value in nested_values(state_dict or {})}
     return "optimizer.state.fp32_param.full" in keys
 
 
 def bucket_padding_is_left_out() -> bool:
-    """The distributed optimizer names states for `fully_reshardable` where they are without padding of buckets."""
+    """Whether the distributed optimizer saves the right values for `fully_reshardable` with padding between buckets."""
     first, second = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(3))
     dtype = (torch.float32, torch.float32)
     buffer = SimpleNamespace(
@@ -130,7 +130,7 @@ def bucket_padding_is_left_out() -> bool:
 
 
 def parts_may_be_padding() -> bool:
-    """The distributed optimizer can name a bucket for `dp_reshardable` of which this rank's part has no parameter."""
+    """Whether the distributed optimizer can save a bucket for `dp_reshardable` if this rank's shard is only padding."""
     dtype = (torch.float32, torch.float32)
     grads = torch.zeros(64)
     bucket = SimpleNamespace(numel_unpadded=40, grad_data=grads)
@@ -155,12 +155,12 @@ def parts_may_be_padding() -> bool:
 
 
 def load_gathers_parameters() -> bool:
-    """The distributed optimizer exchanges what it has loaded of native-fp32 parameters. No release does so."""
+    """Whether the distributed optimizer sends loaded native-fp32 parameters to all ranks. No release does."""
     return hasattr(vars(DistributedOptimizer)["load_state_dict"], GATHERS)
 
 
 def _probe_with_adam(steps: int) -> Any:
-    """A DistributedOptimizer with nothing in it but torch's Adam over two parameters after `steps` steps."""
+    """A DistributedOptimizer that only has torch's Adam for two parameters, after `steps` steps."""
     params = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(5))]
     adam = torch.optim.AdamW(params, lr=0.1)
     for key in param_group_identifier_keys:
@@ -182,7 +182,7 @@ def _probe_with_adam(steps: int) -> Any:
 
 
 def state_dict_works_before_first_step() -> bool:
-    """The distributed optimizer's state_dict works before a first step of torch's Adam."""
+    """Whether the distributed optimizer's `state_dict` works before the first step of torch's Adam."""
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return True
     try:
@@ -193,7 +193,7 @@ def state_dict_works_before_first_step() -> bool:
 
 
 def accepts_states_without_step() -> bool:
-    """The distributed optimizer loads the states of torch's Adam from a format that does not store `step` with them."""
+    """Whether the distributed optimizer loads states of torch's Adam from a format that does not store `step`."""
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return True
     probe = _probe_with_adam(steps=1)
@@ -208,7 +208,7 @@ def accepts_states_without_step() -> bool:
 
 
 def loaded_steps_are_separate() -> bool:
-    """After a load, each parameter has a step of its own in torch's Adam."""
+    """Whether each parameter has its own step tensor in torch's Adam after a load."""
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return True
     probe = _probe_with_adam(steps=1)

@@ -1,4 +1,4 @@
-"""Replace a method of a class, undoably."""
+"""Replace a method of a class for the length of a block."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def replaced(owner: type, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """`owner.name` is `make(what it was)` inside the block, and the very same object again after it."""
+    """Inside the block, `owner.name` is `make(original)`. After the block, it is the original object again."""
     original = vars(owner)[name]
     setattr(owner, name, make(original))
     try:

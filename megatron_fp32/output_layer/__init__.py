@@ -1,1 +1,1 @@
-"""The output layer with fp32 logits, and losses and log-probs that it computes without storing logits."""
+"""The output layer with fp32 logits, and losses and log-probs without stored logits."""

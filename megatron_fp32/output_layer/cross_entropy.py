@@ -1,4 +1,4 @@
-"""Cross entropy of vocab-parallel logits for callers who still need the logits."""
+"""Cross entropy of vocab-parallel logits that does not change the logits."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch import Tensor
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """megatron-core's function of this name, without its destroying fp32 logits.
+    """megatron-core's function of this name, applied to a copy of the logits.
 
-    It works in place on `logits.float()`, which copies bf16 logits and is the very same tensor for fp32 ones. Here they
-    are copied first, for 4 more bytes a logit; where nobody reads the logits after the loss, megatron-core's own does.
+    megatron-core's function works in place on `logits.float()`. That is a copy of bf16 logits, but fp32 logits are
+    overwritten. The copy here takes 4 more bytes for each logit. If nothing reads the logits after the loss, use
+    megatron-core's function instead.
 
     Args:
         logits: [s, b, vocab / tp].
         target: [s, b], ids in the whole vocabulary.
-        *args, **kwargs: those of megatron-core's function.
+        *args, **kwargs: further arguments of megatron-core's function.
 
     Returns:
         [s, b] float32.

@@ -1,14 +1,14 @@
 """The loss of a Megatron model without its logits.
 
-megatron-core's models call the output layer, do a few things to the logits, and hand them to
-`compute_language_model_loss`; multi-token prediction does so once more for every depth. With `Fp32Config.fused_loss`
-the output layer returns `DeferredLogits` instead, and the model's `compute_language_model_loss` asks them for the loss.
-So GPTModel, HybridModel, multi-token prediction and the schedule that overlaps communication all use it, in every
-release from 0.16 on, and nothing of theirs is replaced but one method on the instance. `output_processor`, which
-GPTModel offers from 0.18 on, reaches neither multi-token prediction nor HybridModel.
+megatron-core's models call the output layer, may scale or transpose the logits, and pass them to
+`compute_language_model_loss`. Multi-token prediction does this once more for every depth. With `Fp32Config.fused_loss`
+the output layer returns `DeferredLogits` instead of logits, and the model's `compute_language_model_loss` calls
+`DeferredLogits.loss`. This works for GPTModel, HybridModel, multi-token prediction and the schedule that overlaps
+communication, in every release from 0.16 on, and replaces one method on the instance. `output_processor`, which
+GPTModel has from 0.18 on, works neither for multi-token prediction nor for HybridModel.
 
-The output layer is called a second time for the loss itself, because Megatron-FSDP's hooks gather its parameters around
-every use of its weight. Other forward hooks run in the first call alone, where they see `DeferredLogits`.
+For the loss, the output layer is called a second time, because Megatron-FSDP's hooks gather its parameters around every
+call. Other forward hooks only run in the first call, where they get `DeferredLogits`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ from megatron_fp32.ops.logprobs import LogitsTransform, linear_cross_entropy, li
 from megatron_fp32.ops.products.ranks import gather_first_dim
 
 Use = Callable[[Any, Tensor, Tensor | None], Any]
-"""What an output layer does with its hidden states and weight instead of returning logits."""
+"""A function of output layer, hidden states and weight, whose result the layer returns instead of logits."""
 
 
 class DeferredLogits:
-    """Logits that nobody has computed yet: hidden states, a weight, and what was done to them.
+    """Logits that are not computed yet: hidden states, a weight and a scale.
 
-    A scale (MuP) is remembered. `transpose` (a caller without labels) computes the logits; `max`, `size` and
-    `torch.argmax` (the acceptance rate of multi-token prediction) are answered without them. Anything else raises.
+    - Multiplication with a number (MuP) only changes the scale.
+    - `transpose`, which a model without labels calls, computes the logits.
+    - `max`, `size` and `torch.argmax`, which multi-token prediction calls for its acceptance rate, do not.
+    - Everything else raises.
     """
 
     def __init__(self, layer: nn.Module, hidden: Tensor, weight: Tensor | None, scale: float = 1.0) -> None:
@@ -50,7 +52,7 @@ class DeferredLogits:
         return self._use(_loss(labels.t().contiguous(), self._scale)).t().contiguous()
 
     def logits(self) -> Tensor:
-        """[s, b, vocab / tp] float32."""
+        """Compute the logits, [s, b, vocab / tp] float32."""
         logits = self._use(_logits)
         return logits if self._scale == 1.0 else logits * self._scale
 
@@ -62,19 +64,22 @@ class DeferredLogits:
     __rmul__ = __mul__
 
     def transpose(self, first: int, second: int) -> Tensor:
-        """Of the logits, which are computed now."""
+        """Compute the logits and transpose them."""
         return self.logits().transpose(first, second)
 
     def size(self, dim: int) -> int:
-        """Of the last dimension: this rank's columns."""
+        """The size of the last dimension, vocab / tp. Raises TypeError for another dimension."""
         if dim != -1:
-            raise TypeError(f"of logits that are not computed yet only size(-1) is known, got {dim}")
+            raise TypeError(f"only size(-1) is known of logits that are not computed yet, got size({dim})")
         return int(self._layer.output_size_per_partition)  # type: ignore[arg-type]
 
     def max(self, dim: int) -> tuple[Tensor, Tensor]:
-        """The largest of this rank's logits and its column, [s, b] each, without a gradient."""
+        """The largest of this rank's logits and its column, [s, b] each, without a gradient.
+
+        Raises TypeError for a dimension other than -1.
+        """
         if dim != -1:
-            raise TypeError(f"of logits that are not computed yet only max(-1) is known, got {dim}")
+            raise TypeError(f"only max(-1) is known of logits that are not computed yet, got max({dim})")
         with torch.no_grad():
             return self._use(_maximum(self._scale))  # type: ignore[no-any-return]
 
@@ -97,7 +102,7 @@ class DeferredLogits:
 
 @contextlib.contextmanager
 def _gathering_hooks_alone(layer: nn.Module) -> Iterator[None]:
-    """Inside the block, forward hooks that are not Megatron-FSDP's do not run: the call that deferred has run them."""
+    """Turn off all forward hooks except Megatron-FSDP's in the block: the call that returned `self` has run them."""
     before = {name: vars(layer)[name] for name in ("_forward_pre_hooks", "_forward_hooks")}
     for name, hooks in before.items():
         vars(layer)[name] = type(hooks)((key, hook) for key, hook in hooks.items() if _is_fsdp_hook(hook))
@@ -115,8 +120,8 @@ def _is_fsdp_hook(hook: Any) -> bool:
 
 def _refusal(what: str) -> str:
     return (
-        f"{what} needs logits, and Fp32Config(fused_loss=...) computes the loss without them: call "
-        "DeferredLogits.logits() for them, or turn fused_loss off"
+        f"{what} needs logits, but Fp32Config(fused_loss=...) computes the loss without them: call "
+        "DeferredLogits.logits() to compute them, or turn fused_loss off"
     )
 
 
@@ -145,7 +150,7 @@ def _maximum(scale: float) -> Use:
         weight = layer.choose_and_mark_weight(weight)
         gathered = hidden.shape[0] * (layer.tp_group.size() if layer.sequence_parallel else 1)
         labels = torch.zeros(gathered, *hidden.shape[1:-1], dtype=torch.long, device=hidden.device)
-        # This rank's columns as a vocabulary of their own.
+        # This rank's columns are treated as a whole vocabulary.
         if layer.sequence_parallel:
             hidden = gather_first_dim(hidden, layer.tp_group)
         top = linear_logprobs(hidden, weight, labels, logits_transform=LogitsTransform(scale=scale), top_k=1)
@@ -157,23 +162,23 @@ def _maximum(scale: float) -> Use:
 
 
 def check_owner(name: str, owner: nn.Module, config: Fp32Config) -> None:
-    """Raise ValueError where the model around the output layer called `name` would not know deferred logits."""
+    """Raise ValueError if the model around the output layer `name` cannot use `DeferredLogits`."""
     if config.fused_loss == "off":
         return
     wrapped = name.rpartition(".")[2] != "output_layer"
     if wrapped or not isinstance(owner, LanguageModule):
-        what = "is wrapped by a LoRA layer" if wrapped else f"belongs to a {type(owner).__name__}, no LanguageModule"
+        what = "is wrapped by a LoRA layer" if wrapped else f"belongs to a {type(owner).__name__}, not a LanguageModule"
         raise ValueError(f"fused_loss needs the output layer of a megatron-core language model: {name} {what}")
     own = "compute_language_model_loss" in vars(owner) and not has_fused_loss(owner)
     if own or type(owner).compute_language_model_loss is not LanguageModule.compute_language_model_loss:
         raise ValueError(
-            f"fused_loss replaces compute_language_model_loss, and that of this {type(owner).__name__} is not "
-            "megatron-core's: what it adds to the loss would be lost"
+            f"fused_loss replaces compute_language_model_loss, but this {type(owner).__name__} has its own: everything "
+            "that its compute_language_model_loss adds to the loss would be lost"
         )
 
 
 def set_fused_loss(owner: Any, config: Fp32Config) -> None:
-    """Have the model ask deferred logits for their loss, or give it its own method back, as `fused_loss` says."""
+    """Replace the model's `compute_language_model_loss` if `fused_loss` is on; otherwise put the original back."""
     if config.fused_loss != "off":
         owner.compute_language_model_loss = types.MethodType(_compute_language_model_loss, owner)
     elif has_fused_loss(owner):
@@ -181,7 +186,7 @@ def set_fused_loss(owner: Any, config: Fp32Config) -> None:
 
 
 def has_fused_loss(owner: Any) -> bool:
-    """Whether `set_fused_loss` has made this model ask deferred logits for their loss."""
+    """Whether `set_fused_loss` has replaced this model's `compute_language_model_loss`."""
     own = vars(owner).get("compute_language_model_loss")
     return getattr(own, "__func__", None) is _compute_language_model_loss
 

@@ -1,4 +1,4 @@
-"""The output layer with fp32 logits, and the way to turn a built one into it."""
+"""The output layer with fp32 logits, and the function that turns a built output layer into one."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ try:
 except ImportError:  # megatron-core < 0.18
     InferenceMode = None
 
-# Arguments that newer releases pass to _forward_impl, and the values under which they ask for nothing else.
+# Arguments that newer releases pass to _forward_impl, and the values that do not change the result.
 _NEUTRAL_ARGUMENTS = {"gtp_remat_size": (1,), "output_dtype": (None, torch.float32)}
 
 
 class Fp32OutputLayer(ColumnParallelLinear):
-    """`ColumnParallelLinear` whose product keeps the fp32 accumulator.
+    """`ColumnParallelLinear` that returns the fp32 accumulator of its product.
 
-    Weight, bias, state-dict keys, `gather_output`, `sequence_parallel` and tied weights are the parent's; only the
-    product and its gradients differ (`megatron_fp32.ops.logits`). Logits leave as fp32 [s, b, vocab / tp], or
-    [s, b, vocab] gathered.
+    Weight, bias, state-dict keys, `gather_output`, `sequence_parallel` and tied weights work as in the parent class.
+    Only the product and its gradients differ (`megatron_fp32.ops.logits`). Logits are fp32 [s, b, vocab / tp], or
+    [s, b, vocab] if they are gathered.
 
     Attributes:
-        fp32_config: the configuration it was made with.
-        fp32_calls: how many times the fp32 product ran (in compiled code: whether it did), for proving that it did.
+        fp32_config: the configuration that the layer was made with.
+        fp32_calls: how often the fp32 product ran (in compiled code, only whether it ran); `check_fp32` reads it.
     """
 
     fp32_config: Fp32Config
@@ -54,7 +54,7 @@ class Fp32OutputLayer(ColumnParallelLinear):
         _take_over(self, config)
 
     def __repr__(self) -> str:
-        """megatron-core's text, and what is fp32: the class keeps megatron-core's name."""
+        """megatron-core's text and the fp32 options: the class name is megatron-core's."""
         config = self.fp32_config
         shown = f"fp32_logits=True, grad_precision={config.grad_precision!r}"
         shown += ", invariant=True" if config.invariant else ""
@@ -69,15 +69,15 @@ class Fp32OutputLayer(ColumnParallelLinear):
         *,
         use: Use | None = None,
     ) -> Any:
-        """As the parent: (logits, bias or None); with `Fp32Config.fused_loss`, (DeferredLogits, None).
+        """(logits, bias or None), as in the parent class; with `Fp32Config.fused_loss`, (DeferredLogits, None).
 
-        Gathered logits are always computed: who asks for them is no loss.
+        Gathered logits are always computed, because the loss does not gather them.
 
         Args:
-            input_: [s, b, hidden], or [s / tp, b, hidden] with sequence parallel.
-            weight: tied weight, [vocab / tp, hidden]; required when the layer has none of its own.
+            input_: [s, b, hidden], or [s / tp, b, hidden] with sequence parallelism.
+            weight: tied weight, [vocab / tp, hidden]; required if the layer does not have a weight of its own.
             runtime_gather_output: overrides `gather_output`.
-            use: return `use(layer, input_, weight)` instead; it runs between the hooks of this module.
+            use: if given, the result is `use(layer, input_, weight)`, which runs between this module's hooks.
         """
         if use is not None:
             return use(self, input_, weight)
@@ -89,11 +89,11 @@ class Fp32OutputLayer(ColumnParallelLinear):
     def compute_logits(
         self, input_: Tensor, weight: Tensor | None, runtime_gather_output: bool | None
     ) -> tuple[Tensor, Tensor | None]:
-        """(logits, bias or None), whatever `fused_loss` is; arguments as of `forward`."""
+        """(logits, bias or None), also with `fused_loss`. See `forward` for the arguments."""
         _refuse_rounding_inference(self)
         if self.output_size_per_partition == self.output_size:
-            # megatron-core's gather over one rank returns its input from within an autograd Function. That is a view
-            # which must not be changed in place, and megatron-core's own cross entropy does that to fp32 logits.
+            # megatron-core's gather over one rank returns its input from within an autograd Function. The result is a
+            # view that must not be changed in place, but megatron-core's cross entropy changes fp32 logits in place.
             runtime_gather_output = False
         return super().forward(input_, weight=weight, runtime_gather_output=runtime_gather_output)
 
@@ -104,20 +104,20 @@ class Fp32OutputLayer(ColumnParallelLinear):
         embedding's gradient to the gradient that the output layer has put into `main_grad`.
 
         Raises:
-            ValueError: when there is neither.
+            ValueError: when `weight` is None and the layer does not have a weight.
         """
         if weight is None:
             if self.weight is None:
-                raise ValueError("the output layer has no weight of its own, and none came with the call")
+                raise ValueError("the output layer does not have a weight of its own: pass weight, got None")
             return self.weight
         if weight is not self.weight and follows_main_grad(weight):
-            # The weight of an embedding, whose own gradient comes through autograd. megatron-core says this of tied
-            # weights without pipeline parallelism; with it, an embedding for MTP lies on the last stage too.
+            # The weight belongs to an embedding, whose gradient comes through autograd. megatron-core sets this mark on
+            # tied weights without pipeline parallelism only, but the last stage has an embedding if it has MTP.
             weight.zero_out_wgrad = True  # type: ignore[attr-defined]
         return weight
 
     def operator_arguments(self) -> dict[str, Any]:
-        """What the operators of `ops.logprobs` take from the layer and its configuration."""
+        """Keyword arguments of the operators in `ops.logprobs` that follow from the layer and its configuration."""
         return {
             "vocab_parallel": VocabParallel(
                 group=self.tp_group,
@@ -143,10 +143,10 @@ class Fp32OutputLayer(ColumnParallelLinear):
         wgrad_deferral_limit: int | None = None,
         **newer: Any,
     ) -> Tensor:
-        # gradient_accumulation_fusion chooses Apex's kernel; here dW goes to main_grad wherever there is one.
+        # gradient_accumulation_fusion selects Apex's kernel. Here dW is always added to main_grad if there is one.
         unknown = {k: v for k, v in newer.items() if k not in _NEUTRAL_ARGUMENTS or v not in _NEUTRAL_ARGUMENTS[k]}
         if unknown:
-            raise ValueError(f"Fp32OutputLayer does not know these arguments of this megatron-core: {unknown}")
+            raise ValueError(f"Fp32OutputLayer does not support these arguments of this megatron-core: {unknown}")
         weight = self.choose_and_mark_weight(weight)
         deferred = None
         if grad_output_buffer is not None:
@@ -166,7 +166,7 @@ class Fp32OutputLayer(ColumnParallelLinear):
         return logits
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fp32OutputLayer:
-        """The copy shares the process group, which cannot be copied."""
+        """A copy that shares the process group, because process groups cannot be copied."""
         memo[id(self.tp_group)] = self.tp_group
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
@@ -174,14 +174,16 @@ class Fp32OutputLayer(ColumnParallelLinear):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle without the process group, which is looked up again where the layer is unpickled.
+        """Pickle without the process group. Unpickling looks up megatron-core's tensor-parallel group.
 
         Raises:
-            ValueError: when the layer's group is not megatron-core's tensor-parallel group, or something was mixed into
-                its class after the conversion.
+            ValueError: when the layer's group is not megatron-core's tensor-parallel group, or its class was changed
+                after the conversion.
         """
         if self.tp_group is not get_tensor_model_parallel_group_if_none(None):
-            raise ValueError("an output layer with a tensor-parallel group of its own cannot be pickled")
+            raise ValueError(
+                "an output layer can be pickled only if its process group is megatron-core's tensor-parallel group"
+            )
         hooks = type(self._load_state_dict_pre_hooks)(
             # megatron-core's lambda cannot be pickled; unpickling registers it again.
             (key, hook)
@@ -190,7 +192,9 @@ class Fp32OutputLayer(ColumnParallelLinear):
         )
         stock = getattr(type(self), "_stock_class", ColumnParallelLinear)
         if type(self) is not _fp32_class(stock):
-            raise ValueError(f"{type(self).__mro__[:3]} was made after fp32 conversion and cannot be pickled")
+            raise ValueError(
+                f"the class {type(self).__mro__[:3]} was made after the fp32 conversion and cannot be pickled"
+            )
         state = {**self.__dict__, "tp_group": None, "_load_state_dict_pre_hooks": hooks}
         return _rebuild, (stock,), state
 
@@ -199,8 +203,8 @@ class Fp32OutputLayer(ColumnParallelLinear):
         self.tp_group = get_tensor_model_parallel_group_if_none(None)
         if self.tp_group is not None and dist.get_world_size(self.tp_group) != self._tensor_parallel_size():
             raise ValueError(
-                f"the layer was pickled at tensor-parallel size {self._tensor_parallel_size()}, "
-                f"here it is {dist.get_world_size(self.tp_group)}"
+                f"the layer was pickled at tensor-parallel size {self._tensor_parallel_size()}, but the size here is "
+                f"{dist.get_world_size(self.tp_group)}"
             )
         self._register_load_state_dict_pre_hook(_declare_extra_state)
 
@@ -211,12 +215,12 @@ class Fp32OutputLayer(ColumnParallelLinear):
 def to_fp32_output_layer(layer: ColumnParallelLinear, config: Fp32Config | None = None) -> Fp32OutputLayer:
     """Turn a built output layer into an `Fp32OutputLayer`, in place, and return it.
 
-    The Parameter, its attributes, hooks and the state-dict keys stay the same objects. A subclass of
-    `ColumnParallelLinear` that changes what goes in or comes out, such as Gemma's soft cap, still does: it receives
-    fp32 logits. Calling this again only replaces the configuration.
+    The Parameter, its attributes, hooks and state-dict keys are not replaced. A subclass of `ColumnParallelLinear` that
+    changes the hidden states or the logits, such as Gemma's soft cap, keeps working, with fp32 logits. A second call
+    only replaces the configuration.
 
     Raises:
-        TypeError: for a layer that is no `ColumnParallelLinear`, or computes its product in its own way.
+        TypeError: for a layer that is not a `ColumnParallelLinear`, or that has its own `_forward_impl`.
         ValueError: for a layer whose configuration the fp32 product does not support.
     """
     config = config_or_default(config)
@@ -230,15 +234,17 @@ def to_fp32_output_layer(layer: ColumnParallelLinear, config: Fp32Config | None 
 
 
 def check_output_layer(layer: ColumnParallelLinear, config: Fp32Config) -> None:
-    """Raise what `to_fp32_output_layer` would raise for this layer."""
+    """Raise the errors that `to_fp32_output_layer` would raise for this layer."""
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
     if not isinstance(layer, ColumnParallelLinear):
         raise TypeError(f"expected a {ColumnParallelLinear.__module__}.ColumnParallelLinear, got {kind}")
     if hasattr(layer, "weight_quantizer"):
-        raise TypeError(f"{kind} is quantized by ModelOpt: its product has quantized operands")
+        raise TypeError(
+            f"{kind} is quantized by ModelOpt, and its product has quantized operands: its logits cannot be fp32"
+        )
     own_product = type(layer)._forward_impl not in (ColumnParallelLinear._forward_impl, Fp32OutputLayer._forward_impl)
     if own_product or "_forward_impl" in vars(layer):
-        raise TypeError(f"{kind} has a product of its own (_forward_impl): fp32 logits would replace it without a word")
+        raise TypeError(f"{kind} has its own product (_forward_impl), which fp32 logits would replace")
     _check_convertible(layer, config)
 
 
@@ -249,7 +255,7 @@ Fp32OutputLayer.__name__ = ColumnParallelLinear.__name__
 def _take_over(layer: Any, config: Fp32Config) -> None:
     layer.fp32_config = config
     layer.fp32_calls = 0
-    # The gather over symmetric memory has buffers and conditions that depend on the dtype, and was never run with fp32.
+    # The gather over symmetric memory depends on the dtype, and was never tested with fp32.
     layer.use_inference_optimized_all_gather = False
 
 
@@ -258,7 +264,7 @@ def _fp32_class(stock: type[ColumnParallelLinear]) -> type[Fp32OutputLayer]:
     if stock is ColumnParallelLinear:
         return Fp32OutputLayer
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "_stock_class": stock}
-    # In front of the subclass: its forward runs between ours and the parent's, and sees fp32 logits.
+    # The subclass comes second, so that its forward runs on fp32 logits, between Fp32OutputLayer's and the parent's.
     return type(stock.__name__, (Fp32OutputLayer, stock), names)
 
 
@@ -274,11 +280,11 @@ def _declare_extra_state(state_dict: dict[str, Any], prefix: str, *args: Any, **
 def _check_convertible(layer: ColumnParallelLinear, fp32: Fp32Config) -> None:
     config = layer.config
     if layer.is_expert:
-        raise ValueError("an expert layer is no output layer")
+        raise ValueError("expected an output layer, got the layer of an expert (is_expert=True)")
     if fp32.vocab_size is not None and fp32.vocab_size > layer.output_size:
         raise ValueError(
-            f"Fp32Config(vocab_size={fp32.vocab_size}) counts tokens without padding, and the output layer has only "
-            f"{layer.output_size} rows with it"
+            f"Fp32Config(vocab_size={fp32.vocab_size}) must be the vocabulary size without padding rows, but the "
+            f"output layer has only {layer.output_size} rows with padding"
         )
     if getattr(layer, "gtp_remat_size", 1) != 1:
         raise ValueError(f"fp32 logits do not support a GTP-sharded weight (gtp_remat_size={layer.gtp_remat_size})")
@@ -296,8 +302,8 @@ def _check_convertible(layer: ColumnParallelLinear, fp32: Fp32Config) -> None:
             )
         if fusion == "native" and fp32.grad_precision != "bf16":
             raise ValueError(
-                "cross_entropy_fusion_impl='native' rounds dY to bf16 before the output layer sees it, so "
-                f"grad_precision={fp32.grad_precision!r} would keep nothing; turn cross_entropy_loss_fusion off"
+                "cross_entropy_fusion_impl='native' rounds dY to bf16 before the output layer gets it, so "
+                f"grad_precision={fp32.grad_precision!r} would have no effect; turn cross_entropy_loss_fusion off"
             )
     if config.defer_embedding_wgrad_compute:
         _check_deferrable(layer, fp32)
@@ -306,14 +312,15 @@ def _check_convertible(layer: ColumnParallelLinear, fp32: Fp32Config) -> None:
 
 
 def check_plain_product(layer: ColumnParallelLinear) -> None:
-    """Raise ValueError unless the layer's logits are the product of hidden states and weight and nothing more."""
+    """Raise ValueError unless the layer's logits are exactly the product of hidden states and weight."""
     stock = getattr(type(layer), "_stock_class", type(layer))
     if stock.forward not in (ColumnParallelLinear.forward, Fp32OutputLayer.forward):
         raise ValueError(
-            f"without logits, what {stock.__module__}.{stock.__qualname__}.forward does to them would be lost"
+            f"{stock.__module__}.{stock.__qualname__}.forward changes the logits; its change would be lost in a "
+            "loss or in log-probs that are computed without logits"
         )
     if layer.bias is not None:
-        raise ValueError("the head without logits does not support an output layer with a bias")
+        raise ValueError("the loss and log-probs without logits do not support an output layer with a bias")
 
 
 def _check_fusible(layer: ColumnParallelLinear) -> None:
@@ -323,29 +330,31 @@ def _check_fusible(layer: ColumnParallelLinear) -> None:
         raise ValueError("fused_loss computes the cross entropy itself: turn cross_entropy_loss_fusion off")
     if config.defer_embedding_wgrad_compute:
         raise ValueError(
-            "fused_loss computes dW with the rest of its gradients: turn defer_embedding_wgrad_compute off"
+            "fused_loss computes dW together with its other gradients: turn defer_embedding_wgrad_compute off"
         )
 
 
 def _check_deferrable(layer: ColumnParallelLinear, fp32: Fp32Config) -> None:
     if fp32.grad_precision != "bf16":
         raise ValueError(
-            "defer_embedding_wgrad_compute keeps dY in bf16 for Apex' kernel: it needs grad_precision='bf16', "
+            "defer_embedding_wgrad_compute stores dY in bf16 for Apex's kernel: it needs grad_precision='bf16', "
             f"got {fp32.grad_precision!r}"
         )
     if layer.embedding_activation_buffer is None or layer.grad_output_buffer is None:
         raise ValueError(
-            "defer_embedding_wgrad_compute is on, but the model gave its output layer no buffers (HybridModel does not)"
+            "defer_embedding_wgrad_compute is on, but the model did not give its output layer buffers (HybridModel "
+            "never does)"
         )
     if getattr(layer.config, "mtp_num_layers", None):
         raise ValueError(
             "defer_embedding_wgrad_compute pairs hidden states in forward order with gradients in backward order, "
-            "which differ with multi-token prediction: the weight gradient would be wrong. Turn it off"
+            "which differ with multi-token prediction: the weight gradient would be wrong. Turn "
+            "defer_embedding_wgrad_compute off"
         )
 
 
 def _refuse_rounding_inference(layer: ColumnParallelLinear) -> None:
-    """Raise where megatron-core's inference engine is about to copy fp32 logits into a buffer of 16 bits."""
+    """Raise ValueError if megatron-core's inference engine would copy fp32 logits into a 16-bit buffer."""
     config = layer.config
     if InferenceMode is None or not InferenceMode.is_active() or config.params_dtype == torch.float32:
         return
@@ -353,6 +362,6 @@ def _refuse_rounding_inference(layer: ColumnParallelLinear) -> None:
     if graphs or config.pipeline_model_parallel_size > 1:
         what = "CUDA graphs (cuda_graph_impl='local')" if graphs else "pipeline parallelism"
         raise ValueError(
-            f"megatron-core's inference engine rounds logits to {config.params_dtype} under {what}; turn that off for "
-            "inference, or use Fp32Config(logits=False)"
+            f"megatron-core's inference engine rounds logits to {config.params_dtype} under {what}; turn {what} off "
+            "for inference, or use Fp32Config(logits=False)"
         )

@@ -1,4 +1,4 @@
-"""Log-probs, entropy and top-k out of GPTModel's forward pass, by its `output_processor` (megatron-core >= 0.18)."""
+"""Log-probs, entropy and top-k from GPTModel's forward pass, with `output_processor` (megatron-core >= 0.18)."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ def logprobs_processor(
     backward: Backward = "recompute",
     chunk_size: int | None = None,
 ) -> Callable[..., Logprobs]:
-    """An `output_processor` for `GPTModel.forward`, which then returns `Logprobs` of shape [b, s] instead of a loss.
+    """Make an `output_processor` for `GPTModel.forward`, which then returns `Logprobs` [b, s] instead of a loss.
 
     `model(input_ids, position_ids, attention_mask, labels=labels, output_processor=logprobs_processor())`. The output
-    layer must be an `Fp32OutputLayer`, whose configuration says the rest: `grad_precision`, `invariant`, `vocab_size`.
-    Earlier releases have no such argument; there the loss with `fused_loss` is the negative log-prob.
+    layer must be an `Fp32OutputLayer`. Its configuration gives `grad_precision`, `invariant` and `vocab_size`.
+    megatron-core before 0.18 does not have `output_processor`; use `fused_loss` there, whose loss is the negative
+    log-prob.
 
     Args:
-        temperature: a positive number, or one for each token, [b, s].
+        temperature: a positive number, or a tensor [b, s] with one positive number for each token.
         mean_logit: see `linear_logprobs`.
-        top_k: see `linear_logprobs`; [b, s, top_k].
+        top_k: see `linear_logprobs`; the results are [b, s, top_k].
         backward: see `linear_logprobs`.
         chunk_size: see `linear_logprobs`.
 
     Raises:
-        TypeError: for an argument of another type; from the forward pass, for another output layer.
-        ValueError: for an argument with a value that is not allowed; from the forward pass, without labels, or for an
-            output layer with a bias or a subclass that changes logits; and what `linear_logprobs` raises.
+        TypeError: for an argument of another type. The forward pass raises it for another output layer.
+        ValueError: for an argument with a value that is not allowed. The forward pass raises it without labels, for an
+            output layer with a bias, for a subclass that changes logits, and where `linear_logprobs` raises it.
     """
 
     check_flag("mean_logit", mean_logit)
@@ -72,7 +73,7 @@ def logprobs_processor(
                 layer.choose_and_mark_weight(weight),
                 labels.t().contiguous(),
                 temperature=of_tokens,
-                # MuP's scale, which Megatron gives as a function of the logits.
+                # Megatron passes MuP's scale as a function of the logits.
                 logits_transform=LogitsTransform(scale=1.0 if scale_logits is None else float(scale_logits(1.0))),
                 backward=backward,
                 mean_logit=mean_logit,

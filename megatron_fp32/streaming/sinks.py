@@ -16,7 +16,7 @@ from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.formats.safetensors_writer import HuggingFaceWriter
 from megatron_fp32.checkpoint.fp8.write import write_configs
 from megatron_fp32.checkpoint.jobs.staging import Staging, check_output, open_staging
-from megatron_fp32.checkpoint.quantization_claims import remove_claims
+from megatron_fp32.checkpoint.quantization_entries import remove_quantization_entries
 from megatron_fp32.checkpoint.sidecar import Sidecar
 from megatron_fp32.weights.choices import SHARD_BYTES
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
@@ -107,7 +107,7 @@ class HuggingFaceDirectory:
         self._upload.sidecar.copy_assets(self._staging.output)
         config: dict[str, Any] = self._upload.sidecar.hf_config
         if self._upload.fp8 is None:
-            remove_claims(self._staging.output, config)
+            remove_quantization_entries(self._staging.output, config)
         else:
             write_configs(self._staging.output, config, self._infos, self._upload.fp8)
         self._staging.publish()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_fp32.weights.experts import expert_parts
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
-from megatron_fp32.weights.fp8.tensors import fp8_infos, infos_of, quantize_tensor
+from megatron_fp32.weights.fp8.tensors import fp8_infos, fp8_infos_of_tensor, quantize_tensor
 from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.spec import TensorSpec
 from megatron_fp32.weights.tensors import TensorInfo
@@ -53,7 +53,8 @@ def contents(mappings: Sequence[TensorMapping], infos: Mapping[str, TensorInfo],
         return Contents(model=model, sent=model)
     fp8_infos(infos, scheme)  # refuses what cannot be quantized
     return Contents(
-        model=model, sent={n: i for name, info in model.items() for n, i in infos_of(name, info, scheme).items()}
+        model=model,
+        sent={n: i for name, info in model.items() for n, i in fp8_infos_of_tensor(name, info, scheme).items()},
     )
 
 

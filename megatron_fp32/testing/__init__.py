@@ -1,1 +1,1 @@
-"""Running megatron-core without a GPU, and on several ranks, in tests."""
+"""Helpers for tests that run megatron-core without a GPU, or on several ranks."""

@@ -1,8 +1,8 @@
 """Build and train megatron-core models on a machine without a GPU.
 
-megatron-core names the current CUDA device, its generator and its streams in many places. `cpu_megatron()` answers for
-them inside a `with` block and puts everything back on exit. It is for tests and demonstrations: configure the model
-with `deterministic_mode=True`, `transformer_impl="local"` and every fusion off, so that no CUDA kernel is chosen.
+megatron-core uses the current CUDA device, its generator and its streams in many places. `cpu_megatron()` replaces them
+by the CPU inside a `with` block and puts them back on exit. It is for tests and demonstrations. Configure the model
+with `deterministic_mode=True`, `transformer_impl="local"` and every fusion off, so that no CUDA kernel is selected.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def cpu_megatron() -> Iterator[None]:
     """Let megatron-core build, train and save on the CPU inside the block.
 
     Raises:
-        RuntimeError: when CUDA is available: there the real thing runs, and answers for the CPU would be wrong.
+        RuntimeError: when CUDA is available, because megatron-core then works without `cpu_megatron`.
     """
     if torch.cuda.is_available():
         raise RuntimeError("cpu_megatron() is for machines without CUDA; a GPU is available here")
@@ -37,7 +37,7 @@ def cpu_megatron() -> Iterator[None]:
     from megatron.core.tensor_parallel import random as megatron_random
 
     with contextlib.ExitStack() as stack:
-        # torch.compile would build every @jit_fuser method with a C++ compiler.
+        # torch.compile would compile every @jit_fuser method with a C++ compiler.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_CudaNamesMeanCpu())
         for name, answer in {
@@ -56,7 +56,7 @@ def cpu_megatron() -> Iterator[None]:
         for module in _gated_delta_net_modules():
             # deterministic_mode replaces FLA's convolution and delta rule by torch, but not its l2norm.
             stack.enter_context(mock.patch.multiple(module, create=True, l2norm=_l2norm, HAVE_FLA=True))
-        # Without Transformer Engine the router of 0.16 reads this name, which nobody has defined.
+        # Without Transformer Engine, the router of 0.16 reads this name, which is not defined.
         router = importlib.import_module("megatron.core.transformer.moe.moe_utils")
         if not hasattr(router, "te_general_gemm"):
             stack.enter_context(mock.patch.object(router, "te_general_gemm", None, create=True))
@@ -73,13 +73,14 @@ def model_parallel(
     expert_tensor: int | None = None,
     seed: int = 1234,
 ) -> Iterator[None]:
-    """megatron-core's parallel state over an initialized process group, seeded, destroyed on exit.
+    """Initialize and seed megatron-core's parallel state for the block. The process group must be initialized.
 
     Args:
-        tensor, pipeline: parallel sizes; the rest of the ranks is data parallel.
-        virtual: model chunks on each pipeline rank; None where stages are not interleaved.
-        expert, expert_tensor: parallel sizes of the experts; None splits each of them as the rest of the model.
-        seed: for megatron-core's generators, as `--seed` is.
+        tensor, pipeline: tensor-parallel and pipeline-parallel size. The data-parallel size follows from them.
+        virtual: model chunks on each pipeline rank; None if stages are not interleaved.
+        expert: expert-parallel size.
+        expert_tensor: tensor-parallel size of each expert; None for the size `tensor`.
+        seed: seed of megatron-core's generators, like `--seed`.
     """
     for name, size in (("tensor", tensor), ("pipeline", pipeline), ("expert", expert)):
         check_count(name, size)
@@ -107,15 +108,15 @@ def model_parallel(
     finally:
         parallel_state.destroy_model_parallel()
         _drop_global_buffer(parallel_state)
-        # It forgets its groups without ending them, and every gloo group has threads: a pool that enters here often
-        # would drown in thousands.
+        # destroy_model_parallel forgets its groups without ending them. Every gloo group has threads, so a pool of
+        # ranks that comes here often would have thousands of threads.
         for group in [g for g in distributed_c10d._world.pg_map if g not in outside]:
             dist.destroy_process_group(group)
 
 
 @contextlib.contextmanager
 def single_process(backend: str = "gloo") -> Iterator[None]:
-    """A process group of this process alone, for tests in the main process."""
+    """A process group with only this process, for tests in the main process."""
     check_choice("backend", backend, ("gloo", "nccl"))
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -125,14 +126,14 @@ def single_process(backend: str = "gloo") -> Iterator[None]:
 
 
 def _drop_global_buffer(parallel_state: Any) -> None:
-    # initialize_model_parallel asserts that the buffer of the last world is gone; destroy_model_parallel of some
-    # versions leaves it.
+    # initialize_model_parallel asserts that there is no buffer, but destroy_model_parallel of some versions leaves one.
     if getattr(parallel_state, "_GLOBAL_MEMORY_BUFFER", None) is not None:
         parallel_state.destroy_global_memory_buffer()
 
 
 class _CudaNamesMeanCpu(TorchFunctionMode):
-    """`device="cuda"` literals, `Tensor.cuda()` and the `'torch.cuda.*'` names that the optimizers dispatch on."""
+    """Makes `device="cuda"` and `Tensor.cuda()` mean the CPU, and gives CPU tensors the `'torch.cuda.*'` type names
+    that the optimizers dispatch on."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -153,19 +154,19 @@ def _cpu_rng_tracker() -> Any:
     from megatron.core.tensor_parallel import random as megatron_random
 
     class CpuRngStatesTracker(megatron_random.CudaRNGStatesTracker):
-        """The tracker over the CPU generator: ranks draw what their seeds say, as on a GPU."""
+        """The tracker for the CPU generator. Each rank draws from its seeds, as on a GPU."""
 
         def add(self, name: str, seed: int) -> None:
             self._is_initialized = True
             if seed in self.seeds_ or name in self.states_:
-                raise ValueError(f"rng state {name!r} or seed {seed} is there already")
+                raise ValueError(f"the rng state {name!r} or the seed {seed} exists already")
             self.seeds_.add(seed)
             self.states_[name] = torch.Generator().manual_seed(seed).get_state()
 
         @contextlib.contextmanager
         def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
             if name not in self.states_:
-                raise ValueError(f"rng state {name!r} is not there; it has {sorted(self.states_)}")
+                raise ValueError(f"there is no rng state {name!r}; there are {sorted(self.states_)}")
             outside = torch.get_rng_state()
             torch.set_rng_state(self.states_[name])
             try:
@@ -178,7 +179,7 @@ def _cpu_rng_tracker() -> Any:
 
 
 def _gated_delta_net_modules() -> list[Any]:
-    """The module of <= 0.18, or the package of >= 0.19 with the modules in it."""
+    """The module `gated_delta_net` of megatron-core <= 0.18, or the package of >= 0.19 and two modules in it."""
     package = importlib.import_module("megatron.core.ssm.gated_delta_net")
     if not hasattr(package, "__path__"):
         return [package]
@@ -186,6 +187,6 @@ def _gated_delta_net_modules() -> list[Any]:
 
 
 def _l2norm(x: Tensor, eps: float = 1e-6, output_dtype: torch.dtype | None = None) -> Tensor:
-    """`fla.modules.l2norm.l2norm`: fp32 inside, `x * rsqrt(sum(x^2) + eps)`, the input's dtype outside."""
+    """`fla.modules.l2norm.l2norm`: `x * rsqrt(sum(x^2) + eps)`, computed in fp32 and cast to the input's dtype."""
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.square().sum(-1, keepdim=True) + eps)).to(output_dtype or x.dtype)

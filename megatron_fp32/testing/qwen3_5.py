@@ -1,4 +1,4 @@
-"""Small Qwen3.5 checkpoints, written by transformers itself (which must be installed)."""
+"""Small random Qwen3.5 checkpoints, written by transformers, which must be installed."""
 
 from __future__ import annotations
 
@@ -26,24 +26,27 @@ TINY_QWEN3_5: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-"""Fields of `Qwen3_5TextConfig`: layers of both kinds, grouped value heads, gated attention."""
+"""Fields of `Qwen3_5TextConfig`: gated delta nets and attention, grouped value heads, gated attention."""
 
 
 def write_qwen3_5(
     directory: str | Path, *, seed: int = 0, released_names: bool = False, logits_std: float = 4.0, **fields: Any
 ) -> Path:
-    """Write a random Qwen3.5 checkpoint as the real ones are: `A_log` and `linear_attn.norm.weight` F32, the rest BF16.
+    """Write a random Qwen3.5 checkpoint with the dtypes of released ones.
 
-    The F32 values have full mantissas, many of the norm's below 0.5; the logits have a standard deviation of about
-    `logits_std`, so that rounding them shows.
+    `A_log` and `linear_attn.norm.weight` are F32, all other tensors BF16. The F32 values have full mantissas, and many
+    values of the norm are below 0.5.
 
     Args:
-        directory: made if it does not exist.
-        seed: of all values.
-        released_names: write the vision-language model around it too, whose text tensors are named
-            `model.language_model.*`, as in the released checkpoints.
-        logits_std: see above.
-        fields: of `Qwen3_5TextConfig`, over `TINY_QWEN3_5`.
+        directory: the directory to write; it is made if it does not exist.
+        seed: seed of all values.
+        released_names: also write a vision part, so that text tensors are named `model.language_model.*`, as in the
+            released checkpoints.
+        logits_std: approximate standard deviation of the logits. It is large enough that rounded logits differ.
+        fields: fields of `Qwen3_5TextConfig`, which replace those in `TINY_QWEN3_5`.
+
+    Returns:
+        The directory.
     """
     check_path("directory", directory)
     check_count("seed", seed, least=0)
@@ -75,7 +78,7 @@ def write_qwen3_5(
 
 
 def load_qwen3_5(directory: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """transformers' model of a checkpoint, for comparison. In bfloat16 transformers rounds `A_log`."""
+    """Load a checkpoint into transformers' model, for comparison. With bfloat16, transformers rounds `A_log`."""
     with remedy_named():
         from transformers.models import qwen3_5
 
@@ -87,8 +90,8 @@ def fill_parameters(model: nn.Module, *, logits_std: float = 4.0) -> None:
     """Give a transformers model of any family random values as in `write_qwen3_5`.
 
     Args:
-        model: its `A_log` and `linear_attn.norm.weight` become fp32.
-        logits_std: standard deviation of the logits, about. Without an output layer it means nothing.
+        model: the model; its `A_log` and `linear_attn.norm.weight` become fp32.
+        logits_std: approximate standard deviation of the logits. Without an output layer it is ignored.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -102,8 +105,8 @@ def _fill(name: str, parameter: nn.Parameter) -> None:
     if name.endswith("A_log"):
         parameter.data = torch.empty(parameter.shape).uniform_(0.01, 16).log()
     elif name.endswith("linear_attn.norm.weight"):
-        # Log-normal around 0.5: half of the values lie where (w - 1) + 1 is not exact. torch.uniform_ would draw
-        # from a grid on which it always is.
+        # Log-normal around 0.5: for half of the values, (w - 1) + 1 is not exact. For values of torch.uniform_ it would
+        # always be exact.
         parameter.data = 0.5 * torch.randn(parameter.shape).mul_(0.5).exp_()
     elif name.endswith("dt_bias"):
         parameter.uniform_(-3, 1)
@@ -112,6 +115,6 @@ def _fill(name: str, parameter: nn.Parameter) -> None:
     elif name.endswith("embed_tokens.weight"):
         parameter.normal_()
     else:
-        # Larger weights make the model amplify a change of one ulp in the embedding beyond 1e-5 in a log-prob, in
-        # transformers alone: no two implementations could then agree.
+        # With larger weights, a change of one ulp in the embedding would change a log-prob by more than 1e-5 within
+        # transformers, so that no two implementations could agree.
         parameter.normal_(std=0.5 / parameter.shape[-1] ** 0.5)

@@ -1,6 +1,6 @@
-"""A pool of ranks that lives for a whole test run.
+"""A pool of ranks for a whole test run.
 
-Starting a rank costs 6 to 10 seconds, nearly all of it imports. A pool starts its processes once, joins them in a
+Starting a rank takes 6 to 10 seconds, mostly for imports. A pool starts its processes once, connects them in a process
 group, and runs one function after another on all of them.
 """
 
@@ -31,20 +31,20 @@ from megatron_fp32.validation import check_callable, check_choice, check_count, 
 
 
 class RankError(RuntimeError):
-    """A function raised, or hung, on at least one rank. The message carries each rank's traceback."""
+    """A function raised or hung on at least one rank. The message has the traceback of each such rank."""
 
 
 class RankPool:
-    """`world_size` processes in one group.
+    """`world_size` processes in one process group.
+
+    Use it as a context manager, or call `close`. After an error, the next `run` starts new ranks, because the old ones
+    may hang in a collective that the failed rank has left.
 
     Args:
         world_size: number of ranks.
-        backend: `"gloo"`, or `"nccl"` with one GPU a rank.
+        backend: `"gloo"`, or `"nccl"` with one GPU for each rank.
         timeout: seconds that one `run` may take before the ranks are ended.
         setup: context manager that every rank enters once, such as `cpu_megatron`. It must be importable.
-
-    Use it as a context manager, or call `close`. After an error the ranks are restarted by the next `run`, because
-    others may hang in a collective that the failed one left.
     """
 
     def __init__(
@@ -65,17 +65,17 @@ class RankPool:
         self._setup = setup
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
-        # multiprocessing joins its children at exit, and these wait for us; they cannot be daemons, because
-        # megatron-core's checkpoint writer starts processes of its own.
-        # atexit runs last in, first out, so this comes before multiprocessing's.
+        # At exit, multiprocessing joins its children, but the ranks wait for requests, so they must be ended first.
+        # They cannot be daemons, because megatron-core's checkpoint writer starts processes of its own. atexit calls
+        # the last registered function first, so this one runs before multiprocessing's.
         self._at_exit = weakref.finalize(self, _end, self._processes, self._pipes)
         self._at_exit.atexit = False
         atexit.register(self._at_exit)
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-        """`function(*args, **kwargs)` on every rank; what each returned, in the order of the ranks.
+        """Run `function(*args, **kwargs)` on every rank, and return the results in the order of the ranks.
 
-        The function, its arguments and its results are pickled: it must be importable.
+        The function, its arguments and its results are pickled, so the function must be importable.
 
         Raises:
             RankError: when a rank raised, died, or did not answer in time.
@@ -85,14 +85,14 @@ class RankPool:
         try:
             return self._run(pickle.dumps((function, args, kwargs)))
         except BaseException:
-            # Whatever interrupted this, ranks may still be at it: their answers must not reach the next run.
+            # Ranks may still be running, and their answers must not reach the next run.
             self.close()
             raise
 
     def _run(self, request: bytes) -> list[Any]:
-        # Plain pickle carries tensors by value; multiprocessing's would share memory that dies with its process.
+        # Plain pickle copies tensors. multiprocessing's pickle would share memory that ends with its process.
         for pipe in self._pipes:
-            with contextlib.suppress(OSError):  # a rank that died since the last run is found below
+            with contextlib.suppress(OSError):  # below, a rank that died since the last run gives EOFError
                 pipe.send_bytes(request)
         results: list[Any] = [None] * self.world_size
         failures: dict[int, str] = {}
@@ -112,7 +112,7 @@ class RankPool:
                     results[rank] = answer
                 else:
                     failures[rank] = answer
-                    # The others may wait for this rank in a collective for ever.
+                    # The other ranks may wait for this rank in a collective for ever.
                     deadline = min(deadline, time.monotonic() + 5.0)
         if failures:
             raise RankError("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
@@ -135,14 +135,14 @@ class RankPool:
         handle, store = tempfile.mkstemp(prefix="megatron_fp32_ranks_")
         os.close(handle)
         for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
+            pool_end, rank_end = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, self.world_size, store, theirs, self._setup, self._backend, self._timeout)
+                target=_serve, args=(rank, self.world_size, store, rank_end, self._setup, self._backend, self._timeout)
             )
             process.start()
-            theirs.close()
+            rank_end.close()
             self._processes.append(process)
-            self._pipes.append(ours)
+            self._pipes.append(pool_end)
 
 
 def _end(processes: list[Any], pipes: list[Connection]) -> None:
@@ -152,10 +152,10 @@ def _end(processes: list[Any], pipes: list[Connection]) -> None:
     for process in processes:
         process.join(max(0.0, patience - time.monotonic()))
         if process.is_alive():
-            # The rank leads a session, so this reaches the processes that it started too.
+            # The rank leads a session, so the signal also reaches the processes that it started.
             try:
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:  # it has not come that far yet
+            except ProcessLookupError:  # the rank has not called setsid yet
                 process.kill()
             process.join()
     processes.clear()

@@ -1,7 +1,6 @@
-"""A small training loop around megatron-core's own parts, for tests and demonstrations.
+"""A small training loop for tests and demonstrations.
 
-Float16Module, DistributedDataParallel, optimizer, save and load are megatron-core's; this file only calls them in the
-order in which Megatron-LM does.
+It calls megatron-core's Float16Module, DistributedDataParallel, optimizer, save and load in Megatron-LM's order.
 """
 
 from __future__ import annotations
@@ -30,25 +29,24 @@ from megatron_fp32.validation import check_choice, check_count, check_flag, chec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """How `Trainer` wraps and optimizes."""
+    """How `Trainer` wraps and optimizes a model."""
 
     distributed_optimizer: bool = True
     sharding: str = "dp_reshardable"
-    """How the distributed optimizer is saved: `"dp_reshardable"` or `"fully_reshardable"`."""
+    """Format of the distributed optimizer's states: `"dp_reshardable"` or `"fully_reshardable"`."""
     lr: float = 1e-3
     weight_decay: float = 0.01
     clip_grad: float = 1.0
     grad_reduce_in_fp32: bool = True
     bucket_size: int | None = None
-    """Numbers in a bucket of gradients; None makes one bucket for each dtype, which megatron-core splits further only
-    around tied embeddings. megatron-core uses it on the first pipeline stage, and only together with
-    `overlap_grad_reduce`."""
+    """Values in a bucket of gradients. None makes one bucket for each dtype, and more only around tied embeddings.
+    megatron-core uses this on the first pipeline stage only, and only with `overlap_grad_reduce`."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     """Gather updated parameters in the next forward pass. Until then a rank holds old values of other ranks' shards.
     Needs `distributed_optimizer` and `overlap_grad_reduce`."""
     config_overrides: dict[Any, Any] | None = None
-    """Parameter groups of their own: `config_overrides` of `get_megatron_optimizer`."""
+    """`config_overrides` of `get_megatron_optimizer`, which make separate parameter groups."""
 
     def __post_init__(self) -> None:
         check_flag("distributed_optimizer", self.distributed_optimizer)
@@ -75,7 +73,7 @@ class Batch:
 
     @classmethod
     def random(cls, vocab_size: int, *, batch: int = 2, length: int = 32, seed: int = 0) -> Batch:
-        """Uniform tokens, with the next token as label."""
+        """Random tokens, uniform over the vocabulary. The label of a token is the next token."""
         for name, size in (("vocab_size", vocab_size), ("batch", batch), ("length", length)):
             check_count(name, size)
         generator = torch.Generator().manual_seed(seed)
@@ -83,7 +81,7 @@ class Batch:
         return cls(tokens=text[:, :-1].contiguous(), labels=text[:, 1:].contiguous())
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device."""
+        """The batch, moved to a device."""
         return Batch(tokens=self.tokens.to(device), labels=self.labels.to(device))
 
 
@@ -91,8 +89,8 @@ class Trainer:
     """The wrapped model chunks of this rank and their optimizer.
 
     Args:
-        model: a built `GPTModel`, or the chunks of this pipeline stage in their order. They are wrapped in
-            Float16Module when their configuration says bf16 or fp16.
+        model: a built `GPTModel`, or the model chunks of this pipeline stage in order. They are wrapped in
+            Float16Module if their configuration has bf16 or fp16.
         config: see `TrainerConfig`.
     """
 
@@ -131,14 +129,14 @@ class Trainer:
                 bucket_size=self.config.bucket_size,
             ),
             Float16Module(chunk.config, chunk) if mixed else chunk,
-            # As in Megatron-LM, but for gloo: it gathers parameters of two dtypes in one call wrongly.
+            # As in Megatron-LM, except with gloo, which gathers parameters of two dtypes in one call wrongly.
             disable_bucketing=index > 0 and torch.distributed.get_backend() != "gloo",
         )
 
     def backward(self, micro_batches: Sequence[Batch]) -> float:
-        """Gradients of the mean loss over micro-batches, reduced over the ranks; they are left in `main_grad`.
+        """Compute the gradients of the mean loss over micro-batches, and reduce them over the ranks into `main_grad`.
 
-        The result is the mean loss, and 0 on pipeline stages without one.
+        Returns the mean loss, or 0 on pipeline stages that do not compute the loss.
         """
         for wrapped in self.wrapped:
             wrapped.zero_grad_buffer()
@@ -156,7 +154,7 @@ class Trainer:
         return total
 
     def _pipelined_backward(self, micro_batches: Sequence[Batch]) -> float:
-        """The same through the schedule of megatron-core, which passes activations between the stages."""
+        """`backward` with megatron-core's pipeline schedule, which sends activations between the stages."""
 
         def forward_step(batches: Iterator[Batch], wrapped: Any) -> tuple[Tensor, Any]:
             batch = next(batches)
@@ -179,7 +177,7 @@ class Trainer:
         return sum(float(entry["loss"]) for entry in losses) / len(micro_batches)
 
     def step(self, micro_batches: Sequence[Batch]) -> float:
-        """One optimizer step; the mean loss before it."""
+        """Make one optimizer step, and return the mean loss before the step."""
         loss = self.backward(micro_batches)
         self.optimizer.step()
         return loss
@@ -189,7 +187,7 @@ class Trainer:
         return self._forward(batch.tokens, labels=batch.labels).float()
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """[b, s, padded vocab], gathered over the tensor-parallel ranks, without gradients."""
+        """Logits [b, s, padded vocab], gathered over the tensor-parallel ranks, without gradients."""
         with torch.no_grad():
             return self._forward(tokens, runtime_gather_output=True)
 
@@ -207,24 +205,24 @@ class Trainer:
     def _state(self, *, is_loading: bool) -> dict[str, Any]:
         metadata = self._metadata()
         state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in self._named_chunks()}
-        # One chunk travels without its name around it, as in Megatron-LM.
+        # The optimizer gets a single chunk's state without the chunk's name, as in Megatron-LM.
         model = state if len(state) > 1 else state["model"]
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         return {**state, "optimizer": optimizer}
 
     def _named_chunks(self) -> list[tuple[str, GPTModel]]:
-        """Chunks and their names in a checkpoint, Megatron-LM's: `model`, or `model0`, `model1` and so on."""
+        """(name, chunk) of every chunk, with Megatron-LM's names: `model`, or `model0`, `model1` and so on."""
         if len(self.chunks) == 1:
             return [("model", self.model)]
         return [(f"model{index}", chunk) for index, chunk in enumerate(self.chunks)]
 
     def load_model(self, directory: str | Path, *, strict: str = "raise_unexpected") -> None:
-        """Load the model alone and take the optimizer's main parameters from it."""
+        """Load only the model, and set the optimizer's main parameters from it."""
         load_model(self.model, directory, strict=strict)
         self.optimizer.reload_model_params()
 
     def optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the inner optimizers: main parameters and their states, `step` included."""
+        """(name, tensor) of every main parameter and every state of the inner optimizers, including `step`."""
         for index, optimizer in enumerate(getattr(self.optimizer, "chained_optimizers", [self.optimizer])):
             inner = optimizer.optimizer
             for g, group in enumerate(inner.param_groups):
@@ -249,11 +247,12 @@ class Trainer:
 
 
 def load_model(model: GPTModel, directory: str | Path, *, strict: str = "raise_unexpected") -> None:
-    """Load a `torch_dist` checkpoint's tensors into a built model.
+    """Load the tensors of a `torch_dist` checkpoint into a built model.
 
     Args:
-        directory: the one with `.metadata`.
-        strict: megatron-core's `StrictHandling`.
+        model: the model, not wrapped.
+        directory: the directory with `.metadata`.
+        strict: a value of megatron-core's `StrictHandling`.
     """
     state = {"model": model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group({}))}
     model.load_state_dict(dist_checkpointing.load(state, str(directory), strict=strict)["model"])

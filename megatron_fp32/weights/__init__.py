@@ -1,1 +1,1 @@
-"""How Hugging Face's tensors and Megatron's are the same weights: no files, no Megatron."""
+"""The mapping between Hugging Face tensors and Megatron tensors. Modules here use neither files nor Megatron."""

@@ -1,8 +1,8 @@
-"""The parts that decoders are made of, each as mappings between Hugging Face's names and megatron-core's.
+"""The layers of a decoder, each as mappings between Hugging Face tensors and Megatron tensors.
 
-Every function takes the configuration and what the names of one layer start with on either side (`hf`, `megatron`). The
-Megatron keys are those of the Transformer Engine spec, with one set for each layer. `stacking.stack_layers` turns them
-into the keys that megatron-core stores when all layers are alike.
+Every function takes the configuration and the start of the names of one layer on each side (`hf`, `megatron`). The
+Megatron keys are the keys of the Transformer Engine spec, with one set for each layer. If megatron-core stacks the
+layers, `stacking.stack_layers` turns them into the keys of the stacks.
 
 Sources: transformers `models/<family>/modeling_*.py`; megatron-core `ssm/gated_delta_net` (rows of `in_proj` and
 `conv1d`), `transformer/attention.py` (rows of `linear_qkv`), `transformer/mlp.py` (gate before up),
@@ -29,16 +29,16 @@ from megatron_fp32.weights.naming import HEAD, MTP, Naming
 from megatron_fp32.weights.spec import TensorSpec
 
 InProj = Callable[[DecoderConfig, str, str], Iterator[TensorMapping]]
-"""How a family stores the input projections of a gated delta net: one of `separate_in_proj`, `grouped_in_proj`."""
+"""How a family stores the input projections of a gated delta net: `separate_in_proj` or `grouped_in_proj`."""
 
 
 def decoder(config: DecoderConfig, naming: Naming, *, in_proj: InProj | None = None) -> Iterator[TensorMapping]:
-    """Every tensor of a decoder, in the order of the layers, and of its MTP layer.
+    """The mappings of every tensor of a decoder, layer by layer, and of its MTP layer.
 
     Args:
         config: the shapes.
-        naming: of the Hugging Face checkpoint.
-        in_proj: for families with gated delta nets.
+        naming: the naming of the Hugging Face checkpoint.
+        in_proj: how the family stores input projections; None for families without gated delta nets.
     """
     prefix, vocab_shape = naming.prefix, (config.vocab_size, config.hidden_size)
     embedding, word_embeddings = f"{prefix}embed_tokens.weight", "embedding.word_embeddings.weight"
@@ -65,7 +65,7 @@ def decoder(config: DecoderConfig, naming: Naming, *, in_proj: InProj | None = N
 
 
 def attention(config: DecoderConfig, hf: str, megatron: str) -> Iterator[TensorMapping]:
-    """Softmax attention, with an output gate and norms of q and k where the configuration says so."""
+    """Softmax attention, with an output gate and norms of q and k if the configuration has them."""
     source, target = f"{hf}self_attn.", f"{megatron}self_attention."
     hidden, head_dim = config.hidden_size, config.head_dim
     heads, groups = config.num_attention_heads, config.num_key_value_heads
@@ -94,7 +94,7 @@ def gated_delta_net(config: DecoderConfig, hf: str, megatron: str, in_proj: InPr
     )
     yield rename(f"{source}dt_bias", f"{target}dt_bias", (heads,))
     yield rename(f"{source}A_log", f"{target}A_log", (heads,))
-    # The only norm that Hugging Face stores as it is where the others are zero-centred; megatron-core has one setting.
+    # Hugging Face stores this norm as w where it stores the others as w - 1; megatron-core has one setting for all.
     norm = zero_centred if config.zero_centred_norms else rename
     yield norm(f"{source}norm.weight", f"{target}out_norm.weight", (config.linear_value_head_dim,))
     yield rename(f"{source}out_proj.weight", f"{target}out_proj.weight", (hidden, value))
@@ -110,7 +110,7 @@ def separate_in_proj(config: DecoderConfig, source: str, target: str) -> Iterato
 
 
 def grouped_in_proj(config: DecoderConfig, source: str, target: str) -> Iterator[TensorMapping]:
-    """`in_proj_qkvz` and `in_proj_ba`: for each key head [q | k | v of its value heads | z of them], [b | a]."""
+    """`in_proj_qkvz` and `in_proj_ba`: for each key head [q | k | v | z] and [b | a]; v and z of its value heads."""
     groups, row = config.linear_num_key_heads, (config.hidden_size,)
     qkvz = [*_q_k_v(config, target), (f"{target}z", config.value_dim)]
     yield split_rows(f"{source}in_proj_qkvz.weight", qkvz, row, groups=groups)
@@ -135,7 +135,8 @@ def mixture_of_experts(
 ) -> Iterator[TensorMapping]:
     """Router, experts, the shared expert and its gate, and the norm before them.
 
-    megatron-core stacks the experts; each is a mapping of its own here. `fused` says that Hugging Face does too, here.
+    megatron-core stacks the experts. Each expert is a mapping of its own here. With `fused`, the Hugging Face
+    checkpoint stacks the experts of this layer, too.
     """
     hidden, count = config.hidden_size, config.num_experts
     yield rename(f"{hf}post_attention_layernorm.weight", f"{megatron}pre_mlp_layernorm.weight", (hidden,))
@@ -181,10 +182,11 @@ def multi_token_prediction(config: DecoderConfig, naming: Naming) -> Iterator[Te
     `fc` and `eh_proj` both take [embedding | hidden state] (vLLM `qwen3_next_mtp.py`).
 
     Raises:
-        ValueError: for several layers: Hugging Face's share `fc` and the norms around it, megatron-core's do not.
+        ValueError: for several MTP layers: in Hugging Face they share `fc` and the norms around it, in megatron-core
+            they do not.
     """
     if naming.mtp_layers > 1:
-        raise ValueError(f"{naming.mtp_layers} MTP layers; one can be converted")
+        raise ValueError(f"the checkpoint has {naming.mtp_layers} MTP layers; only one can be converted")
     if not naming.mtp_layers:
         return
     megatron, hidden = "mtp.layers.0.", config.hidden_size

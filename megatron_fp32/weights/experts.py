@@ -1,4 +1,4 @@
-"""Names of a layer's experts in Hugging Face checkpoints: in two stacks (fused), or one tensor for each."""
+"""Names of experts in Hugging Face checkpoints: fused (all experts of a layer in two tensors), or each by itself."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FUSED = re.compile(rf"(?P<experts>(?:.*\.)?experts\.)(?P<kind>{GATE_UP}|{DOWN})$
 
 
 def expert_prefix(mlp: str, expert: int) -> str:
-    """The start of the names of one expert's tensors; `mlp` is the start of the names of the layer's MLP."""
+    """The start of the names of one expert's tensors; `mlp` is the start of the names of its layer's MLP."""
     return f"{mlp}experts.{expert}."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertPart:
-    """One expert's weight inside of a fused tensor: `tensor[expert, start:stop]`."""
+    """The weight of one expert in a fused tensor: `tensor[expert, start:stop]`."""
 
     name: str
     expert: int
@@ -32,18 +32,18 @@ class ExpertPart:
 
 
 def expert_parts(name: str, shape: tuple[int, ...]) -> tuple[ExpertPart, ...]:
-    """The experts in a fused tensor of Qwen3.5-MoE, under the names that engines read float8 experts by.
+    """The experts in a fused tensor of Qwen3.5-MoE, under the names of separate experts, which engines read.
 
     `experts.gate_up_proj` [E, 2 I, H] holds gate and then up; `experts.down_proj` is [E, H, I]
     (transformers/models/qwen3_5_moe). They become `experts.{i}.gate_proj.weight`, `up_proj` and `down_proj`, as in
-    Qwen3-Next and Qwen's float8 releases.
+    Qwen3-Next and Qwen's FP8 releases.
 
     Args:
-        name: of any tensor.
-        shape: of it.
+        name: the name of any tensor.
+        shape: its shape.
 
     Returns:
-        The parts, expert by expert; none when the name is not that of a fused tensor.
+        The weights, expert by expert; () if the tensor is not fused experts.
     """
     match = FUSED.match(name)
     if match is None or len(shape) != 3:
@@ -67,10 +67,10 @@ def expert_parts(name: str, shape: tuple[int, ...]) -> tuple[ExpertPart, ...]:
 
 
 def check_fused_experts(infos: Mapping[str, TensorInfo]) -> None:
-    """Refuse fused experts that are not [E, 2F, H] and [E, H, F], such as transposed ones.
+    """Refuse fused experts that are not [E, 2F, H] and [E, H, F], such as transposed experts.
 
     Raises:
-        CheckpointError: naming both tensors' shapes.
+        CheckpointError: with the shapes of both tensors.
     """
     for name, info in infos.items():
         match = FUSED.match(name)
@@ -81,5 +81,6 @@ def check_fused_experts(infos: Mapping[str, TensorInfo]) -> None:
         count, hidden, width = other.shape if other is not None and len(other.shape) == 3 else (0, 0, 0)
         if info.shape != (count, 2 * width, hidden):
             raise CheckpointError(
-                f"{name} and its down_proj are {shapes[0]} and {shapes[1]}; expected [E, 2 I, H] and [E, H, I]"
+                f"{name} and its down_proj have the shapes {shapes[0]} and {shapes[1]}; expected [E, 2 I, H] and "
+                "[E, H, I]"
             )

@@ -1,12 +1,12 @@
-"""How Hugging Face's tensors and Megatron's hold the same values: rows of one are rows of the other.
+"""Mappings: which rows of which Hugging Face tensors are which rows of which Megatron tensors.
 
-A `TensorMapping` joins one or more Hugging Face tensors to one or more Megatron tensors. It is data: runs of rows, and
-a rule for the values. Both directions, and which rows a shard holds, follow from the runs. Family files make mappings
-with the functions of this module (`rename`, `concat_rows`, ...). Names are full checkpoint keys, and shapes are global
-(not per rank).
+A `TensorMapping` connects one or more Hugging Face tensors with one or more Megatron tensors. It is data: runs of rows,
+and a rule for the values. Both directions of the conversion, and the rows that a shard holds, are computed from the
+runs. Family files make mappings with the functions of this module (`rename`, `concat_rows`, ...). Names are full
+checkpoint keys, and shapes are global (not per rank).
 
-Where a checkpoint stacks many tensors into one (experts, and layers that are all alike), each element of the stack has
-a mapping of its own, so that a converter has one expert in memory instead of all experts of a layer.
+If a checkpoint stacks many tensors into one (experts, or layers that are all alike), each element of the stack has a
+mapping of its own, so that a converter has one expert in memory instead of all experts of a layer.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from torch import Tensor
 from megatron_fp32.weights.spec import Shape, TensorSpec
 
 ValueRule = Literal["same", "transposed", "minus_one"]
-"""What Megatron stores: the same matrix, its transpose, or w - 1 in fp32."""
+"""What Megatron stores for a Hugging Face tensor w: w, its transpose, or w - 1 in fp32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowRun:
-    """Rows that follow each other in a Hugging Face tensor and in a Megatron tensor.
+    """Consecutive rows of a Hugging Face tensor that are consecutive rows of a Megatron tensor.
 
     Rows are the first axis of the Megatron tensor. A transposed Hugging Face tensor is transposed before it is cut.
     """
 
     hf: int
-    """Which of `TensorMapping.hf`."""
+    """Index into `TensorMapping.hf`."""
     hf_start: int
     megatron: int
-    """Which of `TensorMapping.megatron`."""
+    """Index into `TensorMapping.megatron`."""
     megatron_start: int
     rows: int
 
@@ -45,13 +45,13 @@ class TensorMapping:
     """Hugging Face tensors and Megatron tensors that hold the same rows.
 
     Raises:
-        ValueError: when the runs do not fill every tensor of both sides.
+        ValueError: when the runs do not cover every row of every tensor on both sides.
     """
 
     hf: tuple[TensorSpec, ...]
     megatron: tuple[TensorSpec, ...]
     runs: tuple[RowRun, ...]
-    """Two runs over the same Megatron rows are copies of each other on the Hugging Face side, such as tied weights."""
+    """Two runs with the same Megatron rows say that two Hugging Face tensors are copies, such as tied weights."""
     rule: ValueRule = "same"
 
     def __post_init__(self) -> None:
@@ -63,10 +63,10 @@ class TensorMapping:
 
     @property
     def invertible(self) -> bool:
-        """`to_hf(to_megatron(x))` equals x bit for bit, for every x.
+        """Whether `to_hf(to_megatron(x))` equals x bit for bit, for every x.
 
-        `minus_one` is not: fl(fl(w - 1) + 1) differs from w for most fp32 values below 0.5, so a converter keeps the
-        original next to the checkpoint.
+        `minus_one` is not invertible: fl(fl(w - 1) + 1) differs from w for most fp32 values below 0.5. A converter
+        therefore keeps the original in the sidecar.
         """
         return self.rule != "minus_one"
 
@@ -76,7 +76,7 @@ class TensorMapping:
         hf: Callable[[TensorSpec], TensorSpec] | None = None,
         megatron: Callable[[TensorSpec], TensorSpec] | None = None,
     ) -> TensorMapping:
-        """The same rows of tensors that lie somewhere else, such as in a stack."""
+        """A copy of the mapping whose tensors lie somewhere else, such as in a stack."""
         return dataclasses.replace(
             self,
             hf=tuple(map(hf, self.hf)) if hf else self.hf,
@@ -84,12 +84,12 @@ class TensorMapping:
         )
 
     def to_megatron(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The Megatron tensors, in the order of `megatron`, from the tensors of `hf`.
+        """Convert the tensors of `hf` to the tensors of `megatron`, in that order.
 
-        A tensor that is one run of rows is a view of its source, or the source itself.
+        A result that is one run of rows is a view of the input, or the input itself.
 
         Raises:
-            ValueError: when copies on the Hugging Face side have different bits.
+            ValueError: when Hugging Face tensors that must be copies of each other have different bits.
         """
         if self.rule == "minus_one":
             tensors = [tensor.float() - 1 for tensor in tensors]
@@ -107,7 +107,7 @@ class TensorMapping:
         return tuple(tensor.contiguous() for tensor in found) if self.rule == "transposed" else tuple(found)
 
     def to_hf(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The Hugging Face tensors, in the order of `hf`, from the tensors of `megatron`; views as in `to_megatron`."""
+        """Convert the tensors of `megatron` to the tensors of `hf`, in that order; views as in `to_megatron`."""
         found = [
             _joined(
                 {
@@ -123,10 +123,10 @@ class TensorMapping:
         return tuple(tensor.t().contiguous() for tensor in found) if self.rule == "transposed" else tuple(found)
 
     def runs_in_shard(self, megatron: int, start: int, stop: int) -> tuple[RowRun, ...]:
-        """The runs that rows `start` to `stop` of a Megatron tensor hold, such as a tensor-parallel rank has.
+        """The runs in rows `start` to `stop` of a Megatron tensor, for example the rows of a tensor-parallel rank.
 
         Args:
-            megatron: which of `TensorMapping.megatron`.
+            megatron: index into `TensorMapping.megatron`.
             start, stop: rows of the whole tensor.
 
         Returns:
@@ -144,8 +144,8 @@ class TensorMapping:
     def _different_copies(self, megatron: int, run: RowRun) -> str:
         first = next(r for r in self.runs if (r.megatron, r.megatron_start) == (megatron, run.megatron_start))
         return (
-            f"{self.hf[run.hf].name} and {self.hf[first.hf].name} have other values, and config.json ties them; set "
-            "tie_word_embeddings to false there to convert both"
+            f"{self.hf[run.hf].name} and {self.hf[first.hf].name} have different values, but config.json says that "
+            "they are tied; set tie_word_embeddings to false in config.json to convert both"
         )
 
 
@@ -164,7 +164,7 @@ def _rows(tensor: Tensor, start: int, rows: int) -> Tensor:
 
 
 def _joined(pieces: dict[tuple[int, int], Tensor]) -> Tensor:
-    """Pieces by (first row, rows), one after another; a single piece is not copied."""
+    """The pieces, given by (first row, rows), one after another. A single piece is not copied."""
     ordered = [pieces[place] for place in sorted(pieces)]
     return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
 
@@ -173,11 +173,11 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a is b or torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-# The vocabulary of the family files
+# Functions for the family files
 
 
 def rename(hf: str, megatron: str, shape: Shape) -> TensorMapping:
-    """One tensor on each side, the same values."""
+    """One tensor on each side, with equal values."""
     return _one_to_one(hf, megatron, shape, shape, "same")
 
 
@@ -201,12 +201,12 @@ def _one_to_one(hf: str, megatron: str, hf_shape: Shape, shape: Shape, rule: Val
 
 
 def shared(hf: Sequence[str], megatron: str, shape: Shape) -> TensorMapping:
-    """Hugging Face tensors that are one Megatron tensor, such as a tied embedding that is stored as head too.
+    """Several equal Hugging Face tensors that are one Megatron tensor, such as a tied embedding and head.
 
     Args:
-        hf: names.
-        megatron: name.
-        shape: of all of them.
+        hf: names of the Hugging Face tensors.
+        megatron: name of the Megatron tensor.
+        shape: shape of each tensor.
     """
     return TensorMapping(
         hf=tuple(TensorSpec(name=name, shape=shape) for name in hf),
@@ -218,11 +218,11 @@ def shared(hf: Sequence[str], megatron: str, shape: Shape) -> TensorMapping:
 def split_rows(hf: str, parts: Sequence[tuple[str, int]], row_shape: Shape, *, groups: int = 1) -> TensorMapping:
     """One Hugging Face tensor whose row blocks are separate Megatron tensors.
 
-    With `groups` the blocks recur: the Hugging Face tensor is [first of group 0 | second of group 0 | ... | first of
-    group 1 | ...], as `in_proj_qkvz` of Qwen3-Next, and a Megatron tensor has the blocks of one kind one after another.
+    With `groups` the blocks recur, as in `in_proj_qkvz` of Qwen3-Next: the Hugging Face tensor is [block 0 of group 0 |
+    block 1 of group 0 | ... | block 0 of group 1 | ...]. Megatron tensor n holds block n of every group.
 
     Args:
-        hf: name.
+        hf: name of the Hugging Face tensor.
         parts: names of the Megatron tensors and their rows, all groups together.
         row_shape: shape of one row.
         groups: how often the blocks recur.
@@ -239,14 +239,14 @@ def split_rows(hf: str, parts: Sequence[tuple[str, int]], row_shape: Shape, *, g
 
 
 def concat_rows(parts: Sequence[tuple[str, int]], megatron: str, row_shape: Shape, *, groups: int = 1) -> TensorMapping:
-    """Hugging Face tensors that are row blocks of one Megatron tensor, such as gate and up of `linear_fc1`.
+    """Hugging Face tensors that are row blocks of one Megatron tensor, such as gate and up in `linear_fc1`.
 
     With `groups` the blocks recur, as in `linear_qkv`: for each query group [q of its heads | k | v]
     (megatron/core/transformer/attention.py).
 
     Args:
         parts: names of the Hugging Face tensors and their rows, all groups together.
-        megatron: name.
+        megatron: name of the Megatron tensor.
         row_shape: shape of one row.
         groups: how often the blocks recur.
     """

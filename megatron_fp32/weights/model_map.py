@@ -1,7 +1,6 @@
-"""Every tensor of a model on both sides, from `config.json` and the names and shapes of its tensors.
+"""The mappings of all tensors of a model, from `config.json` and the names and shapes of the tensors.
 
-The mappings of a model are independent of each other: each has tensors, or elements of stacks, that no other mapping
-has. No tensor is read here.
+The mappings of a model are independent: no tensor, or element of a stack, is in two mappings. No tensor is read here.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelMap:
-    """Every tensor of a model, as Hugging Face and as Megatron names and stores it."""
+    """Every tensor of a model, with its names and shapes in Hugging Face and in Megatron."""
 
     family: Family
     config: DecoderConfig
     naming: Naming
-    """Of the Hugging Face checkpoint."""
+    """The naming of the Hugging Face checkpoint."""
     mappings: tuple[TensorMapping, ...]
 
     @property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every Hugging Face tensor."""
+        """The shape of every Hugging Face tensor, by name."""
         return {spec.name: spec.stored_shape for mapping in self.mappings for spec in mapping.hf}
 
     @property
     def megatron_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every Megatron tensor."""
+        """The shape of every Megatron tensor, by name."""
         return {spec.name: spec.stored_shape for mapping in self.mappings for spec in mapping.megatron}
 
     @property
@@ -48,13 +47,13 @@ class ModelMap:
         return extra_states(self.mappings)
 
     def subset(self, holds: Callable[[TensorSpec], bool]) -> tuple[TensorMapping, ...]:
-        """The mappings of a part of the model, such as a pipeline stage or the experts of an expert-parallel rank.
+        """The mappings of some of the model, such as a pipeline stage or the experts of an expert-parallel rank.
 
         Args:
-            holds: whether the part has a Megatron tensor (or an element of a stack), or rows of it.
+            holds: whether a Megatron tensor, an element of a stack, or rows of it are wanted.
 
         Raises:
-            ValueError: when the part has some of a mapping's Megatron tensors and not the others.
+            ValueError: when some of a mapping's Megatron tensors are wanted and others are not.
         """
         found = []
         for mapping in self.mappings:
@@ -70,17 +69,17 @@ class ModelMap:
 def map_model(
     hf_config: dict[str, Any], hf: Collection[str] | Mapping[str, TensorInfo], *, stacked: bool | None = None
 ) -> ModelMap:
-    """The tensors of a model.
+    """The mappings of a model.
 
     Args:
         hf_config: parsed `config.json`.
-        hf: names of the tensors that the Hugging Face checkpoint has, without those that are not converted; and what
-            they are, which tells how fused experts are laid out.
-        stacked: whether the Megatron checkpoint stacks its layers; None for what megatron-core does by default.
+        hf: names of the Hugging Face tensors to convert. Pass a mapping to their dtypes and shapes if you can: shapes
+            tell whether fused experts are transposed.
+        stacked: whether the Megatron checkpoint stacks its layers; None for megatron-core's default.
 
     Raises:
         CheckpointError: for a configuration that is not supported.
-        ValueError: for tensors that are not.
+        ValueError: for tensors that are not supported.
     """
     shapes = {name: info.shape for name, info in hf.items()} if isinstance(hf, Mapping) else {}
     try:
@@ -88,9 +87,9 @@ def map_model(
         config = family.parse(hf_config)
         check_presence(config, hf, shapes)
     except ValueError as error:
-        # A value of any length may be in it.
+        # The message may quote a value of any length.
         raise CheckpointError(str(error)[:2000]) from error
-    naming = Naming.of(hf, shapes)
+    naming = Naming.from_tensors(hf, shapes)
     mappings: Iterable[TensorMapping] = family.mappings(config, naming)
     if config.is_homogeneous if stacked is None else stacked:
         mappings = stack_layers(mappings, config.num_layers)
@@ -100,15 +99,16 @@ def map_model(
 def map_trained_model(
     hf_config: dict[str, Any], hf: Mapping[str, TensorInfo], megatron: Mapping[str, TensorInfo]
 ) -> ModelMap:
-    """The tensors of a Megatron model that began as a Hugging Face checkpoint.
+    """The mappings of a Megatron model that was imported from a Hugging Face checkpoint and may have been trained.
 
     Args:
-        hf_config: parsed `config.json` of the checkpoint that was imported; its `vocab_size` may be larger now.
-        hf: the tensors that were converted then.
+        hf_config: parsed `config.json` of the checkpoint that was imported; with a larger `vocab_size` if tokens were
+            added.
+        hf: the Hugging Face tensors that the import converted.
         megatron: every tensor of the Megatron model.
 
     Raises:
-        CheckpointError: naming every tensor that is not as the configuration says.
+        CheckpointError: naming every tensor that does not match the configuration.
     """
     found = map_model(hf_config, hf, stacked=has_stacked_layers(megatron))
     problems = mismatches(found.megatron_shapes, {name: info.shape for name, info in megatron.items()})
@@ -117,19 +117,19 @@ def map_trained_model(
     missing = found.megatron_shapes.keys() - megatron.keys()
     if missing and all(name.startswith(MTP) for name in missing):
         problems.append(
-            "it was trained without its multi-token prediction: import the Hugging Face checkpoint once more, with "
+            "the model was trained without its MTP layer: import the Hugging Face checkpoint once more, with "
             "mtp='carry' or mtp='drop', and pass the result as source=DIR"
         )
     unknown = found.hf_shapes.keys() ^ hf.keys()
     if unknown:
-        problems.append(f"other tensors than those that were imported: {listing(sorted(unknown))}")
+        problems.append(f"its tensors differ from the imported tensors: {listing(sorted(unknown))}")
     if problems:
         raise CheckpointError("this is not the model that was imported: " + "; ".join(problems))
     return found
 
 
 def mismatches(wanted: Mapping[str, tuple[int, ...]], present: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is missing, unexpected or misshapen among `present`; Megatron's vocabulary may be padded."""
+    """One message each for missing, unexpected and misshapen tensors. Megatron's vocabulary may be padded."""
     found = {
         "missing": sorted(wanted.keys() - present.keys()),
         "unexpected": sorted(present.keys() - wanted.keys()),

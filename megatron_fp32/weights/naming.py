@@ -1,8 +1,10 @@
-"""What only a checkpoint's tensors say: where the text model begins, how experts are stored, whether MTP is there.
+"""Facts that are read from the names and shapes of a checkpoint's tensors, because `config.json` cannot be trusted.
 
-`config.json` is no witness for these: transformers drops the MTP layer and keeps the fields that describe it, and one
-model is released with fused experts and saved again with one tensor for each expert, or the other way round; Qwen3-VL
-was released with its fused experts transposed, and transformers saves them so or not, depending on what it loaded.
+- The prefix of the text model's tensors.
+- Whether there is an MTP layer: transformers drops the MTP layer when it saves, and keeps the fields that describe it.
+- Whether experts are fused: a model that was released with fused experts may be saved again with one tensor for each
+  expert, or the reverse.
+- Whether fused experts are transposed: Qwen3-VL was released so, and transformers saves them as it loaded them.
 """
 
 from __future__ import annotations
@@ -14,24 +16,24 @@ from collections.abc import Collection, Mapping
 from megatron_fp32.weights.experts import DOWN, GATE_UP
 
 PREFIXES = ("model.language_model.", "model.")
-"""What the text model's tensors may start with, the longer first: inside of a vision-language model, and alone."""
+"""Possible starts of the names of the text model's tensors: in a vision-language model, and alone. Longest first."""
 
 _WRAPPERS = {
-    "base_model": "PEFT saved it so: merge the adapter first (merge_and_unload), and save the model that this returns",
-    "module": "A wrapper such as DistributedDataParallel was saved with the model: save the model inside of it",
-    "_orig_mod": "torch.compile saved it so: save the model that was compiled (its _orig_mod)",
-    "_fsdp_wrapped_module": "FSDP saved it so: save the model inside of it",
+    "base_model": "PEFT adds this start: merge the adapter with merge_and_unload, and save the model that it returns",
+    "module": "DistributedDataParallel and other wrappers add this start: save the model inside of the wrapper",
+    "_orig_mod": "torch.compile adds this start: save the model that was compiled (its _orig_mod)",
+    "_fsdp_wrapped_module": "FSDP adds this start: save the model inside of the FSDP wrapper",
 }
-"""What to do with a checkpoint whose names begin so."""
+"""What to do with a checkpoint whose tensor names begin with this word."""
 
 VISION = ("model.visual.", "model.language_model.visual.", "visual.")
-"""What the tensors of the vision part start with: one of these."""
+"""Possible starts of the names of vision tensors."""
 
 MTP = "mtp."
-"""What the tensors of multi-token prediction start with."""
+"""The start of the names of MTP tensors."""
 
 HEAD = "lm_head.weight"
-"""The output layer."""
+"""The name of the output layer's weight."""
 
 _FREQUENCIES = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
 
@@ -39,7 +41,7 @@ _FREQUENCIES = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
 def is_rotary_frequencies(name: str) -> bool:
     """Whether a tensor holds rotary frequencies, which older versions of transformers stored in every layer.
 
-    They follow from `config.json`; transformers reads them no more (modeling_utils.py,
+    They can be computed from `config.json`. transformers does not read them any more (modeling_utils.py,
     `_adjust_missing_and_unexpected_keys`).
     """
     return any(name == end or name.endswith(f".{end}") for end in _FREQUENCIES)
@@ -47,30 +49,31 @@ def is_rotary_frequencies(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Naming:
-    """A checkpoint's way to name and to lay out its tensors."""
+    """How a Hugging Face checkpoint names and arranges its tensors."""
 
     prefix: str
     """One of `PREFIXES`."""
     fused_experts: bool = False
-    """The decoder's experts are stacks, `experts.gate_up_proj` [E, 2F, H] and `experts.down_proj` [E, H, F]."""
+    """The decoder's experts are fused: `experts.gate_up_proj` [E, 2F, H] and `experts.down_proj` [E, H, F]."""
     fused_mtp_experts: bool = False
-    """The same of the MTP layer, which may differ from the decoder."""
+    """The experts of the MTP layer are fused. The decoder may differ."""
     transposed_experts: bool = False
     """Fused experts are [E, H, 2F] and [E, F, H]."""
     mtp_layers: int = 0
     head: bool = False
-    """`lm_head.weight` is there; where embeddings are tied it has the values of the embedding."""
+    """The checkpoint has `lm_head.weight`. If embeddings are tied, it has the values of the embedding."""
 
     @classmethod
-    def of(cls, names: Collection[str], shapes: Mapping[str, tuple[int, ...]] | None = None) -> Naming:
+    def from_tensors(cls, names: Collection[str], shapes: Mapping[str, tuple[int, ...]] | None = None) -> Naming:
         """The naming of a checkpoint with these tensors.
 
         Args:
-            names: of all of them.
-            shapes: of those that are known; fused experts without any are taken for [E, 2F, H] and [E, H, F].
+            names: the names of all tensors.
+            shapes: shapes by name, as far as they are known. Fused experts without a shape are assumed to be
+                [E, 2F, H] and [E, H, F].
 
         Raises:
-            ValueError: when no text model is among them.
+            ValueError: when the tensors do not include a text model.
         """
         mtp = [name for name in names if name.startswith(MTP)]
         fused = [name for name in names if name.endswith(f".experts.{GATE_UP}")]
@@ -88,12 +91,12 @@ class Naming:
 def _mtp_layer(name: str) -> int:
     number = name.split(".")[2]
     if not re.fullmatch("[0-9]{1,4}", number):
-        raise ValueError(f"the tensor {name!r} does not name a layer: expected {MTP}layers.N., where N is a number")
+        raise ValueError(f"the tensor name {name!r} has no layer number: expected {MTP}layers.N., where N is a number")
     return int(number)
 
 
 def _is_transposed(experts: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """[E, H, 2F] beside [E, F, H], which no sizes make [E, 2F, H] beside [E, H, F]."""
+    """Whether the shapes are [E, H, 2F] and [E, F, H]. No E, F and H make these equal [E, 2F, H] and [E, H, F]."""
     gate_up, down = (shapes.get(f"{experts}{name}", ()) for name in (GATE_UP, DOWN))
     return len(gate_up) == len(down) == 3 and gate_up[1:] == (down[2], 2 * down[1])
 
@@ -102,19 +105,19 @@ def find_prefix(names: Collection[str]) -> str:
     """Which of `PREFIXES` a checkpoint's tensor names use.
 
     Raises:
-        ValueError: when neither fits.
+        ValueError: when no prefix fits.
     """
     for prefix in PREFIXES:
         if f"{prefix}embed_tokens.weight" in names:
             return prefix
     wanted = " nor ".join(f"{prefix}embed_tokens.weight" for prefix in PREFIXES)
-    message = f"there is no text model in this checkpoint: neither {wanted} is in it"
+    message = f"this checkpoint does not have a text model: it has neither {wanted}"
     other = next((name for name in sorted(names) if name.endswith("embed_tokens.weight")), None)
     if other is not None:
         start = other.removesuffix("embed_tokens.weight")
         return_to = next((prefix for prefix in PREFIXES if start.endswith(prefix)), PREFIXES[-1])
         raise ValueError(
-            f"{message}, but {other}: its names start with {start!r}, where {return_to!r} is expected. "
+            f"{message}, but it has {other}: its names start with {start!r}, expected {return_to!r}. "
             f"{_WRAPPERS.get(start.split('.')[0], 'Rename its tensors')}"
         )
     shown = ", ".join(sorted(names)[:3])

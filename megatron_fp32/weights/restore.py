@@ -1,7 +1,7 @@
-"""From the tensors of a Megatron model to the Hugging Face tensors that they are.
+"""Convert the tensors of a Megatron model back to Hugging Face tensors.
 
-Export, verify and everything that sends a live model's weights go through here, so that all of them agree about the
-rows that pad the vocabulary, about tensors whose change of layout cannot be undone, and about dtypes.
+Export and verify use this module, and so does everything that sends the weights of a live model. So all of them treat
+three things alike: padding rows of the vocabulary, tensors whose conversion cannot be undone exactly, and dtypes.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ class Restored:
     """The Hugging Face tensors of one mapping."""
 
     hf: tuple[Tensor, ...]
-    """In the order of `TensorMapping.hf`, in the dtype that Megatron holds, or the originals."""
+    """In the order of `TensorMapping.hf`, in Megatron's dtype. An original has its own dtype."""
     above_vocabulary: Mapping[str, Tensor]
-    """By Megatron tensor, its rows above the vocabulary, [rows, hidden], which are in no Hugging Face tensor."""
+    """For each Megatron tensor, its rows above the vocabulary, [rows, hidden]. No Hugging Face tensor has them."""
 
 
 class Restorer:
-    """Reads Megatron tensors and gives the Hugging Face tensors of any mapping.
+    """Reads Megatron tensors and converts them to the Hugging Face tensors of a mapping.
 
     Args:
         source: the Megatron tensors.
-        originals: the Hugging Face tensors, by name, that an import kept because their change of layout cannot be
-            undone (`TensorMapping.invertible`). They are given back where the Megatron tensors are still what the
-            import made of them, bit for bit.
+        originals: the Hugging Face tensors, by name, that an import kept because their conversion cannot be undone
+            exactly (`TensorMapping.invertible`). They are returned if the Megatron tensors still have exactly the
+            values that the import gave them.
     """
 
     def __init__(self, source: TensorSource, originals: Mapping[str, Tensor]) -> None:
         self.source, self.originals = source, originals
 
     def restore(self, mapping: TensorMapping, *, originals: Mapping[str, Tensor] | None = None) -> Restored:
-        """The Hugging Face tensors of a mapping, without the rows that pad the vocabulary.
+        """The Hugging Face tensors of a mapping, without padding rows of the vocabulary.
 
         Args:
-            mapping: one of the model's.
-            originals: in place of the restorer's own.
+            mapping: one of the model's mappings.
+            originals: used instead of the originals of the constructor.
         """
         tensors, above = [], {}
         for spec in mapping.megatron:
@@ -84,24 +84,24 @@ class Dtypes:
 
     infos: Mapping[str, TensorInfo]
     rounded: tuple[str, ...]
-    """Tensors of which Megatron holds fewer bits than the source had."""
+    """Tensors that have fewer bits in Megatron than in the source."""
     widened: tuple[str, ...]
-    """Tensors that Megatron holds in F32, with values that the source's dtype cannot hold."""
+    """Tensors that are F32 in Megatron and have values that are not exact in the source's dtype."""
 
 
 def decide_dtypes(
     mappings: Sequence[TensorMapping], restorer: Restorer, record: SourceRecord, dtype: ExportDtype
 ) -> Dtypes:
-    """The dtype that each converted tensor leaves with.
+    """Decide the dtype of each exported tensor.
 
-    It is the source's where Megatron holds as many bits, or more bits but values that are exact in the source's dtype.
-    Only tensors that Megatron holds in another dtype than the source are read.
+    It is the source's dtype if Megatron has as many bits, or if all values are exact in the source's dtype. Only
+    tensors with different dtypes in Megatron and in the source are read.
 
     Args:
-        mappings: of the model.
-        restorer: reads its Megatron tensors.
-        record: what the import kept of the source.
-        dtype: what happens to a tensor that was trained in fp32 from a 16-bit source.
+        mappings: the mappings of the model.
+        restorer: reads the model's Megatron tensors.
+        record: the record that the import made of its source.
+        dtype: the dtype of tensors that were trained in fp32 from a 16-bit source.
     """
     infos: dict[str, TensorInfo] = {}
     rounded: dict[str, None] = {}
@@ -117,10 +117,10 @@ def decide_dtypes(
             continue
         for (name, info), tensor in zip(sources.items(), restorer.restore(mapping).hf, strict=True):
             is_original = tensor.dtype == info.dtype and tensor is restorer.originals.get(name)
-            if is_original or (torch.float32 in stored and fits(tensor, info.dtype)):
+            if is_original or (torch.float32 in stored and is_exact_in(tensor, info.dtype)):
                 continue
             if stored == {torch.float32}:
-                # One element of a stack is enough to widen all of it.
+                # One element of a stack widens the whole stack.
                 widened[name] = None
                 if dtype == "trained":
                     infos[name] = TensorInfo(dtype=torch.float32, shape=info.shape)
@@ -141,13 +141,13 @@ def must_be_read(mapping: TensorMapping, megatron: Mapping[str, TensorInfo], rec
     return not mapping.invertible or stored != {record.tensors[spec.name].info.dtype for spec in mapping.hf}
 
 
-def fits(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Every value survives a round trip through `dtype`, bit for bit."""
+def is_exact_in(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether every value of the tensor is exact in `dtype`, bit for bit."""
     back = tensor.to(dtype).to(tensor.dtype)
     return torch.equal(back.view(torch.uint8), tensor.contiguous().view(torch.uint8)) if tensor.numel() else True
 
 
 def narrowed_if_exact(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """An fp32 tensor in another floating-point dtype where that keeps every bit; otherwise the tensor itself."""
-    is_cast = tensor.dtype == torch.float32 and dtype.is_floating_point and fits(tensor, dtype)
+    """The fp32 tensor cast to `dtype` if that is floating-point and keeps every bit; otherwise the tensor itself."""
+    is_cast = tensor.dtype == torch.float32 and dtype.is_floating_point and is_exact_in(tensor, dtype)
     return tensor.to(dtype) if is_cast else tensor

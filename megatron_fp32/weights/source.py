@@ -1,4 +1,4 @@
-"""Where tensors are read from: files of either format, or a model that is being trained."""
+"""The protocol for reading tensors from files of both formats, or from a model in memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron_fp32.weights.tensors import TensorInfo
 class TensorSource(Protocol):
     """Tensors by name.
 
-    Implemented by `checkpoint.formats.huggingface.HuggingFaceReader` (safetensors), by
-    `checkpoint.formats.torch_dist.TorchDistReader`, and by `models.live.LiveTensors` (a Megatron model in memory).
+    Three classes implement it: `checkpoint.formats.huggingface.HuggingFaceReader` (safetensors),
+    `checkpoint.formats.torch_dist.TorchDistReader`, and `models.live.LiveTensors` (a Megatron model in memory).
     """
 
     @property
@@ -25,10 +25,10 @@ class TensorSource(Protocol):
         """A tensor, or one element of a stack of tensors.
 
         Args:
-            name: key of `tensors`.
-            index: one number for each of the leading axes that are left out; empty for the whole tensor.
+            name: a key of `tensors`.
+            index: one number for each leading axis of the stack; () for the whole tensor.
 
         Returns:
-            The values, of shape `tensors[name].shape[len(index):]`. The caller does not change them: they may be the
-            parameter of a live model.
+            The values, of shape `tensors[name].shape[len(index):]`. Do not change them: they may be the parameter of a
+            live model.
         """

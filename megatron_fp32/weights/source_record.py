@@ -1,6 +1,6 @@
-"""The record that an import keeps of its Hugging Face checkpoint: the content of `hf_source/source.json`.
+"""The record that an import makes of its Hugging Face checkpoint: the content of `hf_source/source.json`.
 
-An export needs it to write the same dtypes again, and to tell how many tensors it gives back unchanged.
+An export needs it to write the dtypes of the source, and to count the tensors that are unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class SourceTensor:
 
     info: TensorInfo
     digest: str
-    """XXH3-128 of its bytes, 32 hexadecimal digits."""
+    """XXH3-128 of the tensor's bytes, 32 hexadecimal digits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,19 +31,19 @@ class SourceRecord:
     """The tensors of the Hugging Face checkpoint that was imported."""
 
     tensors: Mapping[str, SourceTensor]
-    """Those that were converted."""
+    """The tensors that were converted, by name."""
     carried: Mapping[str, SourceTensor]
-    """Those that were not converted but are kept next to the checkpoint, such as a vision part."""
+    """The tensors that were not converted but are kept in the sidecar, such as a vision part, by name."""
     left_out: tuple[str, ...]
-    """Names of those that were neither converted nor kept."""
+    """Names of the tensors that were neither converted nor kept."""
 
     @property
     def infos(self) -> dict[str, TensorInfo]:
-        """Dtype and shape of the converted tensors."""
+        """Dtype and shape of the converted tensors, by name."""
         return {name: tensor.info for name, tensor in self.tensors.items()}
 
     def to_json(self, *, family: str) -> dict[str, Any]:
-        """The content of `source.json`; `family` is there for people who read it."""
+        """The content of `source.json`. `family` is only for people who read the file."""
         return {
             "version": VERSION,
             "family": family,
@@ -57,11 +57,11 @@ class SourceRecord:
         """The record in a parsed `source.json` of version `VERSION`.
 
         Raises:
-            ValueError: for content that `to_json` does not give. The message names the tensor.
+            ValueError: for content that `to_json` cannot have written. The message names the tensor.
         """
         left_out = content.get("left_out")
         if not isinstance(left_out, list) or not all(isinstance(name, str) for name in left_out):
-            raise ValueError("left_out must be a list of names of tensors")
+            raise ValueError("left_out must be a list of tensor names")
         return cls(
             tensors=_unlisted(content, "tensors"), carried=_unlisted(content, "carried"), left_out=tuple(left_out)
         )
@@ -77,13 +77,13 @@ def _listed(tensors: Mapping[str, SourceTensor]) -> dict[str, Any]:
 def _unlisted(content: Mapping[str, Any], part: str) -> dict[str, SourceTensor]:
     listed = content.get(part)
     if not isinstance(listed, dict):
-        raise ValueError(f"{part} must be an object with the names of tensors")
+        raise ValueError(f"{part} must be an object with tensor names as keys")
     return {name: _source_tensor(f"{part}: {name[:200]!r}", entry) for name, entry in listed.items()}
 
 
 def _source_tensor(what: str, entry: Any) -> SourceTensor:
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "xxh3_128"}:
-        raise ValueError(f"{what} has no dtype, shape and xxh3_128")
+        raise ValueError(f"{what} must be an object with dtype, shape and xxh3_128")
     dtype, shape, value = entry["dtype"], entry["shape"], entry["xxh3_128"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{what} has the unknown dtype {str(dtype)[:40]!r}")

@@ -13,11 +13,11 @@ class TensorSpec:
 
     name: str
     shape: Shape
-    """Of the tensor itself, without the axes of the stack."""
+    """Shape of the tensor itself, without the axes of the stack."""
     index: Shape = ()
-    """Which element it is: one number for each axis of the stack. Empty where nothing is stacked."""
+    """The element of the stack: one number for each axis of the stack. () for a tensor that is not stacked."""
     stack: Shape = ()
-    """Sizes of the stack's axes, which come first in the checkpoint's tensor."""
+    """Sizes of the stack's axes, which are the first axes of the checkpoint's tensor."""
 
     @property
     def stored_shape(self) -> Shape:
@@ -25,9 +25,9 @@ class TensorSpec:
         return (*self.stack, *self.shape)
 
     def __str__(self) -> str:
-        """The name, and which element: `experts.down_proj[3]`."""
+        """The name and the element, such as `experts.down_proj[3]`."""
         return f"{self.name}{list(self.index)}" if self.index else self.name
 
     def in_stack(self, index: int, size: int, name: str | None = None) -> TensorSpec:
-        """As element `index` of a stack of `size`, outside of the stacks that it is in already."""
+        """This tensor as element `index` of a stack of `size`. The new axis comes before existing axes of stacks."""
         return dataclasses.replace(self, name=name or self.name, index=(index, *self.index), stack=(size, *self.stack))

@@ -1,7 +1,7 @@
-"""Where megatron-core's `torch_dist` checkpoints hold what the families' mappings speak of.
+"""Stacks of layers and `_extra_state` objects in megatron-core's `torch_dist` checkpoints.
 
 Sources: megatron-core `transformer/transformer_block.py` (`sharded_state_dict`: when layers are stacked),
-`dist_checkpointing/mapping.py` (`ShardedObject.unique_key`), `extensions/transformer_engine.py` (what has an
+`dist_checkpointing/mapping.py` (`ShardedObject.unique_key`), `extensions/transformer_engine.py` (which modules have an
 `_extra_state`).
 """
 
@@ -25,7 +25,7 @@ _TRANSFORMER_ENGINE_MODULES = {
 
 
 def stack_layers(mappings: Iterable[TensorMapping], num_layers: int) -> Iterator[TensorMapping]:
-    """The same mappings where the decoder's layers are stacked: `decoder.layers.mlp.linear_fc2.weight` [L, H, F]."""
+    """The mappings for a checkpoint with stacked decoder layers: `decoder.layers.mlp.linear_fc2.weight` [L, H, F]."""
 
     def stacked(spec: TensorSpec) -> TensorSpec:
         found = _LAYER.fullmatch(spec.name)
@@ -36,7 +36,7 @@ def stack_layers(mappings: Iterable[TensorMapping], num_layers: int) -> Iterator
 
 
 def has_stacked_layers(names: Collection[str]) -> bool:
-    """Whether a checkpoint with these tensors has stacked the decoder's layers."""
+    """Whether a checkpoint with these tensors stacks the decoder's layers."""
     return any(map(is_stack_of_layers, names))
 
 
@@ -46,12 +46,12 @@ def is_stack_of_layers(name: str) -> bool:
 
 
 def name_in_layer(stack: str, layer: int) -> str:
-    """What an element of a stack of layers is called where they are not stacked."""
+    """The name that an element of a stack of layers has in a checkpoint that does not stack layers."""
     return stack.replace("decoder.layers.", f"decoder.layers.{layer}.", 1)
 
 
 def extra_states(mappings: Iterable[TensorMapping]) -> list[str]:
-    """Keys of the `_extra_state` objects that belong to these mappings' modules."""
+    """Keys of the `_extra_state` objects of these mappings' modules."""
     keys: dict[str, None] = {}
     for mapping in mappings:
         for spec in mapping.megatron:

@@ -1,4 +1,4 @@
-"""What a checkpoint's header says of a tensor: its dtype and its shape."""
+"""Dtype and shape of a tensor, as a checkpoint's header states them."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     **{dtype: str(dtype).removeprefix("torch.") for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)},
     **{dtype: name for name, dtype in DTYPES.items()},
 }
-"""Every dtype of torch: safetensors' name, or torch's where safetensors has none."""
+"""The name of every dtype of torch: safetensors' name, or torch's name if safetensors has none."""
 
 FLOAT4 = DTYPES.get("F4")
-"""Two values in each element of a tensor. None where torch does not have it."""
+"""A dtype with two values in each element of a tensor. None if this torch does not have it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """What a header says of a tensor."""
+    """Dtype and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """In values. torch's tensors of float4 have half as many elements on the last axis; see `torch_shape`."""
+    """Counted in values. A float4 tensor of torch has half as many elements on the last axis; see `torch_shape`."""
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
@@ -71,19 +71,19 @@ class TensorInfo:
 
 
 def info_of(dtype: torch.dtype, torch_shape: Sequence[int]) -> TensorInfo:
-    """What a torch tensor of this dtype and shape holds."""
+    """The `TensorInfo` of a torch tensor of this dtype and shape."""
     shape = tuple(torch_shape)
     return TensorInfo(dtype=dtype, shape=(*shape[:-1], 2 * shape[-1]) if dtype == FLOAT4 and shape else shape)
 
 
-def unfilled(torch_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor to read into. `torch.empty` does not take every dtype under deterministic algorithms."""
+def empty_tensor(torch_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A contiguous, uninitialised tensor. `torch.empty` refuses some dtypes under deterministic algorithms."""
     shape = tuple(torch_shape)
     return torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def is_possible_shape(shape: object, dtype: torch.dtype) -> bool:
-    """A tuple or list of sizes that a tensor can have: its strides in bytes fit into 64 bits with a sign."""
+    """Whether `shape` is a tuple or list of sizes that a tensor can have: strides in bytes fit into signed 64 bits."""
     if not isinstance(shape, tuple | list) or len(shape) > 64:
         return False
     # bool is an int.

@@ -1,12 +1,16 @@
-"""Rows of a Megatron checkpoint's embedding and head above the vocabulary: padding, or trained tokens.
+"""Rows of a Megatron checkpoint's embedding and head above the vocabulary: padding rows, or added tokens.
 
-A trainer makes these tensors larger than the vocabulary, so that every rank gets as many rows. megatron-core fills the
-rows that a checkpoint does not have with zeros when it loads one (dist_checkpointing/strategies/torch.py,
-`allow_shape_mismatch`), so after an import they are zeros. No input refers to a padding row of the embedding, so it
-stays zero. The softmax over the padded vocabulary trains the padding rows of the head (of a tied embedding too), but
-all of them alike, because they begin alike: they stay equal to each other, bit for bit. Everything else is taken for
-tokens that were added. Rows of tokens that were added and are all equal cannot be told from padding; an export lists
-both.
+A trainer makes these tensors larger than the vocabulary, so that every rank gets as many rows. Padding rows can be
+recognised by their values:
+
+- When megatron-core loads a checkpoint, it fills missing rows with zeros (dist_checkpointing/strategies/torch.py,
+  `allow_shape_mismatch`). So they are zeros after an import.
+- Padding rows of an embedding stay zero, because no input refers to them.
+- Padding rows of a head, or of a tied embedding, are trained by the softmax over the padded vocabulary. They begin
+  equal and get equal gradients, so they stay equal to each other bit for bit.
+
+All other rows are taken for tokens that were added. If the rows of added tokens are all equal, they look like padding.
+An export reports rows of both kinds.
 """
 
 from __future__ import annotations
@@ -27,29 +31,29 @@ PADDED_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def check_vocab_size(value: object) -> None:
-    """Raise ValueError unless it is None or a whole number of 1 or more."""
+    """Raise ValueError unless `value` is None or a whole number of 1 or more."""
     if value is not None and (type(value) is not int or value < 1):
         raise ValueError(f"vocab_size must be None or a whole number of 1 or more, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CutRows:
-    """Rows above the vocabulary that hold values other than zero."""
+    """Rows above the vocabulary that are not zero."""
 
     rows: int
-    """How many they are."""
+    """The number of rows that are not zero."""
     end: int
-    """The number of rows up to the last of them: a vocabulary of this size has all of them."""
+    """The smallest vocabulary size that includes all of these rows."""
     alike: bool
-    """All rows above the vocabulary, two or more, are finite and equal bit for bit."""
+    """There are two or more rows above the vocabulary, all finite and equal bit for bit."""
 
 
 def nonzero_rows(above: Tensor, vocab_size: int) -> CutRows | None:
-    """The rows above the vocabulary that are not zero; None where all are zero.
+    """The rows above the vocabulary that are not zero; None if all are zero.
 
     Args:
         above: rows of embedding or head from `vocab_size` on, [rows, hidden].
-        vocab_size: rows that belong to the vocabulary.
+        vocab_size: the number of rows that belong to the vocabulary.
     """
     (found,) = (above.double() != 0).any(dim=1).nonzero(as_tuple=True)
     if not len(found):
@@ -60,11 +64,11 @@ def nonzero_rows(above: Tensor, vocab_size: int) -> CutRows | None:
 
 
 def is_padding(cut: Mapping[str, CutRows], *, tied: bool) -> bool:
-    """Whether a softmax over the padded vocabulary explains rows above it; true where there are none.
+    """Whether all rows above the vocabulary that are not zero can be padding rows. True if there are no such rows.
 
     Args:
-        cut: `nonzero_rows` of the tensors of one checkpoint that have any.
-        tied: the embedding is the head.
+        cut: the result of `nonzero_rows`, by Megatron tensor, without tensors for which it is None.
+        tied: whether the embedding is the head, too.
     """
     embedding, head = PADDED_VOCABULARY
     with_softmax = embedding if tied else head
@@ -72,20 +76,20 @@ def is_padding(cut: Mapping[str, CutRows], *, tied: bool) -> bool:
 
 
 def with_vocab_size(hf_config: dict[str, Any], vocab_size: int, source_size: int) -> dict[str, Any]:
-    """A copy of a parsed `config.json` with another size of the vocabulary.
+    """A copy of a parsed `config.json` with another vocabulary size.
 
     Args:
-        hf_config: of the source.
+        hf_config: the source's `config.json`.
         vocab_size: the new size.
-        source_size: the source's.
+        source_size: the source's size.
 
     Raises:
-        CheckpointError: for a size below the source's.
+        CheckpointError: for a size below the source's size.
     """
     if vocab_size < source_size:
         raise CheckpointError(
-            f"vocab_size must be at least the source's {source_size} (config.json), got {vocab_size}: an export does "
-            "not take tokens away"
+            f"vocab_size must be at least {source_size}, the vocab_size in the source's config.json, got {vocab_size}: "
+            "an export does not remove tokens"
         )
     changed = copy.deepcopy(hf_config)
     text = text_part(changed)

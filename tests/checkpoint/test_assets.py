@@ -307,5 +307,5 @@ def test_a_name_that_no_output_can_have(name: str, side: str, hf: Path, megatron
     before = sorted(path.name for path in tmp_path.iterdir())
     result = _invoke(side, megatron if side == "export" else hf, tmp_path / name)
     assert result.exit_code == 1
-    assert ("must end in the name of a directory" if name == "none/.." else "File name too long") in result.output
+    assert ("must end with the name of a directory" if name == "none/.." else "File name too long") in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM
 
 from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_fp32.checkpoint.formats.files import to_disk
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.formats.safetensors_writer import SafetensorsFile
+from megatron_fp32.checkpoint.formats.section import to_disk
 from megatron_fp32.checkpoint.formats.torch_dist_writer import DataFile
 from megatron_fp32.checkpoint.jobs import read_back
 from megatron_fp32.errors import CheckpointError
@@ -207,7 +207,7 @@ class TestExportRefuses:
         listing = json.loads((other / "hf_source" / "source.json").read_text())
         del listing["tensors"][A_LOG]
         (other / "hf_source" / "source.json").write_text(json.dumps(listing))
-        with pytest.raises(CheckpointError, match=f"other tensors than those that were imported: {A_LOG}"):
+        with pytest.raises(CheckpointError, match=f"its tensors differ from the imported tensors: {A_LOG}"):
             export_checkpoint(other, tmp_path / "hf")
 
     def test_a_checkpoint_without_its_source(self, imported: Source, tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ class TestMegatron:
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         inspect_checkpoint(tmp_path)
 
 

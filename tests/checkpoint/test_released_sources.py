@@ -187,14 +187,14 @@ class TestOneFileAndAnIndex:
         hf = write("Qwen3")
         self._index(hf, dict.fromkeys(stored_tensors(hf), "other.safetensors"))
         (hf / "other.safetensors").write_bytes((hf / "model.safetensors").read_bytes())
-        with pytest.raises(CheckpointError, match="which does not name it; which of them is meant"):
+        with pytest.raises(CheckpointError, match="remove the one that does not belong to the checkpoint"):
             HuggingFaceReader(hf)
 
     def test_an_index_that_names_fewer_tensors(self, write: Write) -> None:
         hf = write("Qwen3")
         names = sorted(stored_tensors(hf))
         self._index(hf, dict.fromkeys(names[1:], "model.safetensors"))
-        with pytest.raises(CheckpointError, match="holds tensors that the index does not place there"):
+        with pytest.raises(CheckpointError, match="has tensors that the index does not list for it"):
             HuggingFaceReader(hf)
 
 

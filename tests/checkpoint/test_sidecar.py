@@ -12,7 +12,7 @@ from megatron_fp32.checkpoint.convert import export_checkpoint, import_checkpoin
 from megatron_fp32.checkpoint.formats.digests import digest
 from megatron_fp32.checkpoint.sidecar import find_sidecar
 from megatron_fp32.errors import CheckpointError
-from megatron_fp32.weights.restore import fits
+from megatron_fp32.weights.restore import is_exact_in
 from tests.checkpoint.conftest import Source
 from tests.checkpoint.support import stored_tensors
 from tests.families import case
@@ -65,19 +65,19 @@ def test_equal_bytes_have_one_digest_wherever_they_lie() -> None:
     ],
 )
 def test_fits_in_bf16_exactly_when_no_bit_is_lost(tensor: Tensor, expected: bool) -> None:
-    assert fits(tensor, torch.bfloat16) is expected
+    assert is_exact_in(tensor, torch.bfloat16) is expected
 
 
 def test_fits_in_fp16_needs_range_too() -> None:
-    assert fits(torch.tensor([65504.0, 2.0**-24]), torch.float16)
-    assert not fits(torch.tensor([65520.0]), torch.float16)
-    assert not fits(torch.tensor([2.0**-25]), torch.float16)
+    assert is_exact_in(torch.tensor([65504.0, 2.0**-24]), torch.float16)
+    assert not is_exact_in(torch.tensor([65520.0]), torch.float16)
+    assert not is_exact_in(torch.tensor([2.0**-25]), torch.float16)
 
 
 def test_a_strided_tensor_is_judged_by_its_values() -> None:
     values = torch.stack([torch.ones(3), _f32(0x3F800001, 0x3F800001, 0x3F800001)], dim=1)
-    assert fits(values[:, 0], torch.bfloat16)
-    assert not fits(values[:, 1], torch.bfloat16)
+    assert is_exact_in(values[:, 0], torch.bfloat16)
+    assert not is_exact_in(values[:, 1], torch.bfloat16)
 
 
 def test_a_sidecar_is_found_in_and_beside_the_checkpoint_and_by_name(imported: Source, tmp_path: Path) -> None:
@@ -143,6 +143,6 @@ def test_carried_tensors_that_are_not_listed_are_not_dropped(tmp_path: Path) -> 
     import_checkpoint(tmp_path / "hf", tmp_path / "megatron", vision="carry")
     path = tmp_path / "megatron" / "hf_source" / "source.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "carried": {}}))
-    with pytest.raises(CheckpointError, match="does not list what carried/ holds"):
+    with pytest.raises(CheckpointError, match="does not list the tensors in carried/"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint import metadata
 
 from megatron_fp32.checkpoint.formats import torch_dist, torch_file
 from megatron_fp32.checkpoint.formats.digests import Digests, digest
-from megatron_fp32.checkpoint.formats.files import Section
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.formats.safetensors_writer import HuggingFaceWriter
+from megatron_fp32.checkpoint.formats.section import Section
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.formats.torch_dist_writer import DataFile, TorchDistWriter, digest_of_chunk
 from megatron_fp32.testing.cpu import model_parallel

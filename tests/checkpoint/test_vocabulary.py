@@ -102,7 +102,7 @@ class TestExport:
         assert result.exit_code == (0 if is_padding else 1)
         assert ("padding that a softmax trained" if is_padding else "may be tokens") in result.stdout
         assert all(f"rows of {padded} above the vocabulary" in result.stdout for padded in values)
-        assert ("they are alike" in verify_checkpoints(hf, megatron, source=source).differences[0].note) == all(
+        assert ("they are all equal" in verify_checkpoints(hf, megatron, source=source).differences[0].note) == all(
             len(set(rows.values())) == 1 and len(rows) == 7 and 0.25 in rows.values() for rows in values.values()
         )
 

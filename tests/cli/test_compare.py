@@ -200,7 +200,7 @@ class TestVerify:
         shutil.copytree(pair[0], tmp_path / "damaged")
         (tmp_path / "damaged" / "model.safetensors").write_bytes(b"damaged")
         (tmp_path / "empty").mkdir()
-        for path, message in (("damaged", "is not a readable safetensors file"), ("empty", "holds no checkpoint")):
+        for path, message in (("damaged", "is not a readable safetensors file"), ("empty", "is not a checkpoint")):
             for flags in ([], ["--json"]):
                 result = _run("verify", pair[0], tmp_path / path, *flags)
                 assert (result.exit_code, result.stdout) == (2, "")
@@ -292,7 +292,7 @@ class TestInspect:
         for flags in ([], ["--json"]):
             result = _run("inspect", tmp_path, *flags)
             assert (result.exit_code, result.stdout) == (2, "")
-            assert "holds no checkpoint" in result.stderr
+            assert "is not a checkpoint" in result.stderr
 
 
 @pytest.mark.parametrize(

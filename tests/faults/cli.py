@@ -108,7 +108,7 @@ COMMANDS = [
     Mutant(
         name="call weights behind a dead link missing",
         file="checkpoint/identify.py",
-        old="        refuse_no_file(directory / name)\n",
+        old="        refuse_irregular_file(directory / name)\n",
         new="        pass\n",
         test="tests/test_messages.py::TestWhatIsInTheDirectory",
     ),

@@ -27,7 +27,7 @@ FILES = [
     ),
     Mutant(
         name="take the last of two keys",
-        file="checkpoint/formats/files.py",
+        file="checkpoint/formats/json_file.py",
         old="if key in found:",
         new="if False:",
         test=f"{SAFETENSORS}::TestRefuses",
@@ -41,7 +41,7 @@ FILES = [
     ),
     Mutant(
         name="be content with a short read",
-        file="checkpoint/formats/files.py",
+        file="checkpoint/formats/section.py",
         old="while done < len(memory):",
         new="if done < len(memory):",
         test=f"{SAFETENSORS}::TestReading",
@@ -140,8 +140,8 @@ FILES = [
     Mutant(
         name="read a chunk aside and copy it",
         file="checkpoint/formats/torch_file.py",
-        old="part = target if target.is_contiguous() else unfilled(target.shape, stored.dtype)",
-        new="part = unfilled(target.shape, stored.dtype)",
+        old="part = target if target.is_contiguous() else empty_tensor(target.shape, stored.dtype)",
+        new="part = empty_tensor(target.shape, stored.dtype)",
         test="tests/checkpoint/formats/test_reader_memory.py",
     ),
     Mutant(
@@ -210,7 +210,7 @@ FILES = [
     Mutant(
         name="take weights behind a broken link for no weights",
         file="checkpoint/formats/huggingface.py",
-        old="        for path in (index, single):\n            refuse_no_file(path)\n",
+        old="        for path in (index, single):\n            refuse_irregular_file(path)\n",
         new="",
         test="tests/checkpoint/test_assets.py::test_weights_that_are_no_file",
     ),

@@ -6,7 +6,7 @@ from faults.mutant import Mutant
 
 FP8_FILES = "tests/weights/test_fp8.py"
 FP8_LOADING = "tests/checkpoint/fp8/test_fp8_loading.py"
-CLAIMS = "tests/checkpoint/fp8/test_quantization_claims.py"
+ENTRIES = "tests/checkpoint/fp8/test_quantization_entries.py"
 
 FP8 = [
     Mutant(
@@ -61,30 +61,30 @@ FP8 = [
     Mutant(
         name="leave a quantization in the config of a bf16 export",
         file="checkpoint/jobs/export_job.py",
-        old="remove_claims(staging.output, self._hf_config)",
+        old="remove_quantization_entries(staging.output, self._hf_config)",
         new="pass",
-        test=f"{CLAIMS}::TestBf16",
+        test=f"{ENTRIES}::TestBf16",
     ),
     Mutant(
         name="leave the files of another quantization in a float8 export",
         file="checkpoint/fp8/write.py",
-        old="    remove_claims(directory, config)\n",
+        old="    remove_quantization_entries(directory, config)\n",
         new="",
-        test=CLAIMS,
+        test=ENTRIES,
     ),
     Mutant(
         name="look for a quantization at the top of a config only",
-        file="checkpoint/quantization_claims.py",
-        old="for key, value in inner.items() if key not in CLAIM_KEYS]",
+        file="checkpoint/quantization_entries.py",
+        old="for key, value in inner.items() if key not in QUANTIZATION_KEYS]",
         new="for key, value in ()]",
-        test=f"{CLAIMS}::TestBf16",
+        test=f"{ENTRIES}::TestBf16",
     ),
     Mutant(
         name="quantize under a config that says it is done",
         file="checkpoint/jobs/quantize_job.py",
-        old="    if claims:\n",
+        old="    if entries:\n",
         new="    if False:\n",
-        test=f"{CLAIMS}::TestQuantize",
+        test=f"{ENTRIES}::TestQuantize",
     ),
     Mutant(
         name="lay tensors into a file in the order of their declaration",

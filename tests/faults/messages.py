@@ -10,7 +10,7 @@ VALIDATION = "tests/test_validation.py"
 ENTRANCES = [
     Mutant(
         name="take a Git LFS pointer for a file",
-        file="checkpoint/formats/directory.py",
+        file="checkpoint/formats/directory_checks.py",
         old="        return file.read(len(_POINTER)) == _POINTER",
         new="        return False",
         test=f"{MESSAGES}::TestGitLfs",
@@ -24,14 +24,14 @@ ENTRANCES = [
     ),
     Mutant(
         name="say nothing of the checkpoints beside a tracker",
-        file="checkpoint/formats/directory.py",
+        file="checkpoint/formats/directory_checks.py",
         old='        return f"{tracker} names {named}, but {problem}; {complete_ones(path)}"',
         new='        return f"{tracker} names {named}, but {problem}"',
         test=f"{MESSAGES}::TestTracker",
     ),
     Mutant(
         name="suggest a checkpoint whose save was interrupted",
-        file="checkpoint/formats/directory.py",
+        file="checkpoint/formats/directory_checks.py",
         old='if (path / name / ".metadata").is_file()]',
         new="]",
         test=f"{MESSAGES}::TestTracker",
@@ -45,7 +45,7 @@ ENTRANCES = [
     ),
     Mutant(
         name="say nothing of the Hub",
-        file="checkpoint/formats/directory.py",
+        file="checkpoint/formats/directory_checks.py",
         old="    if found is None or os.path.lexists(path):\n",
         new="    if True:\n",
         test=f"{MESSAGES}::TestHubId",

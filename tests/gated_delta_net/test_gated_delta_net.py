@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_fp32.gated_delta_net.layer import Fp32GatedDeltaNet, to_fp32_gated_delta_net
 from megatron_fp32.gated_delta_net.norm import RMSNorm
-from megatron_fp32.kept_parameters.forward_dtypes import GATED_DELTA_NET_TAKES
+from megatron_fp32.kept_parameters.forward_dtypes import GATED_DELTA_NET_FP32_PARAMETERS
 from megatron_fp32.kept_parameters.keep_in_fp32 import keep_in_fp32, kept_parameters
 from tests.gated_delta_net.layers import MODEL, build, load, random_weights
 
@@ -85,7 +85,7 @@ class TestConstruction:
 
     @pytest.mark.parametrize("name", ["conv1d.weight", "in_proj.weight", "out_proj.weight"])
     def test_what_the_forward_pass_cannot_take_is_refused(self, name: str) -> None:
-        message = f"'{name}' of a GatedDeltaNet cannot be kept in fp32: its forward pass multiplies"
+        message = f"'{name}' of a GatedDeltaNet cannot be kept in fp32: the forward pass multiplies"
         with pytest.raises(ValueError, match=message):
             build(Fp32GatedDeltaNet, fp32_parameters=("A_log", name))
         stock = build(GatedDeltaNet)
@@ -113,7 +113,7 @@ class TestConstruction:
                 continue
             assert output.dtype == torch.bfloat16
             takes.add(name)
-        assert takes == set(GATED_DELTA_NET_TAKES)
+        assert takes == set(GATED_DELTA_NET_FP32_PARAMETERS)
 
     @pytest.mark.parametrize("how", ["built", "converted", "by hand"])
     def test_parameters_can_be_reset_when_dt_bias_is_kept(self, how: str) -> None:

@@ -157,7 +157,7 @@ class TestAllOrNothing:
                 nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
                 "weight",
                 ValueError,
-                r"it is parametrized; keep 'parametrizations.weight.original",
+                r"it is parametrized; name 'parametrizations.weight.original",
             ),
             (nn.Linear(2, 2), 3, TypeError, "keep_in_fp32 takes names"),
             ([nn.Linear(2, 2)], "weight", TypeError, "expected a module, got list"),

@@ -27,5 +27,5 @@ class TestArguments:
         assert self.parse("--fp32-gated-delta-net", "A_log") == Fp32Config(gated_delta_net=("A_log",))
 
     def test_a_parser_without_the_flags(self) -> None:
-        with pytest.raises(ValueError, match="the arguments lack --fp32-logits"):
+        with pytest.raises(ValueError, match="call add_fp32_arguments on the parser first"):
             fp32_config_from_args(argparse.Namespace())

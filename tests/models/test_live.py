@@ -65,7 +65,7 @@ class TestOneRank:
 def _rank_alone(hf: Path, *, layout: Layout) -> str:
     chunks = build(hf, layout)
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
-    with pytest.raises(ValueError, match="do not hold each value once") as caught:
+    with pytest.raises(ValueError, match="do not hold every value of the model exactly once") as caught:
         LiveTensors(chunks, group=alone)
     return str(caught.value)
 

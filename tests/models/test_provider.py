@@ -233,7 +233,9 @@ def test_llama_3_1_has_flags_for_its_rotary_scaling(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("theta", [26914.64, 0.5, 1e7 + 0.25])
 def test_a_rotary_base_with_a_fraction_has_no_flag(theta: float) -> None:
     model = dataclasses.replace(_parsed("Qwen3"), rope_theta=theta)
-    with pytest.raises(ValueError, match=rf"--rotary-base takes whole numbers, this model has rope_theta={theta!r}"):
+    with pytest.raises(
+        ValueError, match=rf"--rotary-base takes whole numbers, but this model has rope_theta={theta!r}"
+    ):
         model.megatron_arguments()
 
 

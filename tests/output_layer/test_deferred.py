@@ -33,7 +33,7 @@ class TestRefusals:
     def test_12_deferring_without_buffers(self) -> None:
         layer = deferring()
         layer.embedding_activation_buffer = None
-        with pytest.raises(ValueError, match="gave its output layer no buffers"):
+        with pytest.raises(ValueError, match="did not give its output layer buffers"):
             to_fp32_output_layer(layer)
 
     def test_12_deferring_with_mtp_would_pair_the_wrong_tensors(self) -> None:

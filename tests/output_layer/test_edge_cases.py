@@ -264,7 +264,7 @@ class TestSurroundings:
     def test_31_what_was_mixed_in_after_the_conversion_is_not_lost_in_a_pickle(self) -> None:
         layer = head()
         layer.__class__ = type("Late", (type(layer),), {})
-        with pytest.raises(ValueError, match="was made after fp32 conversion and cannot be pickled"):
+        with pytest.raises(ValueError, match="was made after the fp32 conversion and cannot be pickled"):
             pickle.dumps(layer)
 
 
@@ -311,5 +311,5 @@ class TestRefusals:
         layer = stock_layer()
         layer.config.cross_entropy_loss_fusion = True
         to_fp32_output_layer(layer)
-        with pytest.raises(ValueError, match=r"'native' rounds dY to bf16 before .*'bf16x3' would keep nothing"):
+        with pytest.raises(ValueError, match=r"'native' rounds dY to bf16 before .*'bf16x3' would have no effect"):
             to_fp32_output_layer(layer, Fp32Config(grad_precision="bf16x3"))

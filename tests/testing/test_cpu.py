@@ -138,9 +138,9 @@ def test_megatrons_generator_draws_what_its_seed_says() -> None:
 def test_an_unknown_generator_is_named() -> None:
     with cpu_megatron(), single_process(), model_parallel():
         tracker = megatron_random.get_cuda_rng_tracker()
-        with pytest.raises(ValueError, match="'nothing' is not there"), tracker.fork("nothing"):
+        with pytest.raises(ValueError, match="there is no rng state 'nothing'"), tracker.fork("nothing"):
             pass
-        with pytest.raises(ValueError, match="is there already"):
+        with pytest.raises(ValueError, match="exists already"):
             tracker.add(megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME, 1)
 
 

@@ -261,11 +261,11 @@ def test_dense_layers_are_those_that_transformers_builds_dense(fields: dict[str,
 class TestNaming:
     def test_it_is_read_from_the_names(self) -> None:
         names = ["model.language_model.embed_tokens.weight", "mtp.fc.weight", "mtp.layers.0.mlp.experts.gate_up_proj"]
-        assert Naming.of(names) == Naming(
+        assert Naming.from_tensors(names) == Naming(
             prefix="model.language_model.", mtp_layers=1, fused_experts=False, fused_mtp_experts=True
         )
         names = ["model.embed_tokens.weight", "model.layers.0.mlp.experts.gate_up_proj", "mtp.layers.2.x"]
-        assert Naming.of(names) == Naming(prefix="model.", mtp_layers=3, fused_experts=True)
+        assert Naming.from_tensors(names) == Naming(prefix="model.", mtp_layers=3, fused_experts=True)
 
     @pytest.mark.parametrize("transposed", [False, True])
     @pytest.mark.parametrize(("hidden", "ffn"), [(36, 14), (28, 14), (14, 14), (14, 28), (1, 1)])
@@ -277,11 +277,11 @@ class TestNaming:
             shapes = {name: (a, c, b) for name, (a, b, c) in shapes.items()}
         named = {f"model.layers.0.mlp.experts.{name}": shape for name, shape in shapes.items()}
         names = ["model.embed_tokens.weight", *named]
-        assert Naming.of(names, named).transposed_experts is transposed
+        assert Naming.from_tensors(names, named).transposed_experts is transposed
 
     def test_several_mtp_layers_are_refused(self) -> None:
         config = find_family(_config("Qwen3.5")).parse(_config("Qwen3.5"))
-        with pytest.raises(ValueError, match="2 MTP layers; one can be converted"):
+        with pytest.raises(ValueError, match="2 MTP layers; only one can be converted"):
             list(find_family(_config("Qwen3.5")).mappings(config, Naming(prefix="model.", mtp_layers=2)))
 
 

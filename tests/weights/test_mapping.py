@@ -265,7 +265,9 @@ class TestRefuses:
         mapping = shared(["a", "b"], "c", (2,))
         zero = torch.tensor([0.0, 1.0])
         assert mapping.to_megatron([zero, zero.clone()])[0] is zero
-        with pytest.raises(ValueError, match=r"b and a have other values, and config\.json ties them"):
+        with pytest.raises(
+            ValueError, match=r"b and a have different values, but config\.json says that they are tied"
+        ):
             mapping.to_megatron([zero, torch.tensor([-0.0, 1.0])])
 
 

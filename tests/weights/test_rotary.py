@@ -129,7 +129,11 @@ def test_the_frequencies_of_every_family(case: Any, tmp_path: Path) -> None:
         ),
         ("Llama", {"rope_parameters": {"rope_theta": None}}, "rope_theta must be a number, got null"),
         ("Llama", {"rope_parameters": {**DEFAULT, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-        ("Qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5; models of this type rotate whole heads"),
+        (
+            "Qwen3",
+            {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor=0.5, expected 1: models of this type rotate whole heads",
+        ),
         ("Qwen3-Next", {"rope_parameters": {**DEFAULT, "partial_rotary_factor": None}}, "partial_rotary_factor must"),
         ("Qwen3-Next", {"rope_parameters": {**DEFAULT, "partial_rotary_factor": 1.5}}, "rotates 18 values"),
         ("Qwen3-Next", {"rope_parameters": {**DEFAULT, "partial_rotary_factor": 0.05}}, "rotates 0 values"),

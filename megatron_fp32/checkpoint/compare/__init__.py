@@ -1,1 +1,1 @@
-"""Comparison of two checkpoints, tensor by tensor."""
+"""Compares two checkpoints, tensor by tensor."""

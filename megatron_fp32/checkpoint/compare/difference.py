@@ -1,4 +1,4 @@
-"""By how much two tensors differ, bit for bit first and then in float64, a few megabytes at a time."""
+"""Compares two tensors: first the bits, then the values in float64, a few megabytes at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_fp32.weights.tensors import FLOAT4, info_of
 Index = tuple[int, ...]
 
 _CHUNK = 1 << 18
-"""Values that are compared at once: in float64 they still fit into caches."""
+"""Number of values that are compared at once, so that they fit into caches in float64."""
 
 _SMALLEST = 5e-324
 """The smallest positive float64."""
@@ -22,7 +22,7 @@ _SMALLEST = 5e-324
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _EXPONENT_OF_8_BITS = 0x7C
-"""From here on the codes of float8_e5m2 are infinite or NaN; of float8_e4m3fn, the last one."""
+"""The smallest code of float8_e5m2 that is infinite or NaN. Of float8_e4m3fn, only the largest code is NaN."""
 
 _WITH_SUCH_CODES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -32,43 +32,44 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Largest:
-    """The largest difference, and where it is."""
+    """The largest difference of two values, and its place."""
 
     size: float
     index: Index
-    """In the tensor; the first in row-major order where several are as large."""
+    """Index in the tensor. If several differences are equally large, the first in row-major order."""
     a: float
     b: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValueDifference:
-    """How the values of two tensors of one shape differ.
+    """How the values of two tensors with one shape differ.
 
-    Two values are the same when their bits are, in a dtype that holds both: 0.0 and -0.0 differ (by 0), and a NaN
-    equals a NaN with the same bits.
+    Two values are equal if their bits are equal in a dtype that holds both. So 0.0 and -0.0 differ (by 0), and two NaNs
+    are equal if their bits are equal.
     """
 
     count: int
-    """Values that differ."""
+    """Number of values that differ."""
     total: int
+    """Number of values in each tensor."""
     first: Index | None
-    """Where the first of them is, in row-major order. None when all are equal."""
+    """Index of the first value that differs, in row-major order. None if all values are equal."""
     absolute: Largest | None
-    """|a - b| in float64. None when no two finite values differ, and for complex ones."""
+    """The largest |a - b| in float64. None if no two finite values differ, and for complex values."""
     relative: Largest | None
-    """|a - b| / max(|a|, |b|) in float64, from 0 to 2."""
+    """The largest |a - b| / max(|a|, |b|) in float64, from 0 to 2."""
     nan: tuple[int, int]
-    """NaN values of a and of b, also those that are equal. A complex value is NaN when a part of it is."""
+    """Number of NaN values in a and in b, whether they differ or not. A complex value is NaN if a part of it is."""
     infinite: tuple[int, int]
-    """Infinite values of a and of b, also those that are equal."""
+    """Number of infinite values in a and in b, whether they differ or not."""
 
 
 class Comparison:
-    """Compares one tensor with another: whole, or the elements of a stack in any order.
+    """Compares two tensors, either whole or, for stacks, element by element in any order.
 
     Args:
-        shape: of the whole tensor, in values (`TensorInfo.shape`).
+        shape: shape of the whole tensor, counted in values (`TensorInfo.shape`).
     """
 
     def __init__(self, shape: Index) -> None:
@@ -81,7 +82,7 @@ class Comparison:
         self._infinite = [0, 0]
 
     def add(self, a: Tensor, b: Tensor, index: Index = ()) -> None:
-        """Take in two tensors of one shape, or element `index` of two stacks. Their dtypes may differ."""
+        """Compare two tensors with one shape, or element `index` of two stacks. Their dtypes may differ."""
         shapes = [info_of(tensor.dtype, tensor.shape).shape for tensor in (a, b)]
         assert shapes[0] == shapes[1] == self._shape[len(index) :], (shapes, self._shape, index)
         for start, first, second in _chunks(a, b):
@@ -92,7 +93,7 @@ class Comparison:
                 self._measure(first, second, start, index, is_finite=is_finite)
 
     def result(self) -> ValueDifference:
-        """Of everything that was taken in."""
+        """The differences of all tensors that were added."""
         return ValueDifference(
             count=self._count,
             total=math.prod(self._shape),
@@ -117,7 +118,7 @@ class Comparison:
         x, y = a.double(), b.double()
         absolute = (x - y).abs_()
         if torch.float64 in (a.dtype, b.dtype):
-            # The difference of two finite values may be infinite, which JSON has no word for.
+            # The difference of two finite values may be infinite, which JSON cannot express.
             absolute.clamp_(max=torch.finfo(torch.float64).max)
         relative = absolute / torch.maximum(x.abs(), y.abs()).clamp_(min=_SMALLEST)
         usable = differs if is_finite else differs & x.isfinite() & y.isfinite()
@@ -134,7 +135,7 @@ class Comparison:
         index: Index,
     ) -> Largest | None:
         size = float(sizes.max())
-        # Most chunks end here. NaN is smaller than nothing.
+        # Most chunks end here. If `size` is NaN, this comparison is False.
         if known is not None and size < known.size:
             return known
         sizes = torch.where(usable, sizes, -1.0)
@@ -143,13 +144,13 @@ class Comparison:
         if size < 0:
             return known
         place = self._place(start + at, index)
-        # Elements may come in any order, ties go to the first in the tensor.
+        # Elements come in any order. Of equal differences, the first in the tensor counts.
         if known is not None and (size, known.index) <= (known.size, place):
             return known
         return Largest(size=size, index=place, a=float(values[0][at]), b=float(values[1][at]))
 
     def _count_non_finite(self, side: int, values: Tensor) -> bool:
-        """Whether all values are finite."""
+        """Count NaN and infinite values, and return whether all values are finite."""
         if not _may_be_non_finite(values):
             return True
         wide = values.to(torch.complex128) if values.is_complex() else values.double()
@@ -163,7 +164,7 @@ class Comparison:
 
 
 def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Parts of both, flat: the position of the first value, and the values."""
+    """(position of the first value, values of a, values of b) for consecutive pieces of the flat tensors."""
     flat_a, flat_b = a.detach().contiguous().view(-1), b.detach().contiguous().view(-1)
     (count,) = info_of(flat_a.dtype, flat_a.shape).shape
     for start in range(0, count, _CHUNK):
@@ -171,7 +172,7 @@ def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 def _part(flat: Tensor, start: int) -> Tensor:
-    """Values from `start` on; those of float4, of which two make a byte, the lower half first, in fp32."""
+    """Values from `start` on. float4 values are returned in fp32; a byte has two, in its lower half first."""
     if flat.dtype != FLOAT4:
         return flat[start : start + _CHUNK]
     codes = flat[start // 2 : (start + _CHUNK) // 2].view(torch.uint8).int()
@@ -180,14 +181,14 @@ def _part(flat: Tensor, start: int) -> Tensor:
 
 
 def _bits(values: Tensor) -> Tensor:
-    """Integers that are equal where the bits are: one for each value, or for each part of a complex one."""
+    """The bits of each value, or of each part of a complex value, as an integer."""
     if values.is_complex():
         values = torch.view_as_real(values)
     return values.view(_INTEGERS[values.dtype.itemsize])
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:
-    """Where the values are not the same: bits in a dtype that holds those of both."""
+    """A mask of the values whose bits differ in a dtype that holds both."""
     if a.dtype == b.dtype:
         return _differing_bits(a, b)
     if a.is_complex() or b.is_complex():
@@ -199,7 +200,7 @@ def _differs(a: Tensor, b: Tensor) -> Tensor:
     differs = _differing_bits(a.to(common), b.to(common))
     for values in (a, b):
         if values.dtype == torch.uint64 and common == torch.int64:
-            differs |= values.view(torch.int64) < 0  # above everything that the other can hold
+            differs |= values.view(torch.int64) < 0  # larger than any value of the other dtype
         elif values.dtype in (torch.int64, torch.uint64) and common != torch.int64:
             differs |= _is_rounded(values)
     return differs
@@ -211,7 +212,7 @@ def _differing_bits(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _is_rounded(values: Tensor) -> Tensor:
-    """Where 64-bit integers are not exact in float64."""
+    """A mask of the 64-bit integers that are not exact in float64."""
     wide = values.double()
     limit = 2.0**63 if values.dtype == torch.int64 else 2.0**64
     fits = wide < limit
@@ -219,7 +220,7 @@ def _is_rounded(values: Tensor) -> Tensor:
 
 
 def _may_be_non_finite(values: Tensor) -> bool:
-    """A sum shows whether any value is NaN or infinite, many times faster than a look at each of them."""
+    """Whether a value may be NaN or infinite. A sum shows this many times faster than a test of each value."""
     if values.is_complex():
         values = torch.view_as_real(values)
     if not values.dtype.is_floating_point:

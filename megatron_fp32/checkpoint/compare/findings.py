@@ -1,4 +1,4 @@
-"""What a comparison of two checkpoints reports, and how it is gathered."""
+"""The report of a comparison of two checkpoints, and the class that collects it."""
 
 from __future__ import annotations
 
@@ -10,32 +10,42 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.compare.difference import Comparison, ValueDifference
-from megatron_fp32.checkpoint.identify import Kind
+from megatron_fp32.checkpoint.identify import CheckpointKind
 from megatron_fp32.checkpoint.progress import ProgressCallback
 from megatron_fp32.validation import check_flag
 from megatron_fp32.weights.spec import TensorSpec
 from megatron_fp32.weights.tensors import DTYPE_NAMES, DTYPES, TensorInfo
 
 Status = Literal["only_a", "only_b", "shape", "values", "dtype"]
-"""In one checkpoint only; another shape; other values; the same values in another dtype."""
+"""How a tensor differs.
+
+- `"only_a"`, `"only_b"`: only one checkpoint has it.
+- `"shape"`: the shapes differ.
+- `"values"`: the values differ.
+- `"dtype"`: the values are equal and the dtypes differ.
+"""
 
 _FLOAT8 = {dtype for name, dtype in DTYPES.items() if name.startswith("F8_E") and name != "F8_E8M0"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorDifference:
-    """A tensor that is not equal byte for byte."""
+    """A tensor that is not equal byte for byte in both checkpoints."""
 
     name: str
-    """Hugging Face's when either checkpoint is; of what only a Megatron checkpoint has, Megatron's. Where two layouts
-    of Hugging Face's are compared, as the finer has it, and `note` has the other names."""
+    """The Hugging Face name. The Megatron name if only a Megatron checkpoint has the tensor, or both are Megatron
+    checkpoints. If only one of two Hugging Face checkpoints fuses experts, the name of the separate expert; `note` then
+    has the other names."""
     status: Status
     a: TensorInfo | None
-    """None where only the other has it."""
+    """None if only b has the tensor."""
     b: TensorInfo | None
+    """None if only a has the tensor."""
     values: ValueDifference | None = None
-    """Given where shapes are equal; where one has more rows of the vocabulary, of the rows that both have."""
+    """The values' differences, if the shapes are equal. If one tensor has more rows of the vocabulary, the differences
+    in the rows that both have."""
     note: str = ""
+    """What else a reader must know; may be empty."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,43 +53,44 @@ class VerifiedSide:
     """One of the two checkpoints."""
 
     path: Path
-    kind: Kind
+    kind: CheckpointKind
     tensors: int
-    """Of the model, in its files; without those of `left_out`."""
+    """Number of tensors of the model in its files, without those in `left_out`."""
     carried: int
-    """Kept by its sidecar, and compared when the other checkpoint is Hugging Face's."""
+    """Number of tensors in its sidecar. They are compared if the other checkpoint is a Hugging Face checkpoint."""
     ignored: int
-    """Entries that are no weights: optimizer, generators, common state, `_extra_state`."""
+    """Number of entries that are not weights, such as optimizer, generators, common state and `_extra_state`."""
     left_out: tuple[str, ...]
-    """Tensors of the parts that `text_only` leaves out."""
+    """Names of the tensors that were left out because of `text_only`."""
     padding: dict[str, int]
-    """Rows of zeros that pad the vocabulary, by tensor. They were not compared."""
+    """Number of padding rows of the vocabulary, by tensor. They were not compared."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What a comparison found."""
+    """The result of a comparison."""
 
     a: VerifiedSide
     b: VerifiedSide
     compared: int
-    """Tensors that both have, in one shape. A tensor that the other has in several counts as those."""
+    """Number of tensors that both checkpoints have in one shape. A tensor that is several tensors in the other
+    checkpoint counts as several."""
     equal: int
-    """Of those, equal byte for byte, dtype included."""
+    """Number of compared tensors that are equal byte for byte and in dtype."""
     nbytes: int
-    """Size of what was compared, in a."""
+    """Size of the compared tensors of a in bytes."""
     differences: tuple[TensorDifference, ...]
     """In the order of `Status`."""
     names_only: str = ""
-    """Why two Hugging Face checkpoints, each with names that the other lacks, were compared by name alone."""
+    """Why two Hugging Face checkpoints with different names were only compared by name. Empty if they were not."""
 
     def agrees(self, *, values_only: bool = False) -> bool:
-        """Nothing differs, or with `values_only` nothing but dtypes."""
+        """Whether the checkpoints are equal. With `values_only`, dtypes may differ."""
         check_flag("values_only", values_only)
         return all(values_only and difference.status == "dtype" for difference in self.differences)
 
     def as_json(self) -> dict[str, Any]:
-        """For `json.dumps`. Dtypes have safetensors' names."""
+        """The content for `json.dumps`. Dtypes have safetensors' names."""
         content = dataclasses.asdict(dataclasses.replace(self, differences=()))
         for side in ("a", "b"):
             content[side]["path"] = str(content[side]["path"])
@@ -102,13 +113,13 @@ def _info_as_json(info: TensorInfo | None) -> dict[str, Any] | None:
 
 
 class Findings:
-    """What is known so far.
+    """Collects the differences while two checkpoints are compared.
 
     Args:
-        tell: told of every pair of tensors.
+        tell: called after every pair of tensors.
 
     Attributes:
-        total: size of everything that will be compared, for `tell`.
+        total: bytes of all tensors that will be compared, for `tell`.
         names_only: see `VerifyReport`.
     """
 
@@ -121,22 +132,22 @@ class Findings:
         self._notes: dict[str, str] = {}
         self._others: dict[str, TensorDifference] = {}
 
-    def only(self, side: Literal["a", "b"], name: str, info: TensorInfo, note: str = "") -> None:
-        """One side alone has it."""
+    def add_only(self, side: Literal["a", "b"], name: str, info: TensorInfo, note: str = "") -> None:
+        """Record a tensor that only one checkpoint has."""
         a, b = (info, None) if side == "a" else (None, info)
         status: Status = "only_a" if side == "a" else "only_b"
         self._others[name] = TensorDifference(name=name, status=status, a=a, b=b, note=note)
 
-    def shape(self, name: str, a: TensorInfo, b: TensorInfo, note: str = "") -> None:
-        """Both have it, in other shapes."""
+    def add_shapes(self, name: str, a: TensorInfo, b: TensorInfo, note: str = "") -> None:
+        """Record a tensor whose shapes differ."""
         self._others[name] = TensorDifference(name=name, status="shape", a=a, b=b, note=note)
 
-    def both(self, spec: TensorSpec, a: Tensor, b: Tensor, note: str = "") -> None:
-        """Values of a tensor, or of an element of a stack."""
+    def add_values(self, spec: TensorSpec, a: Tensor, b: Tensor, note: str = "") -> None:
+        """Compare the values of a tensor, or of an element of a stack."""
         first, second = (TensorInfo(dtype=tensor.dtype, shape=spec.stored_shape) for tensor in (a, b))
         if spec.name in self._comparisons:
             comparison, *known = self._comparisons[spec.name]
-            # Elements of an exported stack may have two dtypes; the stack has the wider.
+            # Elements of an exported stack may have two dtypes. The stack then has the wider one.
             first, second = (
                 max(pair, key=lambda info: info.dtype.itemsize) for pair in zip(known, (first, second), strict=True)
             )
@@ -149,7 +160,7 @@ class Findings:
         self._tell("compare", a.nbytes, self.total)
 
     def report(self, a: VerifiedSide, b: VerifiedSide) -> VerifyReport:
-        """Everything."""
+        """The report of everything that was recorded."""
         differences = list(self._others.values())
         for name, (comparison, first, second) in self._comparisons.items():
             values = comparison.result()

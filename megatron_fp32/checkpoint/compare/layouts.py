@@ -1,9 +1,10 @@
-"""What a comparison pairs by name, and how two layouts of one Hugging Face model come under common names.
+"""Gives the tensors of two Hugging Face checkpoints of one model common names and shapes, for a comparison by name.
 
-A model may have fused experts (`experts.gate_up_proj` [E, 2F, H], or transposed) or one tensor for each, and stand
-alone (`model.`) or inside of a vision-language model (`model.language_model.`). The mappings of both checkpoints lead
-to the same Megatron tensors: a tensor that holds what the other checkpoint has in several is taken apart into tensors
-with their names and shapes, one mapping in memory at a time. Nothing but the order of values changes on the way.
+Two checkpoints of one model can differ in two ways. Experts may be fused (`experts.gate_up_proj` [E, 2F, H], or
+transposed) or separate. The text model may stand alone (`model.`) or be part of a vision-language model
+(`model.language_model.`). The mappings of both checkpoints lead to equal Megatron tensors. With them, a tensor that is
+several tensors in the other checkpoint is split into tensors with those names and shapes, one mapping at a time. Only
+the order of values changes.
 """
 
 from __future__ import annotations
@@ -20,44 +21,45 @@ from megatron_fp32.weights.spec import TensorSpec
 from megatron_fp32.weights.tensors import TensorInfo
 
 _Part = tuple[str, tuple[int, ...], tuple[int, ...]]
-"""Name, index and shape of a Megatron tensor."""
+"""(name, index, shape) of a Megatron tensor, or of an element of a stack."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A tensor of a checkpoint, or what stands for one: a part of it, or all rows but the padding."""
+    """A tensor to compare: a tensor of a checkpoint, a piece of one, or a tensor without its padding rows."""
 
     name: str
-    """What it is called where the other checkpoint has no such tensor."""
+    """The name to report if the other checkpoint does not have this tensor."""
     info: TensorInfo
     read: Callable[[tuple[int, ...]], Tensor]
-    """Element `index` of it."""
+    """Reads element `index`, or with () the whole tensor."""
     origin: str = ""
-    """The tensor that it is a part of, where its name is that of a tensor in the other checkpoint."""
+    """For a piece of a tensor with a name from the other checkpoint: the tensor that it belongs to."""
 
 
 Entries = Mapping[str, Entry]
-"""By the name under which they are compared."""
+"""Entries by the name under which they are compared."""
 
 
 def note_on_names(name: str, a: Entry, b: Entry) -> str:
-    """What the checkpoints call two entries that are compared under `name`, where it is something else."""
-    own = {"A": a.origin or a.name, "B": b.origin or b.name}
-    return ", ".join(f"{theirs} in {side}" for side, theirs in own.items() if theirs != name)
+    """The names of two entries in their checkpoints, as far as they are not `name`, under which they are compared."""
+    names = {"A": a.origin or a.name, "B": b.origin or b.name}
+    return ", ".join(f"{own} in {side}" for side, own in names.items() if own != name)
 
 
 def under_common_names(a: Entries, b: Entries, plans: Sequence[ModelMap]) -> tuple[Entries, Entries]:
-    """Name the entries of two Hugging Face checkpoints alike where they are the same part of a model.
+    """Give entries of two Hugging Face checkpoints one name if they hold one part of a model.
 
-    What has the same name in both keeps it, whatever it is. Fused experts that one of them has transposed are turned.
+    A name that both checkpoints have stays. Fused experts that only one checkpoint has transposed are transposed back.
 
     Args:
-        a: every tensor, by its own name.
-        b: the same of the other.
-        plans: of a and of b, with one set of Megatron tensors for each layer.
+        a: every tensor of a, by its own name.
+        b: every tensor of b, by its own name.
+        plans: the mappings of a and of b, with one set of Megatron tensors for each layer.
 
     Returns:
-        The entries by common names: those of a, or where a's tensors are taken apart those of b with a's prefix.
+        The entries of a and of b by common names. These are a's names, except where tensors of a are split: then they
+        are b's names with a's prefix.
     """
     first, second = plans
     own, common = second.naming.prefix, first.naming.prefix
@@ -76,7 +78,7 @@ def under_common_names(a: Entries, b: Entries, plans: Sequence[ModelMap]) -> tup
 
 
 def _turned(entry: Entry) -> Entry:
-    """A stack of matrices as the stack of their transposes."""
+    """The entry with the last two axes exchanged."""
     shape = entry.info.shape
     info = dataclasses.replace(entry.info, shape=(*shape[:-2], shape[-1], shape[-2]))
     return dataclasses.replace(entry, info=info, read=lambda index: entry.read(index).transpose(-1, -2))
@@ -85,7 +87,7 @@ def _turned(entry: Entry) -> Entry:
 def _taken_apart(
     entries: Entries, mappings: Sequence[TensorMapping], others: Entries, of_others: Sequence[TensorMapping]
 ) -> Entries:
-    """The entries, with parts in place of those that the other checkpoint has in several tensors."""
+    """The entries. An entry that is several tensors in the other checkpoint is replaced by its pieces."""
     owners = {part: mapping for mapping in of_others for part in _parts(mapping)}
     found, cut, kept = dict(entries), set(), []
     for mapping in mappings:
@@ -98,7 +100,7 @@ def _taken_apart(
             found |= {spec.name: _part(entry, mapping, target, spec) for target in finer for spec in target.hf}
         else:
             kept.append(mapping)
-    # Elements that the other checkpoint does not have.
+    # Elements of split stacks that the other checkpoint does not have.
     for spec in (spec for mapping in kept for spec in mapping.hf if spec.name in cut):
         entry = entries[spec.name]
         info = TensorInfo(dtype=entry.info.dtype, shape=spec.shape)
@@ -108,7 +110,7 @@ def _taken_apart(
 
 
 def _finer(mapping: TensorMapping, owners: Mapping[_Part, TensorMapping]) -> list[TensorMapping]:
-    """The other checkpoint's mappings that hold all of this one's only tensor, in several or outside of its stack."""
+    """The other checkpoint's mappings that split the only tensor of `mapping`; [] if they do not split it."""
     parts = _parts(mapping)
     others = list(dict.fromkeys(owners[part] for part in parts if part in owners))
     specs = [spec for other in others for spec in other.hf]

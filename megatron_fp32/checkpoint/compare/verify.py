@@ -1,9 +1,9 @@
-"""Comparison of two checkpoints, tensor by tensor, each in Hugging Face's or in Megatron's format.
+"""Compares two checkpoints, tensor by tensor. Each is a Hugging Face or a Megatron checkpoint.
 
-Two checkpoints of one kind are compared by name, whatever their files and shards. Layers that one Megatron checkpoint
-stacks and the other does not are compared layer by layer; what two Hugging Face checkpoints of known families name or
-lay out differently is paired by the families' mappings. Of two kinds, the Megatron one is taken as `export` would write
-it.
+- Two checkpoints of one kind are compared by name. Their files and shards do not matter.
+- Megatron checkpoints with and without stacked layers are compared layer by layer.
+- Hugging Face checkpoints of known families with different names or layouts are paired by the families' mappings.
+- A Megatron checkpoint is compared with a Hugging Face checkpoint as `export` would write it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_fp32.checkpoint.compare.findings import Findings, VerifiedSide, Ve
 from megatron_fp32.checkpoint.compare.layouts import Entries, Entry, note_on_names, under_common_names
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
-from megatron_fp32.checkpoint.identify import Kind, kind_of, model_tensors, read_config, sidecar_of
+from megatron_fp32.checkpoint.identify import CheckpointKind, checkpoint_kind, model_tensors, read_config, sidecar_of
 from megatron_fp32.checkpoint.progress import ProgressCallback
 from megatron_fp32.checkpoint.sidecar import Sidecar
 from megatron_fp32.errors import listing
@@ -36,7 +36,7 @@ from megatron_fp32.weights.tensors import FLOAT4, TensorInfo
 from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY, check_vocab_size, nonzero_rows
 
 _WHOLE_BYTES = 1 << 28
-"""Tensors of more than two axes that are larger are compared one element at a time."""
+"""Bytes. Larger tensors with more than two axes are compared one element at a time."""
 
 
 def verify_checkpoints(
@@ -48,35 +48,36 @@ def verify_checkpoints(
     vocab_size: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> VerifyReport:
-    """Compare two checkpoints; one tensor of each is in memory at a time, or one mapping's.
+    """Compare two checkpoints. One tensor of each, or the tensors of one mapping, are in memory at a time.
 
-    Two Hugging Face checkpoints are compared by name. Where each has names that the other lacks, and both `config.json`
-    name supported families, the same parts of the model are compared all the same: fused experts with separate ones,
-    under the names of the separate ones, and the text model of a vision-language checkpoint with one that stands alone,
-    under the names of a.
+    Two Hugging Face checkpoints are compared by name. If their names differ and both `config.json` belong to supported
+    families, equal parts of the model are compared:
 
-    A Megatron checkpoint beside a Hugging Face one is taken as `export` would write it: with the names and the layout
-    of the other, in the dtypes of the source, and without the rows that pad the vocabulary. What `export` would refuse
-    because it was rounded is compared in the dtype that it has. The sidecar knows the source's dtypes, the exact
-    originals of tensors whose change of layout cannot be undone, and what was carried; where there is none, the Hugging
-    Face checkpoint is taken for the source.
+    - fused experts with separate experts, under the names of the separate experts;
+    - the text model of a vision-language checkpoint with a text model that stands alone, under the names of a.
 
-    Optimizer states and whatever else is no weight are counted, not compared. Neither is what sidecars carry when both
-    are Megatron checkpoints.
+    A Megatron checkpoint is compared with a Hugging Face checkpoint as `export` would write it: with the names and the
+    layout of the Hugging Face checkpoint, in the dtypes of the source, and without padding rows of the vocabulary.
+    Rounded tensors, which `export` would refuse, are compared in the dtype that they have. The source's dtypes, its
+    originals and the carried tensors come from the sidecar. Without a sidecar, the Hugging Face checkpoint is used as
+    the source.
+
+    Optimizer states and other entries that are not weights are counted but not compared. Carried tensors of two
+    Megatron checkpoints are not compared.
 
     Args:
         a: a directory with `model.safetensors` or its index, or a `torch_dist` checkpoint.
-        b: the other.
-        source: what an import made, for Megatron checkpoints that a trainer saved elsewhere.
-        text_only: leave vision and multi-token prediction out on both sides.
-        vocab_size: rows of Megatron's embedding and head from here on are taken for padding, whatever they hold. None:
-            those above the vocabulary of `config.json` are padding where they are zero, and a difference elsewhere.
-        progress: told of every tensor.
+        b: the other checkpoint.
+        source: the directory that the import made, for Megatron checkpoints that a trainer saved elsewhere.
+        text_only: leave out vision and multi-token prediction in both checkpoints.
+        vocab_size: rows of Megatron's embedding and head from this row on are padding, whatever their values are. With
+            None, rows above the vocabulary of `config.json` are padding if they are zero, and a difference otherwise.
+        progress: called after every tensor; see `ProgressCallback`.
 
     Raises:
-        CheckpointError: when one cannot be read.
-        ValueError: when `config.json` describes a model that is not supported, which matters where the two are of
-            different kinds; or when `source` or `vocab_size` is given and neither is Megatron's.
+        CheckpointError: when a checkpoint cannot be read.
+        ValueError: when checkpoints of two kinds are compared and `config.json` describes a model that is not
+            supported; or when `source` or `vocab_size` is given and neither checkpoint is a Megatron checkpoint.
     """
     for name, path in (("a", a), ("b", b)):
         check_path(name, path)
@@ -84,7 +85,7 @@ def verify_checkpoints(
     check_flag("text_only", text_only)
     check_vocab_size(vocab_size)
     check_callable("progress", progress)
-    kinds = kind_of(a), kind_of(b)
+    kinds = checkpoint_kind(a), checkpoint_kind(b)
     for name, value in (("source", source), ("vocab_size", vocab_size)):
         if value is not None and "megatron" not in kinds:
             raise ValueError(f"{name} must be left out, because neither {a} nor {b} is a Megatron checkpoint")
@@ -96,7 +97,7 @@ def verify_checkpoints(
         if first.kind == second.kind:
             _compare_by_name(first, second, found, vocab_size)
         else:
-            _OfTwoKinds(first, second, found, vocab_size).compare()
+            _HuggingFaceWithMegatron(first, second, found, vocab_size).compare()
         return found.report(first.summary(), second.summary())
 
 
@@ -104,7 +105,7 @@ class _Side:
     """An open checkpoint."""
 
     def __init__(
-        self, path: Path, kind: Kind, source: str | Path | None, text_only: bool, stack: contextlib.ExitStack
+        self, path: Path, kind: CheckpointKind, source: str | Path | None, text_only: bool, stack: contextlib.ExitStack
     ) -> None:
         self.path, self.kind = path, kind
         self.reader: HuggingFaceReader | TorchDistReader
@@ -160,26 +161,26 @@ def _compare_by_name(a: _Side, b: _Side, found: Findings, vocab_size: int | None
         elif entry.info.shape != second[name].info.shape:
             padding = ""
             if a.kind == "megatron" and name in PADDED_VOCABULARY:
-                padding = "perhaps padded to other sizes: name a source, which knows the vocabulary"
+                padding = "perhaps padded to other sizes: pass source=DIR, which has the vocabulary size"
                 if vocabulary is not None:
                     padding = f"rows above the vocabulary of {vocabulary} are not zero"
             note = padding or note_on_names(name, entry, second[name])
-            found.shape(name, entry.info, second[name].info, note)
+            found.add_shapes(name, entry.info, second[name].info, note)
         else:
             note = note_on_names(name, entry, second[name])
             for spec in _elements(name, entry.info, second[name].info):
-                found.both(spec, entry.read(spec.index), second[name].read(spec.index), note)
+                found.add_values(spec, entry.read(spec.index), second[name].read(spec.index), note)
     for name, entry in second.items():
         if name not in both:
             _only("b", entry, found)
 
 
 def _only(side: Literal["a", "b"], entry: Entry, found: Findings) -> None:
-    found.only(side, entry.name, entry.info, f"in {entry.origin}" if entry.origin else "")
+    found.add_only(side, entry.name, entry.info, f"in {entry.origin}" if entry.origin else "")
 
 
 def _plan(side: _Side) -> ModelMap:
-    """Of a Hugging Face checkpoint, with every layer for itself.
+    """The mappings of a Hugging Face checkpoint, without stacked layers.
 
     Raises:
         ValueError: naming the checkpoint, for a model that is not supported or without `config.json`.
@@ -192,23 +193,20 @@ def _plan(side: _Side) -> ModelMap:
 
 
 def _rows_of_vocabulary(sides: tuple[_Side, _Side], vocabulary: int | None, end: int | None) -> dict[str, int]:
-    """By Megatron tensor, the rows to compare: those of the vocabulary, and up to `end` those above that are not 0."""
+    """For each Megatron tensor, how many rows to compare: the vocabulary, and rows up to `end` that are not zero."""
     if vocabulary is None:
         return {}
     rows = {}
     for name in PADDED_VOCABULARY:
-        with_it = [side for side in sides if len(side.tensors[name].shape) == 2] if _both_have(sides, name) else []
-        trained = [nonzero_rows(side.reader.read(name)[:end][vocabulary:], vocabulary) for side in with_it]
+        is_in_both = all(name in side.tensors for side in sides)
+        with_rows = [side for side in sides if is_in_both and len(side.tensors[name].shape) == 2]
+        trained = [nonzero_rows(side.reader.read(name)[:end][vocabulary:], vocabulary) for side in with_rows]
         rows[name] = max([vocabulary, *(found.end for found in trained if found)])
     return rows
 
 
-def _both_have(sides: tuple[_Side, _Side], name: str) -> bool:
-    return all(name in side.tensors for side in sides)
-
-
 def _entries(side: _Side, vocabulary: dict[str, int]) -> Iterator[Entry]:
-    """The tensors of a checkpoint; `vocabulary` says how many rows of some are compared."""
+    """The tensors of a checkpoint. `vocabulary` has the number of rows to compare of some tensors, by name."""
     read = side.reader.read
     for name, info in side.tensors.items():
         if side.kind == "megatron" and is_stack_of_layers(name) and len(info.torch_shape) > (info.dtype == FLOAT4):
@@ -241,8 +239,8 @@ def _vocabulary(sidecar: Sidecar) -> int:
     return find_family(config).parse(config).vocab_size
 
 
-class _OfTwoKinds:
-    """A Hugging Face checkpoint and a Megatron one, whichever comes first."""
+class _HuggingFaceWithMegatron:
+    """Compares a Hugging Face checkpoint with a Megatron checkpoint, in either order."""
 
     def __init__(self, a: _Side, b: _Side, found: Findings, vocab_size: int | None) -> None:
         self._vocab_size = vocab_size
@@ -271,7 +269,7 @@ class _OfTwoKinds:
         sidecar = self._megatron.sidecar
         left_out = set(sidecar.left_out) if sidecar else set()
         for name in sorted(hf.keys() - converted.keys() - carried.keys()):
-            note = "follows from config.json" if is_rotary_frequencies(name) else ""
+            note = "rotary frequencies, computed from config.json" if is_rotary_frequencies(name) else ""
             self._only_hf(name, "the import left it out" if name in left_out else note)
         for name in sorted(carried.keys() - hf.keys()):
             self._only_megatron(name, carried[name], "carried in the sidecar")
@@ -307,10 +305,10 @@ class _OfTwoKinds:
             self._shape(spec.name, info)
         else:
             hf = self._hf.reader.read(spec.name, spec.index)
-            self._found.both(spec, *((hf, megatron) if self._is_hf_first else (megatron, hf)))
+            self._found.add_values(spec, *((hf, megatron) if self._is_hf_first else (megatron, hf)))
 
     def _exported(self, mapping: TensorMapping) -> tuple[Tensor, ...]:
-        """What `export` would write, except that a tensor is cast only where that keeps every bit."""
+        """The tensors that `export` would write, except that a tensor is only cast if that keeps every bit."""
         restored = self._restorer.restore(mapping, originals=self._originals_of(mapping))
         for spec in mapping.megatron:
             if spec.name in restored.above_vocabulary:
@@ -318,7 +316,7 @@ class _OfTwoKinds:
         return tuple(self._in_source_dtype(spec.name, t) for spec, t in zip(mapping.hf, restored.hf, strict=True))
 
     def _note_nonzero_rows(self, mapping: TensorMapping, spec: TensorSpec, above: Tensor) -> None:
-        """Note rows above the vocabulary: as padding, or as a difference where they are not zero."""
+        """Record rows above the vocabulary: as padding if they are zero, otherwise as a difference."""
         considered = None if self._vocab_size is None else max(0, self._vocab_size - spec.shape[0])
         rows = nonzero_rows(above[:considered], spec.shape[0])
         stored = self._megatron.tensors[spec.name]
@@ -327,8 +325,8 @@ class _OfTwoKinds:
             return
         note = f"{rows.rows} rows of {spec.name} above the vocabulary of {spec.shape[0]} are not zero"
         if rows.alike:
-            note += "; they are alike, as a softmax over padding leaves them"
-        note += f". vocab_size={spec.shape[0]} compares without them"
+            note += "; they are all equal, as padding rows are after training"
+        note += f". Pass vocab_size={spec.shape[0]} to compare without them"
         for hf in mapping.hf:
             if hf.name in self._hf.tensors:
                 self._shape(hf.name, stored, note)
@@ -351,14 +349,14 @@ class _OfTwoKinds:
         return narrowed_if_exact(tensor, dtype)
 
     def _only_hf(self, name: str, note: str = "") -> None:
-        self._found.only("a" if self._is_hf_first else "b", name, self._hf.tensors[name], note)
+        self._found.add_only("a" if self._is_hf_first else "b", name, self._hf.tensors[name], note)
 
     def _only_megatron(self, name: str, info: TensorInfo, note: str = "") -> None:
-        self._found.only("b" if self._is_hf_first else "a", name, info, note)
+        self._found.add_only("b" if self._is_hf_first else "a", name, info, note)
 
     def _shape(self, name: str, megatron: TensorInfo, note: str = "") -> None:
         hf = self._hf.tensors[name]
-        self._found.shape(name, *((hf, megatron) if self._is_hf_first else (megatron, hf)), note)
+        self._found.add_shapes(name, *((hf, megatron) if self._is_hf_first else (megatron, hf)), note)
 
 
 def _has_shape(stored: dict[str, TensorInfo], spec: TensorSpec) -> bool:

@@ -1,1 +1,1 @@
-"""Readers and writers of files: safetensors, `torch_dist`, PyTorch's pickles."""
+"""Readers and writers of checkpoint files: safetensors, `torch_dist` and pickles of `torch.save`."""

@@ -1,6 +1,6 @@
-"""What a trainer saved besides tensors: arguments, iteration, schedulers, settings of the optimizer.
+"""The common state of a checkpoint: arguments, iteration, schedulers and settings of the optimizer, without tensors.
 
-megatron-core up to 0.18 keeps it in `common.pt`, later releases in the object `common_state`
+megatron-core up to 0.18 saves it in `common.pt`, later releases in the object `common_state`
 (megatron/core/dist_checkpointing/serialization.py, `load_common_state_dict`).
 """
 
@@ -21,7 +21,7 @@ from megatron_fp32.checkpoint.formats.nesting import check_nesting
 from megatron_fp32.checkpoint.formats.pickles import enum_member
 from megatron_fp32.checkpoint.formats.torch_file import StoredTensor, TensorUnpickler, TorchFile, open_torch_file
 from megatron_fp32.errors import CheckpointError
-from megatron_fp32.weights.tensors import unfilled
+from megatron_fp32.weights.tensors import empty_tensor
 
 if TYPE_CHECKING:
     from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _OBJECT = "common_state/shard_0_1"
 
 _STAND_INS = 4096
-"""Classes that may be stood in for: each takes a kilobyte or two."""
+"""How many classes may be replaced by `Opaque`. Each takes one or two kilobytes."""
 
 _LEAST_PARTS = 2**16
 
@@ -41,7 +41,7 @@ _KINDS = {
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
     ("builtins", "complex"): complex,
-    # Paths are names here, not places on this machine.
+    # A path is read as a pure path, because it does not refer to this machine.
     **{
         (module, start + name): kind
         for module in ("pathlib", "pathlib._local")
@@ -52,12 +52,12 @@ _KINDS = {
 
 
 class Opaque:
-    """Stands for an object of a class that is not admitted, such as Megatron's own. It does nothing.
+    """A placeholder for an object of a class that is not on the allow-list, such as a class of Megatron.
 
     Attributes:
-        arguments: what the class would have been called with: the value of a member of an enumeration.
-        state: its attributes, as a rule in a dictionary; None when it has none.
-        items: of a list; pairs of keys and values of a dictionary.
+        arguments: the arguments of the class; for a member of an enumeration, its value.
+        state: the object's attributes, usually a dictionary; None if it has none.
+        items: the items of a list, or pairs of keys and values of a dictionary.
     """
 
     arguments: tuple[Any, ...]
@@ -65,7 +65,7 @@ class Opaque:
     items: list[Any]
 
     def __new__(cls, *arguments: Any, **_: Any) -> Opaque:
-        """Never fails."""
+        """Make a placeholder from any arguments."""
         made = super().__new__(cls)
         made.arguments, made.state, made.items = arguments, None, []
         return made
@@ -74,7 +74,7 @@ class Opaque:
         self.state = state
 
     def append(self, item: Any) -> None:
-        """Take in an item, as a list does."""
+        """Append an item, like a list."""
         self.items.append(item)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -85,14 +85,14 @@ class Opaque:
 
 
 def read_common_state(reader: TorchDistReader) -> dict[str, Any]:
-    """The common state of a checkpoint, from `common.pt` where there is one, as megatron-core does.
+    """Read the common state of a checkpoint. As in megatron-core, `common.pt` comes first if there is one.
 
-    Nothing in it is run. What is not plain Python, a tensor, a dtype, a number of numpy's, a path, a signal or a
-    namespace comes as `Opaque`: an `AttnBackend` of megatron-core is one whose `arguments` hold its value, or its name
-    where Python pickles that (3.11.2 does).
+    No code from the file is run. Plain Python values, tensors, dtypes, NumPy numbers, paths, signals and namespaces are
+    read. Every other object becomes an `Opaque`. For example, `arguments` of the placeholder of megatron-core's
+    `AttnBackend` has the member's value, or the member's name if Python pickled that (3.11.2 does).
 
     Args:
-        reader: of the checkpoint.
+        reader: the reader of the checkpoint.
 
     Raises:
         CheckpointError: naming the file, when it is damaged, or there is no common state.
@@ -104,25 +104,25 @@ def read_common_state(reader: TorchDistReader) -> dict[str, Any]:
         path, offset, length = reader.place_of_object(_OBJECT)
         found = _read(path, offset, length)
         if type(found) is not list or len(found) != 1:
-            raise CheckpointError(f"{path}: {_OBJECT!r} is not a list of one")
+            raise CheckpointError(f"{path}: {_OBJECT!r} must hold a list of one object")
         found = found[0]
     else:
-        raise CheckpointError(f"{reader.directory} holds neither common.pt nor {_OBJECT!r}")
+        raise CheckpointError(f"{reader.directory} has neither common.pt nor the object {_OBJECT!r}")
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise CheckpointError(f"{path}: the common state is not a dictionary with names")
+        raise CheckpointError(f"{path}: the common state must be a dictionary with text keys")
     return found
 
 
 def _read(path: Path, offset: int, length: int | None) -> Any:
     with open_torch_file(path, "the common state", offset, length) as file:
         found = _ObjectUnpickler(file).load()
-        # Much may be there more than once; what is there once takes a byte or more.
+        # One object may be in many places. An object that is in one place takes at least a byte.
         check_nesting(found, most_parts=_LEAST_PARTS + 16 * file.size)
     return found
 
 
 class _Dtype:
-    """A dtype of numpy's, by name: numpy's own takes any state and believes it."""
+    """The name of a NumPy dtype. numpy.dtype itself would accept any state without a check."""
 
     def __init__(self, name: Any, *_: Any) -> None:
         self.name, self.order = _text(name), "<"
@@ -133,30 +133,30 @@ class _Dtype:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or len(value) > 40:
-        raise ValueError("a dtype of numpy's without a name")
+        raise ValueError("a NumPy dtype without a name")
     return value
 
 
 def _numpy_scalar(dtype: Any, content: Any) -> Any:
     if not isinstance(dtype, _Dtype) or not isinstance(content, bytes):
-        raise TypeError("a number of numpy's without a dtype or without bytes")
+        raise TypeError("a NumPy number without a dtype or without bytes")
     if dtype.name not in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"):
-        raise ValueError(f"a number of dtype {dtype.name[:40]!r}")
+        raise ValueError(f"a NumPy number of the unknown dtype {dtype.name[:40]!r}")
     (value,) = np.frombuffer(content, ("=" if dtype.order == "|" else dtype.order) + dtype.name)
     return value
 
 
 def _bytes(text: Any, encoding: Any) -> bytes:
-    """Stands for `_codecs.encode`: old protocols pickle bytes as text."""
+    """A replacement of `_codecs.encode`, because old protocols pickle bytes as text."""
     if not isinstance(text, str) or not isinstance(encoding, str):
-        raise TypeError("bytes from something else than text")
+        raise TypeError("bytes that are not pickled as text")
     if encoding != "latin1":
-        raise ValueError(f"bytes as text in {encoding[:40]!r}")
+        raise ValueError(f"bytes that are pickled as text in {encoding[:40]!r}, expected 'latin1'")
     return text.encode(encoding)
 
 
 class _ObjectUnpickler(TensorUnpickler):
-    """Admits what is inert, reads tensors, and puts `Opaque` in the place of everything else."""
+    """Admits classes that do nothing, reads tensors, and makes an `Opaque` for every other object."""
 
     def __init__(self, file: TorchFile) -> None:
         super().__init__(file)
@@ -164,8 +164,8 @@ class _ObjectUnpickler(TensorUnpickler):
         self._left = file.size
 
     def make_tensor(self, stored: StoredTensor) -> Tensor:
-        """Read it; all of them together do not take more memory than the file has bytes."""
-        tensor = unfilled(stored.shape, stored.dtype)
+        """Read a tensor. All tensors together may not take more memory than the file has bytes."""
+        tensor = empty_tensor(stored.shape, stored.dtype)
         self._left -= tensor.nbytes
         if self._left < 0:
             raise ValueError("its tensors are larger than the file")
@@ -173,13 +173,13 @@ class _ObjectUnpickler(TensorUnpickler):
         return tensor
 
     def find_class(self, module: str, name: str) -> Any:
-        """Never raises."""
-        if module == "__builtin__":  # as Python 2 and old protocols call it
+        """The class, or a placeholder class if it is not admitted."""
+        if module == "__builtin__":  # the name in Python 2 and old protocols
             module = "builtins"
         if (module, name) in _KINDS:
             return _KINDS[module, name]
         if module == "signal" and name in signal.Signals.__members__:
-            # Python 3.11.2 and its like pickle a signal as a name of its module.
+            # Some versions, such as Python 3.11.2, pickle a signal as a name of its module.
             return signal.Signals[name]
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
             return _numpy_scalar
@@ -195,11 +195,11 @@ class _ObjectUnpickler(TensorUnpickler):
             return self._stand_in(module, name)
 
     def takes_state(self, instance: Any) -> bool:
-        """Plain namespaces, and stand-ins."""
+        """Plain namespaces and placeholders take any state."""
         return isinstance(instance, Namespace | SimpleNamespace | Opaque | _Dtype) or super().takes_state(instance)
 
     def is_inert(self, kind: type) -> bool:
-        """Stand-ins are."""
+        """Placeholders are inert."""
         return issubclass(kind, Opaque)
 
     def _member(self, owner: Any, name: Any) -> Any:
@@ -208,6 +208,6 @@ class _ObjectUnpickler(TensorUnpickler):
     def _stand_in(self, module: str, name: str) -> type[Opaque]:
         if (module, name) not in self._stand_ins:
             if len(self._stand_ins) == _STAND_INS:
-                raise CheckpointError(f"it asks for more than {_STAND_INS} classes")
+                raise CheckpointError(f"it uses more than {_STAND_INS} unknown classes")
             self._stand_ins[module, name] = type(name, (Opaque,), {"__module__": module})
         return self._stand_ins[module, name]

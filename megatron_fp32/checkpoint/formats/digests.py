@@ -1,4 +1,4 @@
-"""Digests of tensors: what was meant, compared with what is there."""
+"""Digests of tensors, for comparing written bytes with the bytes on the disk."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from megatron_fp32.weights.tensors import DTYPE_NAMES
 
 
 def digest(tensor: Tensor) -> str:
-    """XXH3 of dtype, shape and values in 128 bits: equal for tensors that are equal byte for byte.
+    """XXH3-128 of dtype, shape and values, equal for tensors that are equal byte for byte.
 
-    It tells damage and change, not malice; a cryptographic one takes longer than everything else in a conversion.
+    It detects damage and changes, but not a forged tensor. A cryptographic digest would take longer than all other work
+    of a conversion.
     """
     return digest_of_blocks(tensor.dtype, tensor.shape, [tensor_bytes(tensor)])
 
 
 def digest_of_blocks(dtype: torch.dtype, shape: Sequence[int], blocks: Iterable[memoryview]) -> str:
-    """`digest` of a tensor whose bytes come one block after another."""
+    """`digest` of a tensor whose bytes are given block by block."""
     state = xxhash.xxh3_128(f"{DTYPE_NAMES[dtype]} {list(shape)} ".encode())
     for block in blocks:
         state.update(block)
@@ -32,25 +33,27 @@ def digest_of_blocks(dtype: torch.dtype, shape: Sequence[int], blocks: Iterable[
 
 
 def compare(found: str, expected: str, path: Path, name: str) -> None:
-    """Raise CheckpointError when the digest of what was read from `path` is not that of what was written there."""
+    """Raise CheckpointError if a tensor that was read back from `path` has another digest than the written tensor."""
     if found != expected:
-        raise CheckpointError(f"{path}: {name!r} reads back other values than were written; the disk may be damaged")
+        raise CheckpointError(
+            f"{path}: {name!r} has other values on the disk than were written; the disk may be damaged"
+        )
 
 
 class Digests:
-    """Digests of tensors that come whole or, where they are stacks, element by element in any order."""
+    """Collects digests of whole tensors, and of elements of stacks in any order."""
 
     def __init__(self) -> None:
         self._parts: dict[str, dict[tuple[int, ...], str]] = {}
 
     def add(self, name: str, tensor: Tensor, index: tuple[int, ...] = ()) -> str:
-        """Take in a tensor, or element `index` of a stack; its digest."""
+        """Add a tensor, or element `index` of a stack, and return its digest."""
         value = digest(tensor)
         self._parts.setdefault(name, {})[index] = value
         return value
 
     def by_name(self) -> dict[str, str]:
-        """`digest` of every tensor; of a stack, the XXH3 of its elements' digests one after another."""
+        """The digest of every tensor. The digest of a stack is the XXH3 of its elements' digests in order."""
         return {
             name: parts[()]
             if () in parts
@@ -59,10 +62,10 @@ class Digests:
         }
 
     def to_json(self) -> list[Any]:
-        """All of them, for `merge` in another process."""
+        """All digests, for `merge` in another process."""
         return [[name, list(index), value] for name, parts in self._parts.items() for index, value in parts.items()]
 
     def merge(self, content: Sequence[Any]) -> None:
-        """Take in what `to_json` made."""
+        """Add digests that `to_json` returned."""
         for name, index, value in content:
             self._parts.setdefault(name, {})[tuple(index)] = value

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints, read one tensor at a time."""
+"""Reads Hugging Face checkpoints, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_fp32.checkpoint.formats.directory import refuse_no_file, refuse_pointers, why_no_weights
-from megatron_fp32.checkpoint.formats.files import read_json
+from megatron_fp32.checkpoint.formats.directory_checks import refuse_irregular_file, refuse_pointers, why_no_weights
+from megatron_fp32.checkpoint.formats.json_file import read_json
 from megatron_fp32.checkpoint.formats.safetensors_file import Header, read_header, read_tensor
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.weights.tensors import DTYPE_NAMES, DTYPES, TensorInfo
@@ -22,18 +22,18 @@ INDEX = "model.safetensors.index.json"
 
 
 class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
-    """The tensors of a directory of safetensors files, by name.
+    """Reads the tensors in a directory of safetensors files. It is a `TensorSource`.
 
-    Nothing is kept open or mapped into memory: a reader can be used by several threads and sent to other processes.
+    No file stays open or mapped into memory. Several threads may use a reader, and it can be sent to other processes.
 
     Args:
-        directory: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names.
+        directory: a directory with `model.safetensors`, or with `model.safetensors.index.json` and the files in it.
 
     Attributes:
-        tensors: what the headers say, for every tensor of the checkpoint.
+        tensors: dtype and shape of every tensor of the checkpoint, from the headers.
 
     Raises:
-        CheckpointError: when files are missing, damaged, or hold other tensors than the index says.
+        CheckpointError: when files are missing or damaged, or do not have the tensors that the index lists.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -44,7 +44,7 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
             self._open(path, expected)
 
     def read(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
-        """The tensor, or `tensor[index]`, of which nothing else is read. It is the caller's own.
+        """Read a tensor, or only `tensor[index]`. The caller may change the result.
 
         Raises:
             CheckpointError: when its file has changed, or cannot be read.
@@ -53,7 +53,7 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that hold the tensors."""
+        """The files with the tensors."""
         return tuple(sorted({header.path for header in self._headers.values()}))
 
     def __exit__(self, *exc: object) -> None:
@@ -63,13 +63,13 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
         index = self.directory / INDEX
         single = self.directory / "model.safetensors"
         for path in (index, single):
-            refuse_no_file(path)
+            refuse_irregular_file(path)
         if index.is_file():
             files = self._indexed_files(index)
             if single.is_file() and single not in [path for path, _ in files]:
                 raise CheckpointError(
-                    f"{self.directory} holds both model.safetensors and {INDEX}, which does not name it; which of them "
-                    "is meant?"
+                    f"{self.directory} holds both model.safetensors and {INDEX}, but {INDEX} does not list "
+                    "model.safetensors: remove the one that does not belong to the checkpoint"
                 )
             return files
         if not single.is_file():
@@ -87,38 +87,36 @@ class HuggingFaceReader(contextlib.AbstractContextManager["HuggingFaceReader"]):
             files.setdefault(file, set()).add(name)
         outside = [f for f in files if f in ("", "..") or Path(f).name != f or len(f) > 255]
         if outside:
-            raise CheckpointError(f"{index} names files outside of its directory: {_shown(outside)}")
+            raise CheckpointError(f"{index} lists files outside of its directory: {_shown(outside)}")
         return [(self.directory / file, names) for file, names in sorted(files.items())]
 
     def _open(self, path: Path, expected: set[str] | None) -> None:
-        refuse_no_file(path)
+        refuse_irregular_file(path)
         if not os.path.isfile(path):  # unlike Path.is_file, for any text in the index
             raise CheckpointError(
-                f"{path} is missing; {self.directory / INDEX} names it. If its download was interrupted, run hf "
+                f"{path} is missing, but {self.directory / INDEX} lists it. If the download was interrupted, run hf "
                 "download again"
             )
         refuse_pointers([path])
         header = read_header(path)
         names = header.tensors.keys()
         if expected is not None and expected - names:
-            raise CheckpointError(f"{path} lacks tensors that the index promises: {_shown(expected - names)}")
+            raise CheckpointError(f"{path} does not have tensors that the index lists: {_shown(expected - names)}")
         for name, info in sorted(header.tensors.items()):
             if name in self.tensors:
                 raise CheckpointError(f"tensor {name!r} is in more than one file of {self.directory}")
             self.tensors[name] = info
             self._headers[name] = header
         if expected is not None and names - expected:
-            raise CheckpointError(
-                f"{path} holds tensors that the index does not place there: {_shown(names - expected)}"
-            )
+            raise CheckpointError(f"{path} has tensors that the index does not list for it: {_shown(names - expected)}")
 
 
 def _shown(names: Collection[str]) -> str:
-    """Names for a message: they may be many, and long."""
+    """Names for a message, cut after 2000 characters."""
     return str(sorted(names))[:2000]
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The values in row-major order, little-endian, as the machine holds them."""
+    """The bytes of the values in row-major order, in the machine's byte order, which is little-endian."""
     flat = tensor.detach().contiguous().cpu().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

@@ -1,4 +1,4 @@
-"""How large and how deep a value is, counted without recursion and without hashing or comparing what is in it."""
+"""Count the size and depth of a nested value, without recursion and without hashing or comparing its parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LEAVES = frozenset({str, bytes, int, float, bool, type(None)})
 
 
 def is_small(value: Any, limit: int) -> bool:
-    """Whether a value has at most `limit` parts, those of its parts included, each as often as it is there."""
+    """Whether a value has at most `limit` parts on all levels together. A part that recurs counts each time."""
     left, pending = limit - 1, [value]
     while pending:
         item = pending.pop()
@@ -27,17 +27,17 @@ def is_small(value: Any, limit: int) -> bool:
 
 
 def check_nesting(value: Any, *, most_parts: int, most_levels: int = 100) -> None:
-    """Refuse what takes others too long, or too deep a recursion, to print, compare or copy.
+    """Refuse a value that would take too long, or too deep a recursion, to print, compare or copy.
 
     Args:
-        value: of any kind.
-        most_parts: it may have, those of its parts included, each as often as it is there.
-        most_levels: of values in values.
+        value: any value.
+        most_parts: most parts on all levels together. A part that recurs counts each time.
+        most_levels: most levels of values in values.
 
     Raises:
-        CheckpointError: when it has more, or holds itself.
+        CheckpointError: when the value has more parts or levels, or contains itself.
     """
-    # Of each value that has parts: how many there are below it, and on how many levels. None: not known yet.
+    # For each value with parts: (number of parts below it, number of levels), or None while it is being counted.
     known: dict[int, tuple[int, int] | None] = {}
     pending: list[tuple[Any, Collection[Any] | None]] = [(value, None)]
     while pending:
@@ -48,7 +48,7 @@ def check_nesting(value: Any, *, most_parts: int, most_levels: int = 100) -> Non
                 continue
             if id(item) in known:
                 if known[id(item)] is None:
-                    raise CheckpointError(f"a {type(item).__name__} in it holds itself")
+                    raise CheckpointError(f"a {type(item).__name__} in it contains itself")
                 continue
             known[id(item)] = None
             pending.append((item, parts))
@@ -64,13 +64,13 @@ def check_nesting(value: Any, *, most_parts: int, most_levels: int = 100) -> Non
 
 
 def _parts(value: Any) -> Collection[Any]:
-    """What a value holds."""
+    """The values in a value."""
     if isinstance(value, (tuple, list, set, frozenset)):
         return value
-    # A class and a member of an enumeration are the same for everybody.
+    # Attributes of a class or of a member of an enumeration do not come from the file.
     attributes = not isinstance(value, type | enum.Enum) and hasattr(value, "__dict__")
     parts = list(vars(value).values()) if attributes else []
     if isinstance(value, dict):
-        # Not its own methods: attributes may have their names.
+        # dict's methods are called through the class, because attributes of the value may have their names.
         parts += [*dict.keys(value), *dict.values(value)]
     return parts

@@ -1,8 +1,9 @@
-"""Pickles from others, read without running anything that they ask for.
+"""Read untrusted pickles without running code that they name.
 
-What a pickle makes can be far larger than the file: a tuple that holds one tuple twice, which again holds one twice,
-takes a few bytes a level, and twice as long to hash, compare or print with every level. Others are nested so deeply
-that a hash overflows the stack. So nothing is hashed or called before its parts were counted.
+The content of a pickle can be far larger than the file. A tuple that holds a tuple twice, which holds another tuple
+twice, and so on, takes a few bytes for each level, but each level doubles the time to hash, compare or print it. Other
+pickles are nested so deeply that hashing overflows the stack. So the parts of a value are counted before it is hashed,
+or passed to a function.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from typing import Any
 from megatron_fp32.checkpoint.formats.nesting import is_small
 from megatron_fp32.errors import CheckpointError
 
-# What no checkpoint needs: memory of any promised size, buffers and classes from outside of the file.
+# Checkpoints do not need these: memory of any size, and buffers and classes from outside of the file.
 _REFUSED = (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4)
 
 _INTEGER_BYTES = 1024
-"""Of the largest integer; Python prints those of up to 4300 digits."""
+"""Bytes of the largest integer. Python only prints integers of up to 4300 digits."""
 
 _KEY_PARTS = 64
 _ARGUMENT_PARTS = 256
 
 
 class RestrictedUnpickler(pickle._Unpickler):
-    """An unpickler that finds only what a subclass's `find_class` admits.
+    """An unpickler that only uses classes and functions which `find_class` of a subclass admits.
 
-    It is the one in Python, not the one in C, which reserves memory for any index that a damaged pickle writes to. It
-    is half as fast.
+    It is based on Python's unpickler in Python, which is half as fast as the one in C. The one in C allocates memory
+    for any index that a damaged pickle writes to.
     """
 
     dispatch: dict[int, Any] = {
@@ -40,7 +41,7 @@ class RestrictedUnpickler(pickle._Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """Raises CheckpointError: a subclass admits what it needs, and leaves the rest to this."""
+        """Raise CheckpointError. A subclass returns the classes that it admits, and calls this for all others."""
         raise CheckpointError(f"it asks for {f'{module}.{name}'[:200]}, which no checkpoint needs")
 
     def takes_state(self, instance: Any) -> bool:
@@ -48,11 +49,11 @@ class RestrictedUnpickler(pickle._Unpickler):
         return isinstance(instance, OrderedDict)
 
     def is_inert(self, kind: type) -> bool:
-        """Whether a class keeps the arguments and items that it gets, whatever they are, and does nothing with them."""
+        """Whether a class only stores its arguments and items, so that any arguments are safe."""
         return False
 
     def _check_call(self, function: Any, arguments: Any, keywords: Any = None) -> None:
-        """Raise when calling it could take long: that depends on what the arguments are."""
+        """Raise CheckpointError if the arguments do not fit the function, or could make the call take long."""
         if type(arguments) is not tuple or (keywords is not None and type(keywords) is not dict):
             raise CheckpointError("it calls something without a tuple of arguments")
         if not isinstance(function, type):
@@ -68,7 +69,7 @@ class RestrictedUnpickler(pickle._Unpickler):
         else:
             is_right = is_small((arguments, keywords) if keywords else arguments, _ARGUMENT_PARTS)
         if not is_right:
-            raise CheckpointError(f"it calls {_name(function)} with arguments that cannot be meant for it")
+            raise CheckpointError(f"it calls {_name(function)} with arguments of a wrong type, or too many")
 
     def _load_reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack[-1]
@@ -96,22 +97,22 @@ class RestrictedUnpickler(pickle._Unpickler):
         self.stack[-1] = kind.__new__(kind, *arguments, **keywords)
 
     def _instantiate(self, kind: Any, arguments: list[Any]) -> None:
-        """What INST and OBJ share."""
+        """Make an instance, for the opcodes INST and OBJ."""
         self._check_call(kind, tuple(arguments))
         super()._instantiate(kind, arguments)
 
     def _load_build(self) -> None:
         state = self.stack.pop()
         instance = self.stack[-1]
-        # State for a class, a function or a member of an enumeration would change it for everybody.
+        # The state of a class, a function or a member of an enumeration would change the running program.
         if isinstance(instance, type) or not self.takes_state(instance):
             raise CheckpointError(f"it sets the state of {_name(instance)}, which no checkpoint needs")
-        # Looked up in the class: the pickle decides what the instance has.
+        # Looked up in the class, because the pickle sets the attributes of the instance.
         if hasattr(type(instance), "__setstate__"):
             instance.__class__.__setstate__(instance, state)
             return
         if type(state) is not dict or not all(type(name) is str for name in state):
-            raise CheckpointError(f"the state of {_name(instance)} is not a dictionary with names")
+            raise CheckpointError(f"the state of {_name(instance)} is not a dictionary with text keys")
         if isinstance(instance, dict) and any(hasattr(dict, name) for name in state):
             raise CheckpointError(f"it replaces methods of {_name(instance)}")
         vars(instance).update({sys.intern(name): value for name, value in state.items()})
@@ -175,7 +176,7 @@ class RestrictedUnpickler(pickle._Unpickler):
 
     dispatch[pickle.LONG4[0]] = _load_long4
 
-    # Strictly: halves of surrogate pairs cannot be printed, and no file has such a name.
+    # Text is decoded strictly, because halves of surrogate pairs cannot be printed, and file names do not have them.
     def _load_short_binunicode(self) -> None:
         self.append(str(self.read(self.read(1)[0]), "utf-8"))
 
@@ -200,27 +201,27 @@ class RestrictedUnpickler(pickle._Unpickler):
 
 
 def _check_items(kind: type, items: Any) -> None:
-    """What a set or an ordered dictionary is made from."""
+    """Refuse unsafe arguments of a set or an ordered dictionary."""
     if not isinstance(items, list | tuple | set | frozenset | dict):
         raise CheckpointError(f"it makes a {kind.__name__} from {_name(items)}")
     if kind is OrderedDict and not isinstance(items, dict):
         if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in items):
-            raise CheckpointError(f"it makes a {kind.__name__} from something else than pairs")
+            raise CheckpointError(f"it makes a {kind.__name__} from items that are not pairs")
         items = [key for key, _ in items]
     _check_keys(items)
 
 
 def _check_keys(keys: Iterable[Any]) -> None:
-    """Raise for what takes long to hash or to compare."""
+    """Refuse keys that take long to hash or to compare."""
     for key in keys:
         kind = type(key)
         if kind is str or getattr(kind, "__hash__", None) is object.__hash__:
             continue
-        # A dictionary of integers that have the same hash takes quadratic time; there are none below.
+        # A dictionary takes quadratic time for integers with equal hashes. Integers below this limit have unequal ones.
         if kind is int and not -(2**60) < key < 2**60:
             raise CheckpointError("it has a key that is an integer of more than 60 bits")
         if kind is complex or not is_small(key, _KEY_PARTS):
-            raise CheckpointError(f"it has {_name(key)} for a key, or in a set, that has too many parts for that")
+            raise CheckpointError(f"it has a key, or an element of a set, with too many parts: {_name(key)}")
 
 
 def _name(value: Any) -> str:
@@ -228,7 +229,7 @@ def _name(value: Any) -> str:
 
 
 def enum_member(owner: Any, name: Any) -> Any:
-    """Stands for `getattr`: Python 3.11.2 and its like pickle members of enumerations as `getattr(class, name)`."""
+    """A safe `getattr`. Python 3.11.2 and others pickle a member of an enumeration as `getattr(class, name)`."""
     is_member = isinstance(owner, type) and issubclass(owner, enum.Enum) and type(name) is str
     if not is_member or name not in owner.__members__:
         shown = repr(name[:200]) if isinstance(name, str) else _name(name)

@@ -1,9 +1,13 @@
-"""One safetensors file, read strictly and without mmap.
+"""Reads one safetensors file, strictly and without mmap.
 
-The format: eight bytes with the header's length, little-endian; the header, a JSON object that gives each tensor its
-dtype, shape and range of bytes; the data, which the ranges cover without holes or overlaps, up to the end of the file
-(github.com/huggingface/safetensors, README.md, "Format"). The values carry no checksum. What its own library reads is
-read: white space around the object, a `__metadata__` of null, fields of a tensor that nobody knows.
+The format (github.com/huggingface/safetensors, README.md, "Format"):
+
+- Eight bytes with the length of the header, little-endian.
+- The header, a JSON object with dtype, shape and byte range of each tensor.
+- The data. The byte ranges cover it up to the end of the file, without holes or overlaps.
+
+There are no checksums. Deviations that the safetensors library accepts are accepted here, too: white space around the
+JSON object, a `__metadata__` of null, and unknown fields of a tensor.
 """
 
 from __future__ import annotations
@@ -17,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fp32.checkpoint.formats.files import parse_json, read_into
+from megatron_fp32.checkpoint.formats.json_file import parse_json
+from megatron_fp32.checkpoint.formats.section import read_into
 from megatron_fp32.errors import CheckpointError, summary
-from megatron_fp32.weights.tensors import DTYPES, FLOAT4, TensorInfo, is_possible_shape, unfilled
+from megatron_fp32.weights.tensors import DTYPES, FLOAT4, TensorInfo, empty_tensor, is_possible_shape
 
 HEADER_LIMIT = 100_000_000
 """Longest header in bytes, as in the safetensors package."""
@@ -29,7 +34,7 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a file says of its tensors."""
+    """The checked header of a file."""
 
     path: Path
     tensors: Mapping[str, TensorInfo]
@@ -37,14 +42,14 @@ class Header:
     """Position of each tensor's first byte in the file."""
     metadata: Mapping[str, str]
     identity: tuple[int, ...]
-    """Which file it was; another one may be there when a tensor is read."""
+    """Identifies the file, because another file may be at the path when a tensor is read."""
 
 
 def read_header(path: str | Path) -> Header:
     """Read and check the header.
 
     Raises:
-        CheckpointError: when the file is not exactly what the format demands, naming the file and the tensor.
+        CheckpointError: when the file violates the format, naming the file and the tensor.
     """
     path = Path(path)
     try:
@@ -54,7 +59,7 @@ def read_header(path: str | Path) -> Header:
             prefix = bytes(read_into(file, 0, torch.empty(8, dtype=torch.uint8)))
             length = int.from_bytes(prefix, "little")
             if length > HEADER_LIMIT or 8 + length > size:
-                raise ValueError(f"its header should have {length} bytes, the file has {size}")
+                raise ValueError(f"its header should have {length} bytes, but the file has {size}")
             content = bytes(read_into(file, 8, torch.empty(length, dtype=torch.uint8)))
         entries = parse_json(content)
         if not isinstance(entries, dict):
@@ -71,20 +76,20 @@ def read_header(path: str | Path) -> Header:
 
 
 def read_tensor(header: Header, name: str, index: tuple[int, ...] = ()) -> Tensor:
-    """A tensor, or `tensor[index]`, of which nothing else is read. It is the caller's own.
+    """Read a tensor, or only `tensor[index]`. The caller may change the result.
 
     Args:
-        header: of the file.
-        name: of the tensor.
+        header: the header of the file.
+        name: name of the tensor.
         index: positions on the first axes, not negative.
 
     Raises:
         CheckpointError: when the file has changed since its header was read, or cannot be read.
-        IndexError: when there is no such part.
+        IndexError: when the tensor does not have this index.
     """
     info = header.tensors[name]
     part = flat_index(index, info.torch_shape)
-    tensor = unfilled(info.torch_shape[len(index) :], info.dtype)
+    tensor = empty_tensor(info.torch_shape[len(index) :], info.dtype)
     try:
         with header.path.open("rb", buffering=0) as file:
             if _identity(file.fileno()) != header.identity:
@@ -96,13 +101,13 @@ def read_tensor(header: Header, name: str, index: tuple[int, ...] = ()) -> Tenso
 
 
 def flat_index(index: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """Which of the parts `tensor[index]`, counted in row-major order, it is.
+    """The number of the element `tensor[index]` in row-major order.
 
     Raises:
-        IndexError: when the tensor has no such part.
+        IndexError: when the tensor does not have this index.
     """
     if len(index) > len(shape) or not all(0 <= at < size for at, size in zip(index, shape, strict=False)):
-        raise IndexError(f"a tensor of shape {shape} has no part at {index}")
+        raise IndexError(f"a tensor of shape {shape} does not have the index {index}")
     part = 0
     for at, size in zip(index, shape, strict=False):
         part = part * size + at
@@ -118,7 +123,7 @@ def _metadata(value: Any) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise ValueError("its __metadata__ does not map text to text")
+        raise ValueError("its __metadata__ must be an object whose values are text")
     return value
 
 
@@ -129,7 +134,7 @@ def _tensors(entries: dict[str, Any]) -> tuple[dict[str, tuple[int, int]], dict[
     for name, entry in entries.items():
         name.encode()  # JSON can spell halves of surrogate pairs
         if not isinstance(entry, dict) or not entry.keys() >= _FIELDS:
-            raise ValueError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
+            raise ValueError(f"tensor {name!r} must be described by dtype, shape and data_offsets")
         if not isinstance(entry["dtype"], str):
             raise ValueError(f"the dtype of tensor {name!r} is not a text")
         if entry["dtype"] not in DTYPES:
@@ -144,13 +149,15 @@ def _tensors(entries: dict[str, Any]) -> tuple[dict[str, tuple[int, int]], dict[
         info = TensorInfo(dtype=dtype, shape=tuple(entry["shape"]))
         start, end = offsets
         if not 0 <= start <= end or end - start != info.nbytes:
-            raise ValueError(f"tensor {name!r} needs {info.nbytes} bytes, its data_offsets are {str(offsets)[:200]}")
+            raise ValueError(
+                f"tensor {name!r} needs {info.nbytes} bytes, but its data_offsets are {str(offsets)[:200]}"
+            )
         ranges[name], tensors[name] = (start, end), info
     return ranges, tensors
 
 
 def _check_ranges(ranges: Mapping[str, tuple[int, int]], size: int) -> None:
-    """They cover `size` bytes, each once."""
+    """Raise ValueError unless the ranges cover `size` bytes, each byte once."""
     covered = 0
     for name, (start, end) in sorted(ranges.items(), key=lambda item: item[1]):
         if start != covered:
@@ -158,4 +165,4 @@ def _check_ranges(ranges: Mapping[str, tuple[int, int]], size: int) -> None:
             raise ValueError(f"tensor {name!r} starts at byte {start} of the data and {what}, which ends at {covered}")
         covered = end
     if covered != size:
-        raise ValueError(f"its tensors take {covered} bytes, the file holds {size} of data")
+        raise ValueError(f"its tensors take {covered} bytes, but the file has {size} bytes of data")

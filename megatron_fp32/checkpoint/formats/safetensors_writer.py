@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints, written one tensor, or one element of a stack of tensors, at a time.
+"""Writes Hugging Face checkpoints, one tensor, or one element of a stack of tensors, at a time.
 
-The header of a safetensors file comes before its data, so all names, dtypes and shapes are given first; the values may
-then arrive in any order. Files are independent of each other: processes may write one each.
+The header of a safetensors file comes before its data. So all names, dtypes and shapes are declared first, and then the
+values may be written in any order. Files are independent, so that each process can write its own files.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any
 from torch import Tensor
 
 from megatron_fp32.checkpoint.formats.digests import digest_of_blocks
-from megatron_fp32.checkpoint.formats.files import Section, to_disk
 from megatron_fp32.checkpoint.formats.huggingface import INDEX, tensor_bytes
 from megatron_fp32.checkpoint.formats.safetensors_file import flat_index, read_header
+from megatron_fp32.checkpoint.formats.section import Section, to_disk
 from megatron_fp32.errors import CheckpointError, summary
 from megatron_fp32.weights.choices import SHARD_BYTES
 from megatron_fp32.weights.tensors import DTYPE_NAMES, DTYPES, TensorInfo
 
 
 class SafetensorsFile:
-    """One file, its header written at once.
+    """One safetensors file. The constructor writes the header.
 
     Args:
-        path: of the file to make.
-        tensors: what it will hold. Wider dtypes come first in the file, as safetensors' own writer has it: the format
-            allows no gap between two tensors, and every tensor must lie at a multiple of its item size.
+        path: path of the file to make.
+        tensors: the tensors of the file. Wider dtypes come first in the file, as in safetensors' writer, because the
+            format does not allow gaps, and every tensor must start at a multiple of its item size.
     """
 
     def __init__(self, path: str | Path, tensors: Mapping[str, TensorInfo]) -> None:
@@ -42,7 +42,7 @@ class SafetensorsFile:
         """Write one declared tensor, or `tensor[index]` of one.
 
         Raises:
-            ValueError: when it was not declared so, or was written already.
+            ValueError: when the tensor was not declared with this dtype and shape, or was written already.
         """
         if name not in self._written or self._written[name] & {index, ()}:
             raise ValueError(f"tensor {name!r} was not declared, or is written already")
@@ -55,14 +55,14 @@ class SafetensorsFile:
         try:
             place = self._place(name, index)
         except IndexError as error:
-            raise ValueError(f"tensor {name!r} was declared {info.shape}, got a part at {list(index)}") from error
+            raise ValueError(f"tensor {name!r} was declared {info.shape}, got the index {list(index)}") from error
         with self._path.open("r+b") as file:
             file.seek(place)
             file.write(tensor_bytes(tensor))
         self._written[name].add(index)
 
     def digest(self, name: str, index: tuple[int, ...] = ()) -> str:
-        """`digest` of a tensor, or of `tensor[index]`, as it is in the file now.
+        """`digest` of a tensor, or of `tensor[index]`, read from the file.
 
         Raises:
             CheckpointError: when the file ends before the tensor does.
@@ -77,14 +77,14 @@ class SafetensorsFile:
             raise CheckpointError(f"{self._path}: {name!r} cannot be read back: {summary(error)}") from error
 
     def finish(self, *, durable: bool = False) -> None:
-        """Check that every declared tensor was written, and that a reader finds them where they are.
+        """Check that every declared tensor was written, and that the header on the disk is right.
 
         Args:
-            durable: return when the file is on the disk, and no longer in the cache.
+            durable: first write the file to the disk and drop it from the page cache.
 
         Raises:
-            ValueError: naming those that were not.
-            CheckpointError: when the header reads back as another one.
+            ValueError: naming the tensors that were not written.
+            CheckpointError: when the header on the disk differs from the written one.
         """
         pending = self.pending()
         if pending:
@@ -93,7 +93,9 @@ class SafetensorsFile:
             to_disk(self._path)
         header = read_header(self._path)
         if header.tensors != self._infos or header.starts != self._starts:
-            raise CheckpointError(f"{self._path} reads back another header than was written; the disk may be damaged")
+            raise CheckpointError(
+                f"{self._path} has another header on the disk than was written; the disk may be damaged"
+            )
 
     def _place(self, name: str, index: tuple[int, ...]) -> int:
         """Position in the file of `tensor[index]`."""
@@ -102,7 +104,7 @@ class SafetensorsFile:
         return self._starts[name] + flat_index(index, info.torch_shape) * part
 
     def pending(self) -> list[str]:
-        """Names of the tensors that are not written, or not all of them."""
+        """Names of the tensors that are not written, or only partly."""
         return sorted(name for name, parts in self._written.items() if not self._is_whole(name, parts))
 
     def _is_whole(self, name: str, parts: set[tuple[int, ...]]) -> bool:
@@ -134,12 +136,12 @@ class SafetensorsFile:
 
 
 class HuggingFaceWriter:
-    """Writes tensors into safetensors files, and the index that names them.
+    """Writes tensors into safetensors files, and their index.
 
     Args:
         directory: an existing directory to write into.
-        tensors: every tensor that will be written.
-        max_shard_bytes: a file is closed before it grows past this.
+        tensors: dtype and shape of every tensor that will be written.
+        max_shard_bytes: most bytes of tensors in a file, unless one tensor is larger.
     """
 
     def __init__(
@@ -155,7 +157,7 @@ class HuggingFaceWriter:
         write_index(self._directory, dict(zip(names, shards, strict=True)), tensors)
 
     def write(self, name: str, tensor: Tensor, *, index: tuple[int, ...] = ()) -> None:
-        """As `SafetensorsFile.write`."""
+        """See `SafetensorsFile.write`."""
         if name not in self._files:
             raise ValueError(f"tensor {name!r} was not declared, or is written already")
         self._files[name].write(name, tensor, index=index)
@@ -164,7 +166,7 @@ class HuggingFaceWriter:
         """Check that every declared tensor was written.
 
         Raises:
-            ValueError: naming those that were not.
+            ValueError: naming the tensors that were not written.
         """
         pending = sorted(name for file in set(self._files.values()) for name in file.pending())
         if pending:
@@ -172,12 +174,12 @@ class HuggingFaceWriter:
 
 
 def cut_into_shards(groups: Iterable[Sequence[str]], tensors: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
-    """Names of the tensors of each file.
+    """The names of the tensors of each file.
 
     Args:
-        groups: names that must be in one file; files take them in this order.
-        tensors: what they are.
-        limit: bytes; a file is closed before it grows past this. A group of more has a file of its own.
+        groups: groups of names that must be in one file, in order.
+        tensors: dtype and shape of the tensors.
+        limit: most bytes of tensors in a file. A group with more bytes gets its own file.
     """
     shards: list[list[str]] = [[]]
     size = 0
@@ -192,24 +194,24 @@ def cut_into_shards(groups: Iterable[Sequence[str]], tensors: Mapping[str, Tenso
 
 
 def by_alignment(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Wider dtypes first: that keeps every tensor of a file aligned to its item size."""
+    """Names of tensors, wider dtypes first, so that every tensor of a file starts at a multiple of its item size."""
     return sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
 
 
 def shard_names(count: int) -> list[str]:
-    """Names of so many files."""
+    """Names for `count` safetensors files."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def write_index(directory: Path, files: Mapping[str, Iterable[str]], tensors: Mapping[str, TensorInfo]) -> None:
-    """`model.safetensors.index.json`, where there is more than one file.
+    """Write `model.safetensors.index.json` if there is more than one file.
 
     Args:
-        directory: to write into.
-        files: names of the files, and of the tensors in each.
-        tensors: what they are.
+        directory: the directory to write into.
+        files: the names of the tensors in each file, by file name.
+        tensors: dtype and shape of the tensors.
     """
     if len(files) <= 1:
         return

@@ -1,9 +1,12 @@
-"""megatron-core's `torch_dist` checkpoints, read without a model, a GPU or a process group.
+"""Reads megatron-core's `torch_dist` checkpoints, without a model, a GPU or a process group.
 
-A checkpoint is a directory: `.metadata`, a pickled `torch.distributed.checkpoint.metadata.Metadata` that says where
-each chunk of each tensor lies; `*.distcp`, concatenated `torch.save` blobs; `metadata.json`, which names the format;
-and, up to megatron-core 0.18, `common.pt` for what is no tensor (from 0.19 on the object `common_state` holds it; both
-are written).
+A checkpoint is a directory with these files:
+
+- `.metadata`: a pickled `torch.distributed.checkpoint.metadata.Metadata`, with the place of each chunk of each tensor.
+- `*.distcp`: concatenated blobs of `torch.save`.
+- `metadata.json`: the name of the format.
+- `common.pt`: the common state, which is not tensors, up to megatron-core 0.18. Since 0.19, the object `common_state`
+  holds it. An import writes both.
 """
 
 from __future__ import annotations
@@ -20,27 +23,27 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import metadata
 
-from megatron_fp32.checkpoint.formats.directory import (
+from megatron_fp32.checkpoint.formats.directory_checks import (
     complete_ones,
     existing_directory,
     refuse_pointers,
     why_no_checkpoint,
 )
-from megatron_fp32.checkpoint.formats.files import read_json
+from megatron_fp32.checkpoint.formats.json_file import read_json
 from megatron_fp32.checkpoint.formats.safetensors_file import flat_index
 from megatron_fp32.checkpoint.formats.torch_dist_metadata import read_metadata
 from megatron_fp32.checkpoint.formats.torch_file import open_torch_file
 from megatron_fp32.errors import CheckpointError, summary
-from megatron_fp32.weights.tensors import TensorInfo, info_of, unfilled
+from megatron_fp32.weights.tensors import TensorInfo, empty_tensor, info_of
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The directory with `.metadata`: `path` itself, or the one that its tracker file names.
+    """The directory with `.metadata`: `path` itself, or the directory that its tracker file names.
 
     Raises:
-        CheckpointError: when there is none, or it has another format.
+        CheckpointError: when there is no such directory, or the checkpoint has another format.
     """
     root = existing_directory(path)
     tracker = root / TRACKER
@@ -52,12 +55,12 @@ def find_checkpoint(path: str | Path) -> Path:
     refuse_pointers([root / ".metadata", root / "metadata.json", root / "common.pt", *sorted(root.glob("*.distcp"))])
     declared = root / "metadata.json"
     if declared.is_file():
-        content = read_json(declared, "declaration of a format")
+        content = read_json(declared, "declaration of a checkpoint format")
         backend = content.get("sharded_backend") if isinstance(content, dict) else None
         if backend != "torch_dist":
             raise CheckpointError(
-                f"{declared}: expected sharded_backend 'torch_dist', got {backend!r}. Convert it: load it in Megatron "
-                "with --ckpt-convert-format torch_dist --ckpt-convert-save DIR"
+                f"{declared}: expected sharded_backend 'torch_dist', got {backend!r}. To convert the checkpoint, load "
+                "it in Megatron with --ckpt-convert-format torch_dist --ckpt-convert-save DIR"
             )
     return root
 
@@ -77,17 +80,17 @@ def _read_tracker(path: Path) -> str:
 
 
 class TorchDistReader:
-    """The tensors of a `torch_dist` checkpoint, whatever parallel sizes it was saved with.
+    """Reads the tensors of a `torch_dist` checkpoint, of any parallel sizes. It is a `TensorSource`.
 
     Args:
         path: see `find_checkpoint`.
 
     Attributes:
         tensors: global shape and dtype of every tensor.
-        objects: names of the other entries.
+        objects: names of the entries that are not tensors.
 
     Raises:
-        CheckpointError: when it cannot be read.
+        CheckpointError: when the checkpoint cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -105,30 +108,30 @@ class TorchDistReader:
                 self.objects.append(name)
 
     def read(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
-        """A tensor, put together from its chunks, or `tensor[index]`, for which only the bytes that hold it are read.
+        """Read a tensor, or only `tensor[index]`, from its chunks.
 
-        Where the data has checksums they are compared, once for each chunk.
+        If the data has checksums, they are compared once for each chunk.
 
         Raises:
-            CheckpointError: when chunks are missing, overlap, or hold something else than the metadata says.
-            IndexError: when there is no such part.
+            CheckpointError: when chunks are missing, overlap, or do not match the metadata.
+            IndexError: when the tensor does not have this index.
         """
         entry = self._metadata.state_dict_metadata[name]
         if not isinstance(entry, metadata.TensorStorageMetadata):
             raise CheckpointError(f"{self.directory}: {name!r} is not a tensor")
         flat_index(index, tuple(entry.size))
         chunks = self._chunks(name, entry, len(index)).get(index, ())
-        result = unfilled(entry.size[len(index) :], entry.properties.dtype)
+        result = empty_tensor(entry.size[len(index) :], entry.properties.dtype)
         for chunk in chunks:
             inside = tuple(at - start for at, start in zip(index, chunk.offsets, strict=False))
             self._read_chunk(name, chunk, inside, result[_box(chunk)[len(index) :]])
         return result
 
     def place_of_object(self, name: str) -> tuple[Path, int, int]:
-        """The file that holds an object, the position of its first byte there, and how many there are.
+        """(file, position of the first byte, number of bytes) of an object.
 
         Raises:
-            CheckpointError: when it is missing.
+            CheckpointError: when the object is missing.
         """
         file, where = self._place(metadata.MetadataIndex(name))
         return file, where.offset, where.length
@@ -136,9 +139,9 @@ class TorchDistReader:
     def _chunks(
         self, name: str, entry: metadata.TensorStorageMetadata, axes: int
     ) -> dict[tuple[int, ...], list[metadata.ChunkStorageMetadata]]:
-        """For every index of the first axes, the chunks that hold something of it."""
+        """For every index of the first `axes` axes, the chunks with values of it."""
         if (name, axes) not in self._by_index:
-            # The test takes twice as long for every axis; nothing is known that has more of them.
+            # The test takes twice as long for each axis, and no known tensor has more than 8.
             if len(entry.size) > 8 or not covers(entry):
                 raise CheckpointError(
                     f"{self._listing}: the chunks of {name!r} do not make up the {tuple(entry.size)} tensor"
@@ -151,7 +154,7 @@ class TorchDistReader:
                 nbytes = chunk.sizes.numel() * entry.properties.dtype.itemsize
                 if nbytes > where.length:
                     raise CheckpointError(
-                        f"{self._listing}: the data of {name!r} takes {where.length} bytes, {nbytes} are promised"
+                        f"{self._listing}: the data of {name!r} has {where.length} bytes, expected at least {nbytes}"
                     )
                 for index in itertools.product(*(range(s.start, s.stop) for s in _box(chunk)[:axes])):
                     found.setdefault(index, []).append(chunk)
@@ -159,16 +162,16 @@ class TorchDistReader:
         return self._by_index[name, axes]
 
     def _place(self, index: metadata.MetadataIndex) -> tuple[Path, Any]:
-        """The file that holds a chunk or an object, and which of its bytes."""
+        """The file of a chunk or an object, and its byte range there."""
         name, where = index.fqn, self._metadata.storage_data.get(index)
         if where is None:
             at = f" at {tuple(index.offset)}" if index.offset is not None else ""
-            raise CheckpointError(f"{self._listing}: no data for {name!r}{at}")
+            raise CheckpointError(f"{self._listing}: there is no data for {name!r}{at}")
         file = self.directory / where.relative_path
         if Path(where.relative_path).name != where.relative_path or not os.path.isfile(file):
             raise CheckpointError(f"{self.directory}: the data file {where.relative_path!r} of {name!r} is missing")
         if where.offset + where.length > file.stat().st_size:
-            raise CheckpointError(f"{file}: the data of {name!r} is damaged: the file ends before it does")
+            raise CheckpointError(f"{file}: the data of {name!r} is damaged: the file ends before the data")
         return file, where
 
     def _read_chunk(
@@ -184,7 +187,7 @@ class TorchDistReader:
                 blob.read_into(stored, index, target, is_checked=place in self._checked)
         if not is_right:
             raise CheckpointError(
-                f"{file}: the data of {name!r} is not the {target.dtype} {tuple(chunk.sizes)} promised"
+                f"{file}: the data of {name!r} is not {target.dtype} {tuple(chunk.sizes)}, as .metadata says"
             )
         self._checked.add(place)
 
@@ -194,10 +197,11 @@ def _box(chunk: metadata.ChunkStorageMetadata) -> tuple[slice, ...]:
 
 
 def covers(entry: metadata.TensorStorageMetadata) -> bool:
-    """The chunks lie inside the tensor, do not overlap, and cover it.
+    """Whether the chunks lie inside the tensor, do not overlap, and cover it.
 
-    They do exactly when their indicator functions add up to the tensor's, and these are determined by their corners,
-    each with the sign of its derivative. That takes as long as there are chunks, not pairs of chunks.
+    That is so exactly when the indicator functions of the chunks add up to the indicator function of the tensor. The
+    indicator function of a box is determined by its corners, with the sign of its mixed derivative at each. So the time
+    is proportional to the number of chunks, not of pairs of chunks.
     """
     whole = metadata.ChunkStorageMetadata(offsets=torch.Size([0] * len(entry.size)), sizes=entry.size)
     if any(len(chunk.offsets) != len(entry.size) or len(chunk.sizes) != len(entry.size) for chunk in entry.chunks):
@@ -213,6 +217,6 @@ def covers(entry: metadata.TensorStorageMetadata) -> bool:
 
 
 def known_non_model_entries(names: Iterable[str]) -> list[str]:
-    """Of a checkpoint's entries, those that are not the model's: optimizer, generators, common state."""
+    """The names of entries that do not belong to the model, such as optimizer states, generators and common state."""
     prefixes = ("optimizer.", "chained_", "rng_state", "rerun_state", "common_state", "opt_param_scheduler")
     return [name for name in names if name.startswith(prefixes)]

@@ -1,7 +1,7 @@
-"""megatron-core's `torch_dist` checkpoints, written without a model, a GPU or a process group.
+"""Writes megatron-core's `torch_dist` checkpoints, without a model, a GPU or a process group.
 
-Data files are independent of each other: processes may write one each. What they hold is put together in `.metadata`
-when all of them are there.
+Data files are independent, so that each process can write its own files. `.metadata`, which is written last, lists the
+content of all data files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
 from megatron_fp32.checkpoint.formats.digests import digest_of_blocks
-from megatron_fp32.checkpoint.formats.files import to_disk
+from megatron_fp32.checkpoint.formats.section import to_disk
 from megatron_fp32.checkpoint.formats.torch_dist import covers
 from megatron_fp32.checkpoint.formats.torch_file import open_torch_file
 from megatron_fp32.weights.tensors import DTYPE_NAMES
@@ -32,39 +32,39 @@ _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A box of a tensor, and where it lies; or, with `dtype` None, something that is no tensor."""
+    """A box of a tensor and its place in a data file. With `dtype` None, an object that is not a tensor."""
 
     name: str
     dtype: torch.dtype | None
     size: tuple[int, ...] = ()
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     offsets: tuple[int, ...] = ()
-    """Of the box in it."""
+    """Where the box begins in the whole tensor."""
     sizes: tuple[int, ...] = ()
-    """Of the box."""
+    """Shape of the box."""
     start: int
     length: int
     stack_axes: int = 0
-    """How many of the box's axes, the first ones, say which element of a stack it is."""
+    """Number of leading axes of the box that belong to a stack."""
 
     def to_json(self) -> dict[str, Any]:
-        """For a record that another process reads."""
+        """The chunk as JSON, for another process."""
         return {**dataclasses.asdict(self), "dtype": None if self.dtype is None else DTYPE_NAMES[self.dtype]}
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> Chunk:
-        """What `to_json` made."""
+        """The chunk that `to_json` was called on."""
         shapes = {field: tuple(content[field]) for field in ("size", "offsets", "sizes")}
         dtype = None if content["dtype"] is None else _DTYPES[content["dtype"]]
         return Chunk(**{**content, **shapes, "dtype": dtype})
 
 
 class DataFile:
-    """One `.distcp` file: `torch.save` blobs, one after another.
+    """One `.distcp` file: blobs of `torch.save`, one after another.
 
     Args:
-        path: of the file to make.
-        checksums: leave them to torch's own setting; without, they are left out, which saves half of the time.
+        path: path of the file to make.
+        checksums: True follows torch's own setting. False leaves checksums out, which saves half of the time.
     """
 
     def __init__(self, path: str | Path, *, checksums: bool = True) -> None:
@@ -73,13 +73,14 @@ class DataFile:
         self.chunks: list[Chunk] = []
 
     def write(self, name: str, tensor: Tensor, *, index: tuple[int, ...] = (), stack: tuple[int, ...] = ()) -> None:
-        """Write a tensor under its global name, or element `index` of a stack, which becomes a chunk of its own.
+        """Write a whole tensor, or element `index` of a stack, as one chunk.
 
         Args:
-            name: global name.
-            tensor: its values.
-            index: which element of the stack it is; empty for a whole tensor.
-            stack: sizes of the stack's axes, as many as `index` has; they come first in the checkpoint's tensor.
+            name: name of the whole tensor.
+            tensor: the values.
+            index: which element of the stack `tensor` is; () for a whole tensor.
+            stack: sizes of the stack's axes, one for each number in `index`. They are the first axes of the
+                checkpoint's tensor.
         """
         sizes = (*([1] * len(index)), *tensor.shape)
         start, length = self._append(_alone(tensor).reshape(sizes))
@@ -91,12 +92,12 @@ class DataFile:
         )  # fmt: skip
 
     def write_object(self, name: str, value: Any) -> None:
-        """Write something that is no tensor. megatron-core expects objects as one-element lists."""
+        """Write an object that is not a tensor, as a list of one object, which megatron-core expects."""
         start, length = self._append([value])
         self.chunks.append(Chunk(name=name, dtype=None, start=start, length=length))
 
     def close(self, *, durable: bool = False) -> None:
-        """`durable`: return when it is on the disk, and no longer in the cache."""
+        """Close the file. With `durable`, write it to the disk and drop it from the page cache."""
         self._stream.close()
         if durable:
             to_disk(self._path)
@@ -114,10 +115,10 @@ class DataFile:
         try:
             with contextlib.nullcontext() if self._checksums else _without_crc():
                 torch.save(value, self._stream)
-            # What was written can be read back from now on.
+            # So that the chunk can be read back at once.
             self._stream.flush()
         except RuntimeError as error:
-            # torch's zip writer has its own words for a stream that could not be written.
+            # torch's zip writer turns an OSError of the stream into a RuntimeError.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -125,12 +126,12 @@ class DataFile:
 
 
 def write_metadata(directory: Path, files: Iterable[tuple[str, Iterable[Chunk]]], common: dict[str, Any]) -> None:
-    """Make data files a checkpoint: `.metadata`, `common.pt`, `metadata.json`.
+    """Write `.metadata`, `common.pt` and `metadata.json`, which turn data files into a checkpoint.
 
     Args:
-        directory: where the files are.
-        files: names of the data files, and what they hold; `common_state/shard_0_1` among it.
-        common: what a trainer reads besides tensors: `args`, `checkpoint_version`, `iteration`.
+        directory: the directory of the data files.
+        files: (name, chunks) of every data file. One of them must have the object `common_state/shard_0_1`.
+        common: the common state, such as `args`, `checkpoint_version` and `iteration`.
 
     Raises:
         ValueError: when chunks of a tensor are missing, were written twice, or disagree.
@@ -156,7 +157,7 @@ def write_metadata(directory: Path, files: Iterable[tuple[str, Iterable[Chunk]]]
     tensors = {n: e for n, e in entries.items() if isinstance(e, metadata.TensorStorageMetadata)}
     wrong = sorted(name for name, entry in tensors.items() if not covers(entry))
     if wrong:
-        raise ValueError(f"elements of these stacks are missing, or were written twice: {wrong}")
+        raise ValueError(f"elements of these stacks were not written, or were written twice: {wrong}")
     buffer = io.BytesIO()
     torch.save(common, buffer)
     (directory / "common.pt").write_bytes(buffer.getvalue())
@@ -174,17 +175,17 @@ def write_metadata(directory: Path, files: Iterable[tuple[str, Iterable[Chunk]]]
 
 
 def digest_of_chunk(path: Path, chunk: Chunk) -> str:
-    """`digest` of a chunk of a data file, without the axes of the stack that it is an element of."""
+    """`digest` of a chunk in a data file. The axes of a stack are removed first."""
     with open_torch_file(path, f"the data of {chunk.name!r}", chunk.start, chunk.length) as blob:
         stored = blob.tensor()
         return digest_of_blocks(stored.dtype, stored.shape[chunk.stack_axes :], blob.blocks(stored))
 
 
 class TorchDistWriter:
-    """Writes a `torch_dist` checkpoint of one data file, one tensor, or one element of a stack of tensors, at a time.
+    """Writes a `torch_dist` checkpoint with one data file, one tensor or element of a stack at a time.
 
     Args:
-        directory: an existing, empty directory; it becomes a checkpoint when `finish` returns.
+        directory: an existing, empty directory. It is a checkpoint once `finish` has returned.
     """
 
     FILE = "__0_0.distcp"
@@ -194,18 +195,21 @@ class TorchDistWriter:
         self._file = DataFile(self._directory / self.FILE)
 
     def write(self, name: str, tensor: Tensor, *, index: tuple[int, ...] = (), stack: tuple[int, ...] = ()) -> None:
-        """As `DataFile.write`."""
+        """See `DataFile.write`."""
         self._file.write(name, tensor, index=index, stack=stack)
 
     def write_object(self, name: str, value: Any) -> None:
-        """As `DataFile.write_object`."""
+        """See `DataFile.write_object`."""
         self._file.write_object(name, value)
 
     def finish(self, common: dict[str, Any]) -> None:
-        """Write the common state and the metadata; the checkpoint is complete after this. Raises as `write_metadata`.
+        """Write the common state and the metadata, which complete the checkpoint.
 
         Args:
-            common: see there.
+            common: see `write_metadata`.
+
+        Raises:
+            ValueError: see `write_metadata`.
         """
         self._file.write_object(COMMON_STATE, common)
         self._file.close()
@@ -221,23 +225,23 @@ class TorchDistWriter:
 
 
 COMMON_STATE = "common_state/shard_0_1"
-"""Where megatron-core 0.19 and newer look for what `common.pt` holds."""
+"""The object in which megatron-core 0.19 and newer store the common state, instead of in `common.pt`."""
 
 
 def common_state(args: Namespace) -> dict[str, Any]:
-    """The common state of a checkpoint that no trainer has touched yet."""
+    """The common state of an imported checkpoint, from which a run starts at step 0."""
     return {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """Contiguous, in a storage of its own: `torch.save` would write the rest of a shared one too."""
+    """The tensor, contiguous and in its own storage, because `torch.save` writes whole storages."""
     tensor = tensor.detach().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 @contextlib.contextmanager
 def _without_crc() -> Iterator[None]:
-    """torch's zip files carry a checksum that takes as long as the rest, and that its own reader does not need."""
+    """Turn off the checksums of torch's zip files in the block. They double the time, and torch does not read them."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

@@ -1,8 +1,12 @@
-"""What `torch.save` wrote, read without reserving more memory than the file can fill, and with its checksums.
+"""Reads files of `torch.save`, compares their checksums, and never allocates more memory than the file can fill.
 
-The format: a zip archive whose members are stored, not compressed; `NAME/data.pkl`, a pickle in which storages are
-persistent ids; `NAME/data/KEY`, the bytes of each storage; `NAME/byteorder` (torch/serialization.py, `_save`). Each
-member has a CRC-32, which `torch.load` does not look at; all are 0 when the writer left them out
+The format (torch/serialization.py, `_save`) is a zip archive whose members are stored, not compressed:
+
+- `NAME/data.pkl`: a pickle in which storages are persistent ids.
+- `NAME/data/KEY`: the bytes of each storage.
+- `NAME/byteorder`.
+
+Each member has a CRC-32, which `torch.load` does not read. All CRCs are 0 if the writer left them out
 (`torch.serialization.set_crc32_options(False)`).
 """
 
@@ -23,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fp32.checkpoint.formats.files import Section
 from megatron_fp32.checkpoint.formats.pickles import RestrictedUnpickler
+from megatron_fp32.checkpoint.formats.section import Section
 from megatron_fp32.errors import CheckpointError, summary
-from megatron_fp32.weights.tensors import is_possible_shape, unfilled
+from megatron_fp32.weights.tensors import empty_tensor, is_possible_shape
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -47,25 +51,25 @@ _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).val
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
-# A data descriptor, the next member, the directory.
+# Signatures that may follow a member's bytes: of a data descriptor, of the next member, of the directory.
 _AFTER = (b"PK\x07\x08", b"PK\3\4", b"PK\1\2")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor in a file: where its values are."""
+    """The place of a tensor's values in a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     key: str
-    """Of its storage."""
+    """The key of the storage."""
     offset: int
-    """Of its first value in the storage."""
+    """Position of the first value in the storage, counted in values."""
 
     @property
     def is_contiguous(self) -> bool:
-        """The values lie one after another in row-major order."""
+        """Whether the values lie one after another in row-major order."""
         if not math.prod(self.shape):
             return True
         expected = 1
@@ -77,14 +81,14 @@ class StoredTensor:
 
     @property
     def span(self) -> int:
-        """Number of values from the first to the last, those between them included."""
+        """Number of values in the storage from the tensor's first value to its last."""
         if not math.prod(self.shape):
             return 0
         return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
 
 
 class TorchFile:
-    """A file, or a part of one, that `torch.save` wrote; made by `open_torch_file`."""
+    """A file, or a section of one, that `torch.save` wrote. `open_torch_file` makes it."""
 
     def __init__(self, section: Section) -> None:
         self.size = section.length
@@ -93,21 +97,21 @@ class TorchFile:
             members = archive.infolist()
         self._members = {member.filename: member for member in members}
         if len(self._members) != len(members):
-            raise ValueError("a member is there twice")
+            raise ValueError("two members have one name")
         self._has_checksums = any(member.CRC for member in members)
         pickles = [name for name in self._members if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
-            raise ValueError(f"{len(pickles)} members are named data.pkl")
+            raise ValueError(f"expected one member named data.pkl, got {len(pickles)}")
         self._root = pickles[0].removesuffix("data.pkl")
         order = self._root + "byteorder"
         if order in self._members and self._content(order) != b"little":
             raise ValueError("its bytes are not in little-endian order")
 
     def tensor(self) -> StoredTensor:
-        """The tensor that was saved. Its values are not read yet.
+        """The saved tensor. Its values are not read yet.
 
         Raises:
-            CheckpointError: when something else was saved, such as a sparse tensor or one of a subclass.
+            CheckpointError: when the file does not hold a plain tensor, but for example a sparse tensor.
         """
         value = TensorUnpickler(self).load()
         if not isinstance(value, StoredTensor):
@@ -115,46 +119,46 @@ class TorchFile:
         return value
 
     def pickle(self) -> io.BytesIO:
-        """The pickle of what was saved."""
+        """The pickle in the file."""
         return io.BytesIO(self._content(self._root + "data.pkl"))
 
     def storage_size(self, key: str) -> int:
-        """Bytes of a storage."""
+        """Size of a storage in bytes."""
         return self._member(f"{self._root}data/{key}").file_size
 
     def read_into(
         self, stored: StoredTensor, index: tuple[int, ...], target: Tensor, *, is_checked: bool = False
     ) -> None:
-        """Read `tensor[index]`, and nothing else, into a tensor of its shape and dtype, contiguous or not.
+        """Read only `tensor[index]` into `target`.
 
         Args:
-            stored: the tensor.
+            stored: the tensor in the file.
             index: positions on its first axes.
-            target: what to fill.
-            is_checked: the checksum of the tensor's storage was compared before. Otherwise a part of it is preceded by
-                a pass over the whole, of which nothing stays in memory.
+            target: the tensor to fill, with the shape and dtype of `tensor[index]`, contiguous or not.
+            is_checked: True if the checksum of the tensor's storage was compared before. Otherwise the whole storage is
+                read once for its checksum, block by block, before a part of it is read.
 
         Raises:
-            ValueError: when the values do not have the checksum that the file says.
+            ValueError: when the values do not have the checksum in the file.
         """
         if not target.numel():
             return
         if not stored.is_contiguous:
-            part = unfilled((stored.span,), stored.dtype)
+            part = empty_tensor((stored.span,), stored.dtype)
             self._read(stored, stored.offset, part, is_checked)
             target.copy_(part.as_strided(stored.shape, stored.strides)[index])
             return
         first = stored.offset + sum(at * stride for at, stride in zip(index, stored.strides, strict=False))
-        part = target if target.is_contiguous() else unfilled(target.shape, stored.dtype)
+        part = target if target.is_contiguous() else empty_tensor(target.shape, stored.dtype)
         self._read(stored, first, part, is_checked)
         if part is not target:
             target.copy_(part)
 
     def blocks(self, stored: StoredTensor) -> Iterator[memoryview]:
-        """The bytes of a contiguous tensor, a few megabytes at a time, without a look at the checksum.
+        """The bytes of a contiguous tensor, a few megabytes at a time. Checksums are not compared.
 
         Raises:
-            ValueError: for a tensor that is not contiguous, or does not lie in its storage.
+            ValueError: for a tensor that is not contiguous, or does not fit into its storage.
         """
         member = self._member(f"{self._root}data/{stored.key}")
         start, nbytes = stored.offset * stored.dtype.itemsize, math.prod(stored.shape) * stored.dtype.itemsize
@@ -185,7 +189,7 @@ class TorchFile:
         return self._members[name]
 
     def _start(self, member: zipfile.ZipInfo) -> int:
-        """Where the bytes of a member begin."""
+        """Position of the first byte of a member."""
         if member.compress_type or member.flag_bits & 1 or member.file_size != member.compress_size:
             raise ValueError(f"the member {member.filename[:200]!r} is compressed or encrypted")
         self._section.seek(member.header_offset)
@@ -197,7 +201,7 @@ class TorchFile:
         ):
             raise ValueError(f"the member {member.filename[:200]!r} is not where the directory says")
         start = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-        # What follows shows that the bytes begin where they should, with or without a checksum.
+        # The signature after the member shows that its bytes begin at `start`, even without a checksum.
         self._section.seek(start + member.file_size)
         if self._section.read(4) not in _AFTER:
             raise ValueError(f"the member {member.filename[:200]!r} does not end where another begins")
@@ -211,16 +215,16 @@ class TorchFile:
 
 @contextlib.contextmanager
 def open_torch_file(path: Path, what: str, offset: int = 0, length: int | None = None) -> Iterator[TorchFile]:
-    """Open a file that `torch.save` wrote, or `length` bytes of one from `offset` on.
+    """Open a file of `torch.save`, or `length` bytes of a file from `offset` on.
 
     Args:
-        path: of the file.
-        what: is read from it, for messages.
-        offset: where it begins.
-        length: of it; None: up to the end of the file.
+        path: path of the file.
+        what: the content of the file, for messages.
+        offset: position of the first byte.
+        length: number of bytes; None for all bytes up to the end of the file.
 
     Raises:
-        CheckpointError: naming the file and `what`, whatever goes wrong with it, in the block too.
+        CheckpointError: naming the file and `what`, for every exception from the file or from the block.
     """
     try:
         with path.open("rb", buffering=0) as file:
@@ -235,22 +239,22 @@ def open_torch_file(path: Path, what: str, offset: int = 0, length: int | None =
 class _Storage:
     key: str
     dtype: torch.dtype | None
-    """None: bytes."""
+    """None for a storage of bytes."""
 
 
 class TensorUnpickler(RestrictedUnpickler):
-    """Admits plain tensors and parameters, and gives each to `make_tensor`."""
+    """Admits plain tensors and parameters, and calls `make_tensor` for each."""
 
     def __init__(self, file: TorchFile) -> None:
         super().__init__(file.pickle(), encoding="utf-8")
         self._file = file
 
     def make_tensor(self, stored: StoredTensor) -> Any:
-        """What stands for a tensor; a subclass may read it."""
+        """The result for a tensor. A subclass may read the values."""
         return stored
 
     def find_class(self, module: str, name: str) -> Any:
-        """Raises CheckpointError for anything that a tensor does not need."""
+        """The class or function. Raises CheckpointError for names that a tensor does not need."""
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter"):
             return getattr(self, name)
         if module in ("torch", "torch.storage") and name == "UntypedStorage":
@@ -312,7 +316,7 @@ class TensorUnpickler(RestrictedUnpickler):
         available = self._file.storage_size(storage.key) // dtype.itemsize
         if stored.offset + stored.span > available or math.prod(sizes) > available:
             raise ValueError(f"a tensor of shape {sizes} and strides {strides} in a storage of {available} values")
-        # Strides may be anything a view can have, but not spread few values over much memory.
+        # The strides of any view are fine, except those that spread a few values over much memory.
         if stored.span > 2 * math.prod(sizes) and not stored.is_contiguous:
-            raise ValueError(f"a tensor of shape {sizes} and strides {strides}: save a contiguous one")
+            raise ValueError(f"a tensor of shape {sizes} and strides {strides}; save a contiguous tensor instead")
         return self.make_tensor(stored)

@@ -1,4 +1,4 @@
-"""float8 checkpoints in the formats of those who make them: which tensors, under which names, with which config."""
+"""FP8 checkpoints in the formats of existing producers: which tensors, with which names and which config."""
 
 from megatron_fp32.checkpoint.fp8.detect import detect_scheme, scheme_of_tensors
 from megatron_fp32.weights.experts import expert_parts

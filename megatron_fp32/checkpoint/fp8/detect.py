@@ -1,4 +1,4 @@
-"""Which scheme an existing float8 checkpoint has, so that others can be made like it."""
+"""Finds the scheme of an existing FP8 checkpoint, so that another checkpoint can be quantized in that scheme."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from megatron_fp32.checkpoint.formats.directory import existing_directory, refuse_pointers
-from megatron_fp32.checkpoint.formats.files import read_json_object
+from megatron_fp32.checkpoint.formats.directory_checks import existing_directory, refuse_pointers
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
+from megatron_fp32.checkpoint.formats.json_file import read_json_object
 from megatron_fp32.errors import CheckpointError, checkpoint_named
 from megatron_fp32.ops.fp8.scales import ScaleFormat
 from megatron_fp32.weights.choices import Fp8Format
@@ -23,13 +23,13 @@ SCALES = (".weight_scale_inv", ".weight_scale")
 
 
 def detect_scheme(directory: str | Path) -> Fp8Scheme:
-    """The scheme of a directory with a float8 checkpoint, or with its config files alone.
+    """The scheme of a directory with an FP8 checkpoint, or with only its config files.
 
-    Headers decide which modules are quantized and how, since lists of modules mean something else to every producer; a
-    config that contradicts them is an error. Without weights the config decides.
+    Headers decide which modules are quantized and how, because each producer has its own rules for lists of modules. A
+    config that contradicts the headers is an error. Without weights, the config decides.
 
     Raises:
-        CheckpointError: when the checkpoint is not readable, or its scheme is none of the known ones.
+        CheckpointError: when the checkpoint cannot be read, or its scheme is not known.
     """
     directory = existing_directory(directory)
     refuse_pointers([directory / "config.json", directory / MODELOPT_FILE])
@@ -38,28 +38,31 @@ def detect_scheme(directory: str | Path) -> Fp8Scheme:
         with HuggingFaceReader(directory) as reader, checkpoint_named(directory):
             return scheme_of_tensors(reader.tensors, config)
     if config is None:
-        raise CheckpointError(f"{directory} holds neither weights nor a config that says how they are quantized")
+        raise CheckpointError(f"{directory} holds neither safetensors files nor a config with a quantization entry")
     with checkpoint_named(directory):
         return scheme_from_config(config)
 
 
 def scheme_of_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None = None) -> Fp8Scheme:
-    """The scheme of a float8 checkpoint with these headers.
+    """The scheme of an FP8 checkpoint with these headers.
 
     Args:
-        tensors: all of them.
-        config: its `quantization_config`, to know the size of blocks and to be contradicted; None: blocks are 128x128.
+        tensors: all tensors of the checkpoint.
+        config: its `quantization_config`, which gives the size of blocks and must agree with the headers. With None,
+            blocks are 128x128.
 
     Raises:
-        CheckpointError: when that is none of the known schemes, or not the config's.
+        CheckpointError: when the scheme is not known, or is not the scheme in the config.
     """
     named = None if config is None else scheme_from_config(config)
     weights = {name: info for name, info in tensors.items() if info.dtype == torch.float8_e4m3fn}
     if not weights:
-        raise CheckpointError("no weight is float8_e4m3fn")
+        raise CheckpointError("expected float8_e4m3fn weights, but no weight is float8_e4m3fn")
     static = [name for name in tensors if name.endswith((".input_scale", ".activation_scale"))]
     if static:
-        raise CheckpointError(f"activations have static scales, such as {static[0]}, which weights do not tell")
+        raise CheckpointError(
+            f"activations have static scales, such as {static[0]}, which cannot be computed from weights"
+        )
     block = (128, 128) if named is None else named.block
     possible: set[Fp8Format] = {"blockwise", "channelwise", "modelopt"}
     dtypes: set[torch.dtype] = set()
@@ -69,12 +72,13 @@ def scheme_of_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, An
         dtypes.add(scale.dtype)
         if not possible:
             raise CheckpointError(
-                f"unknown float8 scheme: {name} is {info.shape} and {scale_name} is {scale.shape}, which is a scale "
-                f"neither for each block of {block} nor for each row, or differs from what other weights have"
+                f"unknown float8 scheme: {name} has the shape {info.shape} and {scale_name} has the shape "
+                f"{scale.shape}; expected a scale for each block of {block} or for each row, and one layout for all "
+                "weights"
             )
     (found,) = possible
     if named is not None and named.format != found:
-        raise CheckpointError(f"the headers are those of a {found} checkpoint, the config is {named.format}")
+        raise CheckpointError(f"the tensors have the format {found}, but the config says {named.format}")
     return Fp8Scheme(
         format=found,
         scale_format=_scale_format(dtypes, named),
@@ -84,14 +88,14 @@ def scheme_of_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, An
 
 
 def read_quantization_config(directory: Path) -> dict[str, Any] | None:
-    """What `config.json` (or the text model's part of it) or `hf_quant_config.json` say of quantization, or None.
+    """The quantization entry of `config.json` (or of the text model in it), or `hf_quant_config.json`, or None.
 
     Raises:
-        CheckpointError: when they are no JSON objects.
+        CheckpointError: when one of them is not a JSON object.
     """
     main = _read_json(directory / "config.json") or {}
     parts = (main, text_part(main) or {})
-    # compressed-tensors wrote the second before its 0.8.
+    # compressed-tensors before 0.8 wrote compression_config.
     entries = [part.get(key) for part in parts for key in ("quantization_config", "compression_config")]
     found = next((entry for entry in entries if entry), None)
     if found is not None and not isinstance(found, dict):

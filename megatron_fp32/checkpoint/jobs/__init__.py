@@ -1,1 +1,1 @@
-"""Conversions as restartable jobs with several processes."""
+"""Jobs: conversions that can be interrupted and resumed, with several processes."""

@@ -1,4 +1,4 @@
-"""`torch_dist` -> Hugging Face: each part is a safetensors file."""
+"""The job of an export, `torch_dist` -> Hugging Face. Each part is a safetensors file."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader, known_n
 from megatron_fp32.checkpoint.fp8.write import write_configs
 from megatron_fp32.checkpoint.identify import check_direction
 from megatron_fp32.checkpoint.jobs.read_back import SafetensorsPart
-from megatron_fp32.checkpoint.jobs.run import Opener, Part, Tell, described
+from megatron_fp32.checkpoint.jobs.run import Opener, Part, Tell, describe_directory
 from megatron_fp32.checkpoint.jobs.staging import Staging
-from megatron_fp32.checkpoint.quantization_claims import find_claims, remove_claims, write_config
+from megatron_fp32.checkpoint.quantization_entries import (
+    find_quantization_entries,
+    remove_quantization_entries,
+    write_config,
+)
 from megatron_fp32.checkpoint.sidecar import CarriedTensors, Sidecar, find_sidecar
 from megatron_fp32.errors import CheckpointError, checkpoint_named, listing
 from megatron_fp32.weights.choices import ExportDtype
 from megatron_fp32.weights.families.registry import find_family
 from megatron_fp32.weights.fp8.config import described_scheme
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
-from megatron_fp32.weights.fp8.tensors import fp8_infos, infos_of, quantize_element
+from megatron_fp32.weights.fp8.tensors import fp8_infos, fp8_infos_of_tensor, quantize_element
 from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.model_map import ModelMap, map_trained_model
 from megatron_fp32.weights.restore import Dtypes, Restorer, decide_dtypes
@@ -35,7 +39,7 @@ from megatron_fp32.weights.vocabulary import PADDED_VOCABULARY, CutRows, nonzero
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """See `export_checkpoint`."""
+    """The arguments of `export_checkpoint`."""
 
     megatron_dir: Path
     source: Path | None
@@ -51,14 +55,15 @@ class ExportPart(Part):
     """A safetensors file."""
 
     outputs: list[str]
-    """Names of its tensors."""
+    """Names of the tensors in the file."""
     mappings: list[TensorMapping]
+    """The mappings of tensors that are converted."""
     carried: list[str]
-    """Those of its tensors that the sidecar has."""
+    """Names of the tensors that are copied from the sidecar."""
 
 
 class ExportJob:
-    """An export, open in one process. Made by `open_export`."""
+    """An export that is open in one process. `open_export` makes it."""
 
     def __init__(
         self,
@@ -69,15 +74,18 @@ class ExportJob:
         dtypes: Dtypes | None,
     ) -> None:
         self.reader, self.sidecar, self._carried, self._options = reader, sidecar, carried, options
-        # Before anything is read: what changes from here on is noticed.
-        self.sources = {"checkpoint": described(reader.directory), "sidecar": described(sidecar.directory)}
+        # Taken before anything is read, so that later changes are noticed.
+        self.sources = {
+            "checkpoint": describe_directory(reader.directory),
+            "sidecar": describe_directory(sidecar.directory),
+        }
         present = {n: i for n, i in reader.tensors.items() if n not in known_non_model_entries([n])}
         self._hf_config = self._exported_config()
         with checkpoint_named(reader.directory):
             self.plan: ModelMap = map_trained_model(
                 self._hf_config, {n: t.info for n, t in sidecar.tensors.items()}, present
             )
-        self.claims = find_claims(sidecar.directory / "assets", sidecar.hf_config)
+        self.quantization_entries = find_quantization_entries(sidecar.directory / "assets", sidecar.hf_config)
         if options.vocab_size is None:
             sidecar.check_shapes(self.plan.hf_shapes)
         self._restorer = Restorer(reader, sidecar.originals())
@@ -106,18 +114,18 @@ class ExportJob:
         return {"digests": digests.to_json(), "cut_rows": {n: dataclasses.asdict(rows) for n, rows in cut.items()}}
 
     def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:
-        """Write the index and the files that are no weights; see `Job`."""
+        """Write the index and the assets; see `Job`."""
         self.sidecar.copy_assets(staging.output)
         if self._options.vocab_size is not None:
             write_config(staging.output, self._hf_config)
         if self._options.fp8 is None:
-            remove_claims(staging.output, self._hf_config)
+            remove_quantization_entries(staging.output, self._hf_config)
         else:
             write_configs(staging.output, self._hf_config, self.infos, self._options.fp8)
         write_index(staging.output, {part.file: part.outputs for part in self.parts}, self.infos)
 
     def unchanged(self, records: Sequence[dict[str, Any]]) -> int:
-        """How many tensors are what they were in the source, byte for byte, from the records of the parts."""
+        """Number of tensors that are equal to the source's byte for byte, from the records of the parts."""
         digests = Digests()
         for record in records:
             digests.merge(record["digests"])
@@ -130,15 +138,15 @@ class ExportJob:
         return {name: CutRows(**rows) for record in records for name, rows in record["cut_rows"].items()}
 
     def _exported_config(self) -> dict[str, Any]:
-        """The source's `config.json`, with the vocabulary that is asked for."""
+        """The source's `config.json`, with `vocab_size` from the options."""
         config, vocab_size = self.sidecar.hf_config, self._options.vocab_size
         if vocab_size is None:
             return config
         stored = [self.reader.tensors[name].shape[0] for name in PADDED_VOCABULARY if name in self.reader.tensors]
         if stored and vocab_size > min(stored):
             raise CheckpointError(
-                f"{self.reader.directory}: vocab_size={vocab_size} is more than the {min(stored)} rows of the "
-                "vocabulary in the checkpoint"
+                f"{self.reader.directory}: vocab_size={vocab_size} must be at most {min(stored)}, the number of rows "
+                "of the vocabulary in the checkpoint"
             )
         return with_vocab_size(config, vocab_size, find_family(config).parse(config).vocab_size)
 
@@ -154,7 +162,7 @@ class ExportJob:
         return quantize_element(name, self.dtypes.infos[name], index, tensor, self._options.fp8)
 
     def _restored(self, mapping: TensorMapping, cut: dict[str, CutRows]) -> tuple[Tensor, ...]:
-        """The mapping's Hugging Face tensors. `cut` takes in the rows above the vocabulary that are not zero."""
+        """The mapping's Hugging Face tensors. Rows above the vocabulary that are not zero are added to `cut`."""
         restored = self._restorer.restore(mapping)
         for name, above in restored.above_vocabulary.items():
             if (rows := nonzero_rows(above, self.plan.config.vocab_size)) is not None:
@@ -165,8 +173,8 @@ class ExportJob:
         found = decide_dtypes(self.plan.mappings, self._restorer, self.sidecar, self._options.dtype)
         if found.rounded and not self._options.allow_rounded:
             raise CheckpointError(
-                f"{self.reader.directory}: these tensors were rounded, the checkpoint holds fewer bits of them than "
-                f"the source: {listing(list(found.rounded))}. Pass allow_rounded=True to export them nevertheless"
+                f"{self.reader.directory}: these tensors were rounded, because they have fewer bits in the checkpoint "
+                f"than in the source: {listing(list(found.rounded))}. Pass allow_rounded=True to export them anyway"
             )
         carried = {name: tensor.info for name, tensor in self.sidecar.carried.items()}
         return dataclasses.replace(found, infos={**found.infos, **carried})
@@ -196,15 +204,20 @@ class ExportJob:
         ]
 
     def _outputs(self, name: str) -> list[str]:
-        """Names of what a tensor leaves as."""
+        """Names of the exported tensors that a tensor becomes."""
         if self._options.fp8 is None:
             return [name]
-        return list(infos_of(name, self.dtypes.infos[name], self._options.fp8))
+        return list(fp8_infos_of_tensor(name, self.dtypes.infos[name], self._options.fp8))
 
 
 @contextlib.contextmanager
 def open_export(options: ExportOptions, dtypes: Dtypes | None = None) -> Iterator[ExportJob]:
-    """Raises as `export_checkpoint`, before anything is written. `dtypes` from another process: finding them reads."""
+    """Open an export. It raises the errors of `export_checkpoint` before anything is written.
+
+    Args:
+        options: the arguments of `export_checkpoint`.
+        dtypes: the result of `decide_dtypes` in another process, which reads tensors; None to call it here.
+    """
     check_direction("export", options.megatron_dir, "megatron", f"import {options.megatron_dir} MEGATRON_DIR")
     reader = TorchDistReader(options.megatron_dir)
     sidecar = find_sidecar(options.megatron_dir, options.source)
@@ -214,7 +227,7 @@ def open_export(options: ExportOptions, dtypes: Dtypes | None = None) -> Iterato
 
 
 def _connected(mappings: Sequence[TensorMapping]) -> list[tuple[list[str], list[TensorMapping]]]:
-    """Hugging Face tensors that must be in one file because one mapping writes to all of them, and those mappings."""
+    """(names, mappings) of groups of Hugging Face tensors that must be in one file, because they share mappings."""
     groups: list[tuple[list[str], list[TensorMapping]]] = []
     place: dict[str, int] = {}
     for mapping in mappings:

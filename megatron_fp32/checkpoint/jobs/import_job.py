@@ -1,4 +1,4 @@
-"""Hugging Face -> `torch_dist`: each part is a data file with the tensors of some mappings."""
+"""The job of an import, Hugging Face -> `torch_dist`. Each part is a data file with the tensors of some mappings."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from megatron_fp32.checkpoint.formats.torch_dist_writer import (
 )
 from megatron_fp32.checkpoint.identify import check_direction, read_config, refuse_adapter
 from megatron_fp32.checkpoint.jobs.read_back import ReadBack
-from megatron_fp32.checkpoint.jobs.run import Opener, Part, Tell, described
+from megatron_fp32.checkpoint.jobs.run import Opener, Part, Tell, describe_directory
 from megatron_fp32.checkpoint.jobs.staging import Staging
 from megatron_fp32.checkpoint.plan import ImportPlan, megatron_args, plan_import
-from megatron_fp32.checkpoint.quantization_claims import find_claims
+from megatron_fp32.checkpoint.quantization_entries import find_quantization_entries
 from megatron_fp32.checkpoint.sidecar import write_sidecar
 from megatron_fp32.errors import CheckpointError, checkpoint_named
 from megatron_fp32.weights.choices import Mtp, Vision
@@ -38,7 +38,7 @@ from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.source_record import SourceTensor
 
 RELEASE = "release"
-"""Directory of a checkpoint that no trainer has touched: Megatron then asks for no optimizer state."""
+"""Name of the directory of an imported checkpoint. Megatron then does not look for optimizer states."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class ImportPart(Part):
 
 
 class ImportJob:
-    """An import, open in one process. Made by `open_import`."""
+    """An import that is open in one process. `open_import` makes it."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class ImportJob:
         plan: ImportPlan,
         sources: dict[str, Any],
         *,
-        claims: tuple[str, ...],
+        quantization_entries: tuple[str, ...],
         vision: Vision,
         mtp: Mtp,
         max_part_bytes: int,
@@ -66,7 +66,7 @@ class ImportJob:
         self.reader, self.plan, self._max_part_bytes = reader, plan, max_part_bytes
         self.options = {"vision": vision, "mtp": mtp, "max_part_bytes": max_part_bytes}
         self.sources = sources
-        self.claims, self.reopen = claims, reopen
+        self.quantization_entries, self.reopen = quantization_entries, reopen
         self.parts: Sequence[ImportPart] = self._cut()
 
     def run(self, part: ImportPart, path: Path, tell: Tell) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class ImportJob:
             for chunk, expected in written:
                 compare(digest_of_chunk(path, chunk), expected, path, chunk.name)
 
-        # Each tensor is read back and compared by its digest; `torch.load` looks at no checksum.
+        # No checksums, because each tensor is read back and compared by digest, and `torch.load` ignores checksums.
         with (
             DataFile(path, checksums=False) as file,
             ReadBack(path, functools.partial(tell, "verify")) as read_back,
@@ -117,14 +117,14 @@ class ImportJob:
         write_sidecar(staging, self.reader, self.plan, tensors=self.source(records), originals=originals)
 
     def source(self, records: Sequence[dict[str, Any]]) -> dict[str, SourceTensor]:
-        """What was read, from the records of the parts."""
+        """The Hugging Face tensors that were converted, from the records of the parts."""
         digests = Digests()
         for record in records:
             digests.merge(record["digests"])
         return {n: SourceTensor(info=self.reader.tensors[n], digest=d) for n, d in digests.by_name().items()}
 
     def other_frequencies(self) -> tuple[str, ...]:
-        """Stored rotary frequencies that are not those of `config.json`."""
+        """Names of stored rotary frequencies that differ from those in `config.json`."""
         config = self.plan.config
         expected = inverse_frequencies(
             config.head_dim, config.rope_theta, config.partial_rotary_factor, config.rope_scaling
@@ -141,7 +141,7 @@ class ImportJob:
             raise CheckpointError(f"{self.reader.directory}: {error}") from error
 
     def _nbytes(self, mapping: TensorMapping) -> int:
-        """Of its Hugging Face tensors."""
+        """Size of the mapping's Hugging Face tensors in bytes."""
         return sum(self.reader.tensors[s.name].dtype.itemsize * torch.Size(s.shape).numel() for s in mapping.hf)
 
     def _cut(self) -> list[ImportPart]:
@@ -161,7 +161,7 @@ class ImportJob:
 
 
 def is_about(stored: Tensor, expected: Tensor) -> bool:
-    """Equal but for the rounding of the stored dtype, and that of powers in fp32."""
+    """Whether the values are equal up to the rounding of the stored dtype and of powers in fp32."""
     if not stored.is_floating_point() or stored.dtype.itemsize < 2 or stored.shape != expected.shape:
         return False
     kind = torch.finfo(stored.dtype)
@@ -170,10 +170,10 @@ def is_about(stored: Tensor, expected: Tensor) -> bool:
 
 @contextlib.contextmanager
 def open_import(hf_dir: Path, vision: Vision, mtp: Mtp, max_part_bytes: int) -> Iterator[ImportJob]:
-    """Raises as `import_checkpoint`, before anything is written."""
+    """Open an import. It raises the errors of `import_checkpoint` before anything is written."""
     check_direction("import", hf_dir, "huggingface", f"export {hf_dir} HF_DIR")
     assets_of(hf_dir)
-    sources = {"source": described(hf_dir)}
+    sources = {"source": describe_directory(hf_dir)}
     refuse_adapter(hf_dir)
     config = read_config(hf_dir)
     with HuggingFaceReader(hf_dir) as reader:
@@ -183,7 +183,7 @@ def open_import(hf_dir: Path, vision: Vision, mtp: Mtp, max_part_bytes: int) -> 
             reader,
             plan,
             sources,
-            claims=find_claims(hf_dir, config),
+            quantization_entries=find_quantization_entries(hf_dir, config),
             vision=vision,
             mtp=mtp,
             max_part_bytes=max_part_bytes,

@@ -1,4 +1,4 @@
-"""16-bit Hugging Face checkpoint -> float8 checkpoint: each part is a safetensors file."""
+"""The job of a quantization, Hugging Face -> FP8. Each part is a safetensors file."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from megatron_fp32.checkpoint.fp8.detect import SCALES, read_quantization_config
 from megatron_fp32.checkpoint.fp8.write import write_configs
 from megatron_fp32.checkpoint.identify import check_direction, read_config, refuse_adapter
 from megatron_fp32.checkpoint.jobs.read_back import SafetensorsPart
-from megatron_fp32.checkpoint.jobs.run import Opener, Part, Tell, described
+from megatron_fp32.checkpoint.jobs.run import Opener, Part, Tell, describe_directory
 from megatron_fp32.checkpoint.jobs.staging import Staging
-from megatron_fp32.checkpoint.quantization_claims import RECIPE, find_claims
+from megatron_fp32.checkpoint.quantization_entries import RECIPE, find_quantization_entries
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.weights.fp8.config import described_scheme
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
-from megatron_fp32.weights.fp8.tensors import fp8_infos, infos_of, quantize_tensor
+from megatron_fp32.weights.fp8.tensors import fp8_infos, fp8_infos_of_tensor, quantize_tensor
 from megatron_fp32.weights.tensors import DTYPE_NAMES, TensorInfo
 
 
@@ -34,13 +34,13 @@ class QuantizePart(Part):
     """A safetensors file."""
 
     outputs: list[str]
-    """Names of its tensors."""
+    """Names of the tensors in the file."""
     names: list[str]
-    """Names of the source's tensors that they come from."""
+    """Names of the source's tensors that they are made from."""
 
 
 class QuantizeJob:
-    """A quantization, open in one process. Made by `open_quantization`."""
+    """A quantization that is open in one process. `open_quantization` makes it."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class QuantizeJob:
         max_shard_bytes: int,
     ) -> None:
         self.reader, self._config, self._scheme, self._device = reader, config, scheme, device
-        self.claims = find_claims(reader.directory, config)
+        self.quantization_entries = find_quantization_entries(reader.directory, config)
         self.infos = _plan(reader, scheme)
         self.options = {"scheme": described_scheme(scheme), "max_shard_bytes": max_shard_bytes}
         self.sources = sources
@@ -71,14 +71,14 @@ class QuantizeJob:
         return {}
 
     def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:
-        """Write the index and the files that are no weights; see `Job`."""
+        """Write the index and the assets; see `Job`."""
         copy_files(self.reader.directory, assets_of(self.reader.directory), staging.output)
         write_configs(staging.output, self._config, self.infos, self._scheme)
         write_index(staging.output, {part.file: part.outputs for part in self.parts}, self.infos)
 
     def _cut(self, limit: int) -> list[QuantizePart]:
         tensors = self.reader.tensors
-        outputs = {name: list(infos_of(name, info, self._scheme)) for name, info in tensors.items()}
+        outputs = {name: list(fp8_infos_of_tensor(name, info, self._scheme)) for name, info in tensors.items()}
         shards = cut_into_shards(outputs.values(), self.infos, limit)
         place = {output: index for index, shard in enumerate(shards) for output in shard}
         sources: list[list[str]] = [[] for _ in shards]
@@ -92,10 +92,10 @@ class QuantizeJob:
 
 @contextlib.contextmanager
 def open_quantization(hf_dir: Path, scheme: Fp8Scheme, device: str, max_shard_bytes: int) -> Iterator[QuantizeJob]:
-    """Raises as `quantize_checkpoint`, before anything is written."""
+    """Open a quantization. It raises the errors of `quantize_checkpoint` before anything is written."""
     check_direction("quantize", hf_dir, "huggingface", f"export {hf_dir} FP8_DIR --fp8 {scheme.format}")
     assets_of(hf_dir)
-    sources = {"source": described(hf_dir)}
+    sources = {"source": describe_directory(hf_dir)}
     refuse_adapter(hf_dir)
     config = read_config(hf_dir)
     with HuggingFaceReader(hf_dir) as reader:
@@ -104,7 +104,7 @@ def open_quantization(hf_dir: Path, scheme: Fp8Scheme, device: str, max_shard_by
 
 
 def _refuse_quantized(reader: HuggingFaceReader, config: dict[str, Any]) -> None:
-    """Whatever says that it is quantized, tensors or config, must be gone before a checkpoint is quantized."""
+    """Refuse a checkpoint whose tensors or whose config say that it is quantized already."""
     directory, tensors = reader.directory, reader.tensors
     quantized = [
         name
@@ -118,13 +118,13 @@ def _refuse_quantized(reader: HuggingFaceReader, config: dict[str, Any]) -> None
         example = f"{quantized[0]} is {tensors[quantized[0]].dtype}"
         method = (found or {}).get("quant_method") or (found or {}).get("quantization")
         raise CheckpointError(f"{directory} is quantized already: {f'{method}, ' if method else ''}{example}")
-    # A recipe without one of the others is no reason: it is left out.
-    claims = [claim for claim in find_claims(directory, config) if claim != RECIPE]
-    if claims:
+    # A recipe alone is not a reason to refuse. It is left out of the output.
+    entries = [entry for entry in find_quantization_entries(directory, config) if entry != RECIPE]
+    if entries:
         dtypes = " and ".join(sorted({DTYPE_NAMES[info.dtype] for info in tensors.values()}))
         raise CheckpointError(
-            f"{directory}: {', '.join(claims)} says that the weights are quantized, which contradicts the tensors: "
-            f"they are {dtypes}, without scales. Take it away to quantize them"
+            f"{directory}: {', '.join(entries)} says that the weights are quantized, which contradicts the tensors: "
+            f"they are {dtypes}, without scales. Remove the entry or the file to quantize the checkpoint"
         )
 
 
@@ -132,7 +132,7 @@ def _plan(reader: HuggingFaceReader, scheme: Fp8Scheme) -> dict[str, TensorInfo]
     infos = fp8_infos(reader.tensors, scheme)
     if all(info.dtype != torch.float8_e4m3fn for info in infos.values()):
         raise CheckpointError(
-            f"{reader.directory} holds no weight that the {scheme.format} scheme quantizes, such as "
+            f"{reader.directory} does not hold a weight that the {scheme.format} scheme quantizes, such as "
             "model.layers.0.self_attn.q_proj.weight; docs/fp8.md lists the names"
         )
     return infos

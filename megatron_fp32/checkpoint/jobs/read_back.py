@@ -1,4 +1,4 @@
-"""What was written, read back from the disk by a second thread, a little behind the one that writes."""
+"""Reads written tensors back from the disk and compares them, in a second thread a little behind the writer."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from types import TracebackType
 from torch import Tensor
 
 from megatron_fp32.checkpoint.formats.digests import Digests, compare
-from megatron_fp32.checkpoint.formats.files import to_disk
 from megatron_fp32.checkpoint.formats.safetensors_writer import SafetensorsFile
+from megatron_fp32.checkpoint.formats.section import to_disk
 from megatron_fp32.checkpoint.jobs.run import Tell
 from megatron_fp32.weights.tensors import TensorInfo
 
 Check = Callable[[], None]
-"""Reads something back, and raises when it is not what was meant."""
+"""Reads a tensor back, and raises CheckpointError if it differs from the written tensor."""
 
 _BATCH = 1 << 28
-"""Bytes that go to the disk together. Two batches at most lie between the threads."""
+"""Bytes that are written to the disk together. The second thread is at most two batches behind."""
 
 
 class ReadBack:
-    """Brings a file that grows to the disk, drops it from the cache, and reads it back.
+    """Writes a growing file to the disk, drops it from the page cache, and reads it back, in a second thread.
 
-    Writing into the cache and waiting for the disk take about as long as each other.
+    Writing into the cache and waiting for the disk take about equally long, so two threads halve the time.
 
     Args:
-        path: of the file.
-        tell: told of the bytes that were compared, in the thread that calls `add` and `finish`.
+        path: path of the file.
+        tell: called with the number of compared bytes, in the thread that calls `add` and `finish`.
     """
 
     def __init__(self, path: Path, tell: Callable[[int], None]) -> None:
@@ -42,7 +42,7 @@ class ReadBack:
         self._nbytes = 0
 
     def add(self, nbytes: int, check: Check) -> None:
-        """Something was written, and no buffer holds it back. Raises what an earlier check raised."""
+        """Add a check of `nbytes` bytes that were written and flushed. Raises the error of an earlier check."""
         self._checks.append(check)
         self._nbytes += nbytes
         if self._nbytes >= _BATCH:
@@ -50,7 +50,7 @@ class ReadBack:
             self._wait(behind=1)
 
     def finish(self) -> None:
-        """Wait until everything is compared. Raises what a check raised."""
+        """Wait until everything is compared. Raises the error of a check."""
         if self._checks:
             self._begin()
         self._wait(behind=0)
@@ -75,12 +75,12 @@ class ReadBack:
 
 
 class SafetensorsPart:
-    """A safetensors file as a part of a `Job`: every tensor is read back and compared.
+    """A safetensors file that is a part of a `Job`. Every tensor is read back and compared.
 
     Args:
-        path, tensors: as of `SafetensorsFile`.
-        digests: takes in what is written.
-        tell: told of what is written and what is compared.
+        path, tensors: see `SafetensorsFile`.
+        digests: gets the digests of written tensors.
+        tell: called with the number of written bytes, and of compared bytes.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], digests: Digests, tell: Tell) -> None:
@@ -89,14 +89,14 @@ class SafetensorsPart:
         self._read_back = ReadBack(path, functools.partial(tell, "verify"))
 
     def write(self, name: str, tensor: Tensor, index: tuple[int, ...] = ()) -> None:
-        """As `SafetensorsFile.write`."""
+        """See `SafetensorsFile.write`."""
         self._file.write(name, tensor, index=index)
         expected = self._digests.add(name, tensor, index)
         self._tell("write", tensor.nbytes)
         self._read_back.add(tensor.nbytes, functools.partial(self._check, name, index, expected))
 
     def finish(self) -> None:
-        """Return when everything is compared and on the disk. Raises as `SafetensorsFile.finish`."""
+        """Wait until everything is compared and on the disk. See `SafetensorsFile.finish` for errors."""
         self._read_back.finish()
         self._file.finish(durable=True)
 

@@ -1,4 +1,4 @@
-"""Conversions as jobs: parts that processes work on by themselves, in any order, and that are never done twice."""
+"""Runs a conversion as a job. A job has parts, which processes work on in any order, and which are never done twice."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from megatron_fp32.checkpoint.formats.directory import staging_directory
-from megatron_fp32.checkpoint.jobs.staging import Staging, is_the_machines, open_staging
+from megatron_fp32.checkpoint.formats.directory_checks import staging_directory
+from megatron_fp32.checkpoint.jobs.staging import Staging, is_system_error, open_staging
 from megatron_fp32.checkpoint.progress import ProgressCallback
 from megatron_fp32.errors import CheckpointError
 
 Tell = Callable[[str, int], None]
-"""`ProgressCallback` without the total."""
+"""`tell(action, nbytes)`: a `ProgressCallback` without the total."""
 
 
 Opener = Callable[[], contextlib.AbstractContextManager[Any]]
-"""Opens a `Job`. It can be pickled."""
+"""A function that opens a `Job`, and that can be pickled."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,49 +33,49 @@ class Part:
     """One file of the output."""
 
     file: str
-    """Its path in the output."""
+    """Path of the file in the output."""
     nbytes: int
-    """Of the tensors that make it."""
+    """Size in bytes of the tensors that are read for it."""
 
 
 AnyPart = TypeVar("AnyPart", bound=Part)
 
 
 class Job(Protocol[AnyPart]):
-    """A conversion, open in one process. Every process finds the same parts."""
+    """A conversion that is open in one process. The parts are equal in every process."""
 
     options: dict[str, Any]
-    """How it is converted, for JSON."""
+    """The options of the conversion, as JSON."""
     sources: dict[str, Any]
-    """What is converted, for JSON, taken before any of it is read: `described` directories."""
+    """results of `describe_directory` of the input, as JSON, taken before anything is read."""
     parts: Sequence[AnyPart]
     reopen: Opener
-    """Opens the same job in another process."""
+    """Opens this job in another process."""
 
     def run(self, part: AnyPart, path: Path, tell: Tell) -> dict[str, Any]:
-        """Write a part to a path, read it back, and say what there is to remember of it, for JSON."""
+        """Write a part to `path`, read it back, and return its record, as JSON."""
 
     def finish(self, staging: Staging, records: Sequence[dict[str, Any]]) -> None:
-        """Write what depends on all parts; `records` are theirs, in order. May run again after a crash."""
+        """Write the files that depend on all parts. `records` are in the order of `parts`. May run twice."""
 
 
 def run_job(
     job: Job[Any], out: Path, *, workers: int = 1, progress: ProgressCallback | None = None
 ) -> list[dict[str, Any]]:
-    """Make `out`, or go on where an earlier run ended.
+    """Make `out`, or resume an earlier run that was interrupted.
 
     Args:
-        job: what to do. Several workers open it once more, each in a process of its own.
-        out: what is to be made; it must not exist.
-        workers: how many processes write parts.
-        progress: told of every tensor, and of those that an earlier run has done.
+        job: the job. With several workers, each opens it again in its own process.
+        out: the directory to make; it must not exist.
+        workers: number of processes that write parts.
+        progress: called after every tensor, and for parts that an earlier run has finished.
 
     Returns:
         The records of the parts.
 
     Raises:
-        CheckpointError: from the job; when `out` exists, or somebody else is at work on it.
-        ChildProcessError: when a worker ends without a word.
+        CheckpointError: from the job; when `out` exists; or when another process is making it.
+        ChildProcessError: when a worker ends without an error message.
         ValueError: for fewer than one worker.
     """
     if workers < 1:
@@ -109,15 +109,15 @@ def run_job(
         records = [staging.record(index) or {} for index in range(len(job.parts))]
         job.finish(staging, records)
         for name, before in job.sources.items():
-            if described(Path(before["directory"])) != before:
-                raise CheckpointError(f"the {name} in {before['directory']} has changed while it was converted")
+            if describe_directory(Path(before["directory"])) != before:
+                raise CheckpointError(f"the {name} in {before['directory']} has changed during the conversion")
         staging.publish()
     return records
 
 
 @contextlib.contextmanager
 def _place_named(directory: Path) -> Iterator[None]:
-    """Name the directory in an OSError that names no file, as those of write and fsync do not."""
+    """Add the directory to an OSError without a file name, such as the errors of write and fsync."""
     try:
         yield
     except OSError as error:
@@ -126,19 +126,19 @@ def _place_named(directory: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(directory)) from error
 
 
-def described(directory: Path) -> dict[str, Any]:
-    """Path, and size and time of every file: enough to notice that a source is not what it was."""
+def describe_directory(directory: Path) -> dict[str, Any]:
+    """The path of a directory, and size and modification time of every file in it, for noticing changes."""
     files = {}
     for path in sorted(directory.rglob("*")):
         place = path.relative_to(directory)
-        # Hidden folders are those of git, of download caches, and of outputs that grow.
+        # Hidden folders belong to git, to download caches and to outputs that are not complete.
         if path.is_file() and not any(part.startswith(".") for part in place.parts[:-1]):
             files[str(place)] = [path.stat().st_size, path.stat().st_mtime_ns]
     return {"directory": str(directory.absolute()), "files": files}
 
 
 def run_part(job: Job[Any], index: int, staging: Staging, tell: Tell) -> None:
-    """Do one part, and note that it is done."""
+    """Do one part, and record that it is done."""
     part = job.parts[index]
     with staging.file(part.file) as path:
         record = job.run(part, path, tell)
@@ -146,7 +146,7 @@ def run_part(job: Job[Any], index: int, staging: Staging, tell: Tell) -> None:
 
 
 def _in_processes(open_job: Opener, pending: list[int], staging: Staging, count: int, tell: Tell) -> None:
-    # A fork would take over the locks of threads that it does not take over.
+    # Spawned, because a forked process would have locks that threads of this process hold, but not the threads.
     context = multiprocessing.get_context("spawn")
     waiting = iter(pending)
     with contextlib.ExitStack() as stack:
@@ -177,18 +177,18 @@ def _in_processes(open_job: Opener, pending: list[int], staging: Staging, count:
                 elif (index := next(waiting, None)) is None:
                     del busy[pipe]
                 else:
-                    # When nobody is there any more, the next recv says so.
+                    # If the worker has ended, the next recv raises EOFError.
                     with contextlib.suppress(BrokenPipeError):
                         pipe.send(index)
 
 
 @contextlib.contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """A process that starts in the block never sees Ctrl-C; its parent sees it after the block.
+    """Block Ctrl-C for processes that start in the block. This process gets it after the block.
 
-    Ctrl-C reaches all processes of the terminal. This one ends the others, and a traceback of theirs would say nothing.
+    Ctrl-C reaches all processes of a terminal. This process ends its workers, whose tracebacks would not help anybody.
     """
-    # Where it is started by the block, it unblocks what the block has blocked.
+    # If the resource tracker started in the block, it would unblock the signal.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -204,8 +204,8 @@ def _serve(open_job: Opener, staging: Staging, pipe: Connection) -> None:
             while (index := _next_part(pipe)) is not None:
                 run_part(job, index, staging, lambda *args: _say(pipe, "told", args))
     except (ValueError, OSError) as error:
-        if is_the_machines(error) and not isinstance(error, OSError):
-            # What is behind an error does not travel with it.
+        if is_system_error(error) and not isinstance(error, OSError):
+            # A pickled error loses its cause, so the parent could not tell that the machine caused it.
             error = OSError(str(error))
         _say(pipe, "failed", error)
     except BaseException as error:
@@ -214,7 +214,7 @@ def _serve(open_job: Opener, staging: Staging, pipe: Connection) -> None:
 
 
 def _next_part(pipe: Connection) -> int | None:
-    """Ask for work; None when there is no more, or nobody to ask."""
+    """Ask for the next part. None if there are no more parts, or the parent has ended."""
     try:
         pipe.send(("idle", None))
         index: int = pipe.recv()
@@ -227,7 +227,7 @@ def _say(pipe: Connection, kind: str, content: Any) -> None:
     try:
         pipe.send((kind, content))
     except BrokenPipeError:
-        # Whoever began this is gone.
+        # The parent has ended.
         sys.exit()
 
 

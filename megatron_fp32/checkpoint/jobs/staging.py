@@ -1,8 +1,11 @@
-"""Where an output grows: a directory beside it, found again after a crash, that becomes the output in one step.
+"""The staging directory `.NAME.partial/`, in which an output grows until it is complete.
 
-`.NAME.partial/` holds `job.json` (what is being made, from what), `output/` (what there is of it), and `parts/` (a
-record of every part that is complete and verified). A part gets its name, and then its record, only when it is on the
-disk; so whenever a process ends, what bears a name is right.
+- `job.json`: the options and the input of the conversion.
+- `output/`: the files that are complete. It is renamed to the output in one step.
+- `parts/`: a record of every part that is complete and verified.
+
+A file gets its final name, and then its part a record, only when it is on the disk. So whenever a process ends, every
+file with a final name is right, and the next run resumes from there.
 """
 
 from __future__ import annotations
@@ -19,17 +22,17 @@ from typing import Any
 
 import xxhash
 
-from megatron_fp32.checkpoint.formats.directory import staging_directory
-from megatron_fp32.checkpoint.formats.files import read_json_object
+from megatron_fp32.checkpoint.formats.directory_checks import staging_directory
+from megatron_fp32.checkpoint.formats.json_file import read_json_object
 from megatron_fp32.errors import CheckpointError
 
 _UNFINISHED = ".unfinished-"
 
-_AFTER_DAMAGE = "what was done so far is deleted; run the same command again"
+_AFTER_DAMAGE = "all finished parts are deleted; run the same command again"
 
 
 class Staging:
-    """An output that is not complete yet. Made by `open_staging`."""
+    """The staging directory of an output that is not complete yet. `open_staging` makes it."""
 
     def __init__(self, out: Path, root: Path) -> None:
         self._out, self._root = out, root
@@ -41,10 +44,10 @@ class Staging:
 
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[Path]:
-        """A path to write to. When the block ends well, that file takes the place of `name` in the output."""
+        """A path to write to. If the block ends without an error, the file is renamed to `name` in the output."""
         target = self.output / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        # A process that outlived its parent may still be at work on the same part.
+        # The path has the process id, because a process that outlived its parent may still write the same part.
         path = target.with_name(f"{_UNFINISHED}{os.getpid()}-{target.name}")
         path.unlink(missing_ok=True)
         try:
@@ -54,10 +57,10 @@ class Staging:
             path.unlink(missing_ok=True)
 
     def record(self, part: int) -> dict[str, Any] | None:
-        """What was noted of a part; None when it is not complete.
+        """The record of a part; None if the part is not complete.
 
         Raises:
-            CheckpointError: naming the file, when it is not what was noted.
+            CheckpointError: naming the file, when the record is damaged.
         """
         path = self._record(part)
         if not path.is_file():
@@ -69,11 +72,11 @@ class Staging:
         return content
 
     def note(self, part: int, content: dict[str, Any]) -> None:
-        """Say that a part is complete."""
+        """Write the record of a part, which says that the part is complete."""
         _write_at_once(self._record(part), json.dumps({"content": content, "xxh3_128": _digest(content)}))
 
     def publish(self) -> None:
-        """Give the output its name."""
+        """Rename the output to its final name."""
         _remove_unfinished(self._root)
         for path in (self.output, *self.output.rglob("*")):
             _sync(path)
@@ -91,54 +94,56 @@ def _digest(content: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def open_staging(out: Path, job: dict[str, Any]) -> Iterator[Staging]:
-    """The staging directory of `out`, with what an earlier run of the same job left there.
+    """Open the staging directory of `out`, with the parts that an earlier run of this job has finished.
 
-    When the block fails because of what is converted (a ValueError with no OSError or MemoryError behind it), nothing
-    is left. What is done stays there after everything else, such as a full disk, an interruption, or the end of the
-    process: the same job goes on from there.
+    If the block fails because of the input (a ValueError that no OSError or MemoryError caused), the staging directory
+    is deleted. After any other failure, such as a full disk or an interruption, finished parts stay, and the next run
+    of this job resumes from there.
 
     Args:
-        out: what is to be made.
-        job: what it is made of, for JSON: another job does not go on with this one's parts.
+        out: the directory to make.
+        job: the options and the input of the conversion, as JSON. A job with other content does not use the parts.
 
     Raises:
-        CheckpointError: when `out` exists, or another process or another job has the staging directory.
+        CheckpointError: when `out` exists, or another process or another job uses the staging directory.
     """
     root = check_output(out)
     new_parents = [parent for parent in out.absolute().parents if not parent.exists()]
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root):
         _refuse_others_files(root.rglob("*"))
-        # Another process may have made it in the meantime.
+        # Another process may have made `out` in the meantime.
         check_output(out)
         _begin(root, job)
         staging = Staging(out, root)
         try:
             yield staging
         except ValueError as error:
-            if not is_the_machines(error):
+            if not is_system_error(error):
                 shutil.rmtree(root, ignore_errors=True)
                 for parent in new_parents:
-                    with contextlib.suppress(OSError):  # somebody else has put something there
+                    with contextlib.suppress(OSError):  # another process has written something there
                         parent.rmdir()
             raise
     if staging.is_published:
-        # What is left of it does no harm, and a network file system keeps a file that was open a moment ago.
+        # Errors are ignored, because leftovers do no harm, and a network file system keeps recently closed files.
         shutil.rmtree(root, ignore_errors=True)
 
 
 def check_output(out: Path) -> Path:
-    """The staging directory of an output that can be made.
+    """Check that the directory `out` can be made, and return its staging directory.
 
     Raises:
-        CheckpointError: when `out` exists, be it as a link that leads nowhere; when it cannot be made in its place; or
-            when something else has the name of its staging directory.
+        CheckpointError: when `out` exists, even as a broken link; when it cannot be made; or when its staging directory
+            has the name of a file or a link.
     """
     if out.name in ("", ".."):
-        raise CheckpointError(f"{str(out)!r} must end in the name of a directory that does not exist")
+        raise CheckpointError(f"{str(out)!r} must end with the name of a directory that does not exist")
     root = staging_directory(out)
     if root.is_symlink() or (root.exists() and not root.is_dir()):
-        raise CheckpointError(f"{root} must be a directory, in which {out} grows: remove what has its name")
+        raise CheckpointError(
+            f"{root} must be a directory, because it is the staging directory of {out}: remove the file or link"
+        )
     parent = next(p for p in out.absolute().parents if os.path.lexists(p))
     if not parent.is_dir():
         raise CheckpointError(f"{out} cannot be made: {parent} is not a directory")
@@ -147,17 +152,19 @@ def check_output(out: Path) -> Path:
     if not os.path.lexists(out):
         return root
     if out.is_symlink() and not out.exists():
-        raise CheckpointError(f"{out} is a link to {out.readlink()}, which does not exist: remove it, or name another")
-    # What was left behind when a process ended between the last two steps.
+        raise CheckpointError(
+            f"{out} is a link to {out.readlink()}, which does not exist: remove the link, or pass another directory"
+        )
+    # A process that ended between the last two steps has left the staging directory.
     if (root / "job.json").is_file() and not (root / "output").exists():
         shutil.rmtree(root, ignore_errors=True)
-    raise CheckpointError(f"{out} exists already: name a directory that does not exist")
+    raise CheckpointError(f"{out} exists already: pass a directory that does not exist")
 
 
-def is_the_machines(error: BaseException) -> bool:
-    """Whether a disk or the memory is behind an error that names the data."""
+def is_system_error(error: BaseException) -> bool:
+    """Whether the disk or the memory caused an error, even if the error itself names the data."""
     links = (error.__cause__, error.__context__)
-    return isinstance(error, (OSError, MemoryError)) or any(is_the_machines(link) for link in links if link)
+    return isinstance(error, (OSError, MemoryError)) or any(is_system_error(link) for link in links if link)
 
 
 def _begin(root: Path, job: dict[str, Any]) -> None:
@@ -167,8 +174,8 @@ def _begin(root: Path, job: dict[str, Any]) -> None:
         _write_at_once(path, text)
     elif path.read_bytes() != text.encode():
         raise CheckpointError(
-            f"{root} holds parts of another conversion: the source, the options or the versions were others. Delete it "
-            "to begin again"
+            f"{root} holds parts of another conversion: the source, the options or the versions were different. "
+            "Delete this directory to start again"
         )
     _remove_unfinished(root)
 
@@ -179,7 +186,7 @@ def _remove_unfinished(root: Path) -> None:
 
 
 def _refuse_others_files(paths: Iterable[Path]) -> None:
-    """No conversion puts links or pipes there: a link would be written through, a pipe waited for."""
+    """Refuse links, pipes and devices. A conversion never makes them, and would write through a link."""
     for path in paths:
         mode = path.lstat().st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
@@ -198,7 +205,9 @@ def _locked(root: Path) -> Iterator[None]:
         except BlockingIOError:
             raise CheckpointError(f"another process is at work in {root}") from None
         except OSError as error:
-            raise OSError(error.errno, f"no lock on {file.name}: the file system has none (flock)") from error
+            raise OSError(
+                error.errno, f"{file.name} cannot be locked: the file system does not support locks (flock)"
+            ) from error
         yield
 
 

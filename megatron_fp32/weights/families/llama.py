@@ -22,7 +22,7 @@ class LlamaConfig(DecoderConfig):
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> LlamaConfig:
-        """From a parsed `config.json`.
+        """Read a parsed `config.json`.
 
         Raises:
             ValueError: for another family, or arithmetic that is not implemented.

@@ -1,6 +1,6 @@
 """Qwen3, dense, alone or as the text model of Qwen3-VL: attention with norms of q and k.
 
-What Qwen3-VL adds to its text model (DeepStack, sections of the rotary angles) concerns tokens of images alone.
+Qwen3-VL adds DeepStack and sections of the rotary angles to its text model. Both concern image tokens only.
 
 Source: transformers `models/qwen3/modeling_qwen3.py`, `models/qwen3_vl/modeling_qwen3_vl.py`.
 """
@@ -26,14 +26,14 @@ class Qwen3Config(DecoderConfig):
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Qwen3Config:
-        """From a parsed `config.json`.
+        """Read a parsed `config.json`.
 
         Raises:
             ValueError: for another family, or arithmetic that is not implemented.
         """
         text = text_config(config, "Qwen3", MODEL_TYPES)
         require(text, "Qwen3", hidden_act="silu", attention_bias=False, use_sliding_window=False)
-        if "num_key_value_heads" not in text:  # null is as many as there are heads; absent, it is a number
+        if "num_key_value_heads" not in text:  # null means num_attention_heads, but transformers has another default
             raise ValueError("config.json lacks num_key_value_heads")
         theta = 1e4 if text["model_type"] == MODEL_TYPES[0] else 5e5
         return cls(**decoder_fields(config, text, ("intermediate_size", "head_dim"), rope_theta=theta))

@@ -28,7 +28,7 @@ class Qwen35Config(DecoderConfig):
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Qwen35Config:
-        """From a parsed `config.json`, of the text model or of the vision-language model around it.
+        """Read a parsed `config.json` of the text model, or of the vision-language model around it.
 
         Raises:
             ValueError: for another family, or arithmetic that is not implemented.
@@ -40,5 +40,5 @@ class Qwen35Config(DecoderConfig):
 
 
 def mappings(config: DecoderConfig, naming: Naming) -> Iterator[TensorMapping]:
-    """Every tensor of the model."""
+    """The mappings of every tensor of the model."""
     return blocks.decoder(config, naming, in_proj=blocks.separate_in_proj)

@@ -1,6 +1,6 @@
 """Qwen3.5 with a mixture of experts in every layer, and a shared expert with a gate.
 
-Released checkpoints store fused experts; one tensor for each expert is read too.
+Released checkpoints store fused experts. Checkpoints with one tensor for each expert can be read, too.
 
 Source: transformers `models/qwen3_5_moe/modeling_qwen3_5_moe.py`.
 """
@@ -25,7 +25,7 @@ class Qwen35MoeConfig(qwen3_5.Qwen35Config):
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Qwen35MoeConfig:
-        """From a parsed `config.json`, of the text model or of the vision-language model around it.
+        """Read a parsed `config.json` of the text model, or of the vision-language model around it.
 
         Raises:
             ValueError: for another family, or arithmetic that is not implemented.

@@ -37,7 +37,7 @@ class Qwen3NextConfig(DecoderConfig):
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Qwen3NextConfig:
-        """From a parsed `config.json`.
+        """Read a parsed `config.json`.
 
         Raises:
             ValueError: for another family, or arithmetic that is not implemented.
@@ -55,5 +55,5 @@ class Qwen3NextConfig(DecoderConfig):
 
 
 def mappings(config: DecoderConfig, naming: Naming) -> Iterator[TensorMapping]:
-    """Every tensor of the model."""
+    """The mappings of every tensor of the model."""
     return blocks.decoder(config, naming, in_proj=blocks.grouped_in_proj)

@@ -15,15 +15,15 @@ from megatron_fp32.weights.naming import Naming
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """What the converter and the model builder know of a family."""
+    """A family of models: how to read its `config.json`, and where its tensors are."""
 
     name: str
     model_types: tuple[str, ...]
-    """In `config.json`: of the text model, and of the vision-language model around it."""
+    """`model_type` in `config.json`, of the text model and of the vision-language model around it."""
     parse: Callable[[dict[str, Any]], DecoderConfig]
-    """The configuration in a parsed `config.json`. Raises ValueError for what is not implemented."""
+    """Reads a parsed `config.json`. Raises ValueError for a model that is not supported."""
     mappings: Callable[[DecoderConfig, Naming], Iterator[TensorMapping]]
-    """Every tensor of a model, with one set of Megatron keys for each layer."""
+    """The mappings of every tensor of a model, with one set of Megatron keys for each layer."""
 
 
 FAMILIES = (
@@ -60,7 +60,7 @@ def find_family(hf_config: Any) -> Family:
     """The family of a parsed `config.json`.
 
     Raises:
-        ValueError: when it is none of `FAMILIES`.
+        ValueError: when the model belongs to none of `FAMILIES`.
     """
     if not isinstance(hf_config, dict):
         raise ValueError(f"config.json must hold an object, got {type(hf_config).__name__}")
@@ -79,6 +79,6 @@ def find_family(hf_config: Any) -> Family:
 
 
 def _architectures(hf_config: dict[str, Any]) -> str:
-    """What `architectures` names, for a message."""
+    """The names in `architectures`, for a message."""
     listed = hf_config.get("architectures")
     return ", ".join(str(name)[:100] for name in listed[:4]) if isinstance(listed, list) else ""

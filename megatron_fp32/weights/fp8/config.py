@@ -1,4 +1,4 @@
-"""The part of a config that says how the weights are quantized: made from a scheme, and a scheme from it."""
+"""The quantization entry of a `config.json`: written from a scheme, and read into a scheme."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _EXPERTS = re.compile(r"(.*\.experts)\.")
 
 
 def quantization_config(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[str, Any]:
-    """The `quantization_config` for `config.json`; modules that stay as they are are listed by their full names.
+    """The `quantization_config` for `config.json`. It lists unquantized modules by their full names.
 
     Args:
-        infos: all tensors of the float8 checkpoint, as `fp8_infos` gives them.
-        scheme: its format.
+        infos: all tensors of the FP8 checkpoint, as `fp8_infos` returns them.
+        scheme: the format of the FP8 checkpoint.
     """
     kept = unquantized_modules(infos)
     if scheme.format == "blockwise":
@@ -57,12 +57,12 @@ def quantization_config(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> d
 
 
 def described_scheme(scheme: Fp8Scheme) -> dict[str, Any]:
-    """All of a scheme, for JSON."""
+    """All fields of a scheme, for JSON."""
     return {**dataclasses.asdict(scheme), "modules": None if scheme.modules is None else sorted(scheme.modules)}
 
 
 def extra_files(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[str, Any]:
-    """Content of further JSON files beside `config.json`, by their names; arguments as in `quantization_config`."""
+    """Content of further JSON files next to `config.json`, by file name; arguments as in `quantization_config`."""
     if scheme.format != "modelopt":
         return {}
     quantization = {
@@ -70,17 +70,16 @@ def extra_files(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[str,
         "kv_cache_quant_algo": None,
         "exclude_modules": unquantized_modules(infos),
     }
-    # Without the producer's name vLLM does not take the file for what it is.
+    # vLLM recognises the file by the producer's name.
     return {MODELOPT_FILE: {"producer": {"name": "modelopt"}, "quantization": quantization}}
 
 
 def unquantized_modules(infos: Mapping[str, TensorInfo]) -> list[str]:
-    """Modules that a loader must not build for float8, by their full names.
+    """Full names of the modules that a loader must not build for float8.
 
-    Beside the modules whose weight has two dimensions or more and is not float8 these are:
-
+    - Every module whose weight has two dimensions or more and is not float8.
     - `lm_head`, always: a tied head has no tensor of its own, but transformers builds it as a linear layer.
-    - `X.experts` where no expert of X is float8: transformers builds all experts of a layer as one module.
+    - `X.experts` if no expert of X is float8: transformers builds all experts of a layer as one module.
     - `model.X` for every `model.language_model.X`: `AutoModelForCausalLM` builds the text model of a vision-language
       checkpoint under these names.
     """
@@ -101,13 +100,13 @@ def unquantized_modules(infos: Mapping[str, TensorInfo]) -> list[str]:
 def scheme_from_config(config: Mapping[str, Any]) -> Fp8Scheme:
     """The scheme that a `quantization_config`, or the content of `hf_quant_config.json`, describes.
 
-    The dtype of scales is in no config: it is taken to be what `named_scheme` says.
+    No config states the dtype of the scales, so the scheme gets the dtype of `named_scheme`.
 
     Raises:
-        CheckpointError: for a config that describes none of the known schemes.
+        CheckpointError: for a config that does not describe a known scheme.
     """
     if not isinstance(config, Mapping):
-        raise CheckpointError(f"a description of a quantization must be an object, got {_shown(config)}")
+        raise CheckpointError(f"the quantization config must be a JSON object, got {_shown(config)}")
     method, producer = config.get("quant_method"), _part(config, "producer")
     if method == "fp8":
         return _blockwise(config)
@@ -128,7 +127,7 @@ def _blockwise(config: Mapping[str, Any]) -> Fp8Scheme:
     is_pair = isinstance(block, list | tuple) and len(block) == 2
     if not is_pair or not all(type(size) is int and 0 < size < 2**31 for size in block):
         raise CheckpointError(
-            f"weight_block_size must be two numbers above 0, got {_shown(block)}: without, scales are per tensor"
+            f"weight_block_size must be two numbers above 0, got {_shown(block)}: scales per tensor are not supported"
         )
     power_of_two = config.get("scale_fmt") == "ue8m0"
     return Fp8Scheme(
@@ -153,7 +152,7 @@ def _channelwise(config: Mapping[str, Any]) -> Fp8Scheme:
 
 
 def _part(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
-    """An object in an object; empty where there is none."""
+    """The object in a field of an object; an empty one if the field is missing or null."""
     found = config.get(field)
     if found is not None and not isinstance(found, Mapping):
         raise CheckpointError(f"{field[:100]} must be an object, got {_shown(found)}")
@@ -161,21 +160,24 @@ def _part(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
 
 
 def _names(config: Mapping[str, Any], *fields: str) -> tuple[str, ...]:
-    """The list of names in the first of the fields that has any."""
+    """The list of names in the first of the fields that is not empty."""
     for field in fields:
         found = config.get(field)
         if found is not None and not (isinstance(found, list | tuple) and all(isinstance(n, str) for n in found)):
-            raise CheckpointError(f"{field} must be a list of names of modules, got {_shown(found)}")
+            raise CheckpointError(f"{field} must be a list of module names, got {_shown(found)}")
         if found:
             return tuple(found)
     return ()
 
 
 def _expressions(entries: tuple[str, ...]) -> tuple[str, ...]:
-    """Raise for regular expressions that can take exponential time to match: a repetition that is repeated, or many."""
+    """Refuse regular expressions that can take exponential time: with a nested repetition, or with many repetitions."""
     for entry in entries:
         if len(entry) > 1000 or re.search(r"\)[*+{]", entry) or len(re.findall(r"[*+{]", entry)) > 4:
-            raise CheckpointError(f"{_shown(entry)} in a list of modules has too many repetitions to be matched")
+            raise CheckpointError(
+                f"the regular expression {_shown(entry)} in a list of modules is refused: it has a nested repetition, "
+                "more than 4 repetitions or more than 1000 characters, and could take too long to match"
+            )
     return entries
 
 

@@ -1,4 +1,4 @@
-"""What a float8 checkpoint looks like, and which of a model's weights are float8 in it."""
+"""The format of an FP8 checkpoint, and which weights of a model are float8 in it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ QUANTIZED = re.compile(
     r"|linear_attn\.(?:in_proj_(?:qkv|z|qkvz)|out_proj)"
     r"|mlp\.(?:experts\.\d+\.|shared_experts?\.)?(?:gate|up|down)_proj)"
 )
-"""The only modules that a scheme may quantize: the large projections in the layers of a text model, which the producers
-quantize and the engines build for float8 (DeepSeek's attention included, whose format "blockwise" is).
+"""The only modules that a scheme may quantize: the large projections in the layers of a text model. Producers quantize
+them, and engines build them for float8. DeepSeek's attention is included, because "blockwise" is DeepSeek's format.
 
-Everything else keeps its dtype: heads under any name (`lm_head`, `score`, `v_head`, `qa_outputs`; vLLM builds them
-without a quantization, vLLM#35849), embeddings, norms, `conv1d`, `in_proj_a`, `in_proj_b`, `in_proj_ba`, routers, gates
-of shared experts, vision and audio towers, `mtp.fc`, `eh_proj`. A name that is not known here is not quantized: a layer
-in 16 bits costs memory, one that an engine builds without scales cannot be loaded."""
+All other weights keep their dtype: heads under any name (`lm_head`, `score`, `v_head`, `qa_outputs`; vLLM builds them
+without quantization, vLLM#35849), embeddings, norms, `conv1d`, `in_proj_a`, `in_proj_b`, `in_proj_ba`, routers, gates
+of shared experts, vision and audio towers, `mtp.fc`, `eh_proj`. A module with an unknown name is not quantized: a layer
+in 16 bits only costs memory, but a float8 layer that an engine builds without scales cannot be loaded."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,18 +42,18 @@ class Fp8Scheme:
     | "modelopt" | ModelOpt: `FP8_PER_CHANNEL_PER_TOKEN` | `X.weight_scale` [N] | vLLM's |
 
     Raises:
-        ValueError: for fields that no checkpoint has.
-        TypeError: for a list of modules that is no tuple, or a block that is no pair of ints.
+        ValueError: for fields that no checkpoint can have.
+        TypeError: for a list of modules that is not a tuple, or a block that is not a pair of ints.
     """  # noqa: E501
 
     format: Fp8Format
     scale_format: ScaleFormat
     block: tuple[int, int] = (128, 128)
-    """Rows and columns of a block; of "blockwise" only."""
+    """Rows and columns of a block, for "blockwise" only."""
     skip: tuple[str, ...] = ()
     """Further modules that are not quantized, as the producer's config lists them."""
     modules: frozenset[str] | None = None
-    """Exactly these are quantized, as the headers of an existing checkpoint say; `skip` is then not consulted."""
+    """Exactly these modules are quantized, as in the headers of an existing checkpoint. `skip` is then ignored."""
 
     def __post_init__(self) -> None:
         if self.format not in FP8_FORMATS:
@@ -62,11 +62,11 @@ class Fp8Scheme:
         if not isinstance(self.block, tuple) or not all(type(size) is int for size in self.block):
             raise TypeError(f"block must be a tuple of two ints, got {self.block!r}")
         if not isinstance(self.skip, tuple) or not all(isinstance(entry, str) for entry in self.skip):
-            raise TypeError(f"skip must be a tuple of names of modules, got {self.skip!r}")
+            raise TypeError(f"skip must be a tuple of module names, got {self.skip!r}")
         if self.modules is not None and not isinstance(self.modules, frozenset):
             raise TypeError(f"modules must be a frozenset of names or None, got {self.modules!r}")
         if self.scale_format == "ue8m0" and self.format != "blockwise":
-            raise ValueError(f"powers of two are scales of blockwise checkpoints only, not of {self.format} ones")
+            raise ValueError(f"scale_format='ue8m0' needs format='blockwise', got format={self.format!r}")
         if len(self.block) != 2 or min(self.block) < 1:
             raise ValueError(f"a block must have one or more rows and columns, got {self.block}")
         for entry in self.skip:
@@ -79,25 +79,25 @@ class Fp8Scheme:
 
     @property
     def scale_suffix(self) -> str:
-        """What follows the module's name in that of its scale."""
+        """The name of a scale is the module's name and this suffix."""
         return ".weight_scale_inv" if self.format == "blockwise" else ".weight_scale"
 
     @property
     def zero_scale(self) -> float:
         """The scale of weights that are all zero.
 
-        1 in transformers (`Fp8Quantize`) and ModelOpt, the smallest step of the scale's dtype in compressed-tensors
+        It is 1 in transformers (`Fp8Quantize`) and ModelOpt, and the epsilon of the scale's dtype in compressed-tensors
         (`calculate_qparams`).
         """
         return float(torch.finfo(scale_dtype(self.scale_format)).eps) if self.format == "channelwise" else 1.0
 
     def skips(self, module: str) -> bool:
-        """Whether the list names the module, by the rules of whoever wrote it."""
+        """Whether `skip` names the module. The producer of the format decides how its entries match."""
         return any(self._matches(entry, module) for entry in self.skip)
 
     def _matches(self, entry: str, module: str) -> bool:
         if self.format == "blockwise":
-            # transformers/quantizers/quantizers_utils.py, should_convert_module. vLLM wants the whole name.
+            # transformers/quantizers/quantizers_utils.py, should_convert_module. vLLM matches the whole name only.
             return bool(re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module)) or module.endswith(entry)
         if self.format == "channelwise":
             # compressed_tensors/utils/match.py, match_name.
@@ -107,11 +107,11 @@ class Fp8Scheme:
 
 
 def named_scheme(name: str, *, skip: tuple[str, ...] = ()) -> Fp8Scheme:
-    """The scheme of that format with the scales that its producer writes.
+    """The scheme of this format, with the dtype of scales that its producer writes.
 
-    Those are float32 in DeepSeek's and ModelOpt's files, and bfloat16, the dtype of the model, in llm-compressor's
-    (compressed_tensors/quantization/lifecycle/initialize.py). Qwen's blockwise scales are bfloat16, too: that takes
-    `Fp8Scheme(format="blockwise", scale_format="bf16")`, and every loader reads either.
+    Scales are float32 in DeepSeek's and ModelOpt's files. In llm-compressor's files they have the dtype of the model,
+    bfloat16 (compressed_tensors/quantization/lifecycle/initialize.py). Qwen's blockwise scales are bfloat16, too: use
+    `Fp8Scheme(format="blockwise", scale_format="bf16")` for them. Every loader reads both dtypes.
 
     Args:
         name: "blockwise", "channelwise" or "modelopt".
@@ -126,7 +126,7 @@ def named_scheme(name: str, *, skip: tuple[str, ...] = ()) -> Fp8Scheme:
 
 
 def is_quantized(name: str, info: TensorInfo, scheme: Fp8Scheme) -> bool:
-    """Whether a tensor [N, K] becomes float8. Fused experts are asked for by the names of `expert_parts`."""
+    """Whether a tensor [N, K] becomes float8. For fused experts, pass the names and shapes of `expert_parts`."""
     module = name.removesuffix(".weight")
     if module == name or len(info.shape) != 2 or info.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False

@@ -1,4 +1,4 @@
-"""The tensors of a float8 checkpoint from those of a model: names, dtypes and shapes first, values one at a time."""
+"""The tensors of an FP8 checkpoint, computed from a model's tensors: names, dtypes and shapes first, then values."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from megatron_fp32.weights.tensors import TensorInfo
 
 
 def fp8_infos(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[str, TensorInfo]:
-    """What the tensors of the float8 checkpoint are, from the headers of the model's.
+    """Dtype and shape of every tensor of the FP8 checkpoint, by name.
 
-    Fused experts leave as one tensor each where any of them is quantized.
+    If an expert of fused experts is quantized, every expert gets a tensor of its own.
 
     Args:
         infos: all tensors of the model.
         scheme: the format.
 
     Raises:
-        CheckpointError: for fused experts that are laid out otherwise, and for weights that the scheme's `modules` name
-            but that are never quantized.
+        CheckpointError: for fused experts with other shapes than `check_fused_experts` expects, and for weights that
+            the scheme's `modules` name but that are never quantized.
     """
     check_fused_experts(infos)
     found: dict[str, TensorInfo] = {}
     for name, info in infos.items():
-        outputs = infos_of(name, info, scheme)
+        outputs = fp8_infos_of_tensor(name, info, scheme)
         if not found.keys().isdisjoint(outputs):
-            raise CheckpointError(f"the tensors {sorted(found.keys() & outputs)} would be there twice")
+            raise CheckpointError(
+                f"two tensors of the FP8 checkpoint would have one name: {sorted(found.keys() & outputs)}"
+            )
         found.update(outputs)
     refused = [
         name
@@ -41,12 +43,14 @@ def fp8_infos(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[str, T
         if info.dtype != torch.float8_e4m3fn and name.removesuffix(".weight") in (scheme.modules or ())
     ]
     if refused:
-        raise CheckpointError(f"the scheme's checkpoint has float8 weights that are never quantized here: {refused}")
+        raise CheckpointError(
+            f"the scheme was read from a checkpoint with float8 weights that are never quantized here: {refused}"
+        )
     return found
 
 
-def infos_of(name: str, info: TensorInfo, scheme: Fp8Scheme) -> dict[str, TensorInfo]:
-    """What one tensor of the model becomes; `fp8_infos` has checked it among the others."""
+def fp8_infos_of_tensor(name: str, info: TensorInfo, scheme: Fp8Scheme) -> dict[str, TensorInfo]:
+    """The tensors of the FP8 checkpoint that one tensor of the model becomes. Call `fp8_infos` first: it checks."""
     found: dict[str, TensorInfo] = {}
     for part, part_info in _unfused(name, info, scheme).items():
         quantized = is_quantized(part, part_info, scheme)
@@ -57,17 +61,17 @@ def infos_of(name: str, info: TensorInfo, scheme: Fp8Scheme) -> dict[str, Tensor
 def quantize_element(
     name: str, info: TensorInfo, index: tuple[int, ...], tensor: Tensor, scheme: Fp8Scheme
 ) -> list[tuple[str, tuple[int, ...], Tensor]]:
-    """As `quantize_tensor`, where a tensor may come element by element.
+    """Quantize a tensor, or one element of a stack of tensors; see `quantize_tensor`.
 
     Args:
-        name: of the whole tensor.
-        info: what that is.
-        index: which element of it this is; empty for all of it.
+        name: the name of the whole tensor.
+        info: dtype and shape of the whole tensor.
+        index: which element `tensor` is; () if it is the whole tensor.
         tensor: the values.
         scheme: the format.
 
     Returns:
-        Name, index and values of what it becomes.
+        (name, index, values) of every tensor, or element, that it becomes.
 
     Raises:
         ValueError: for infinite or NaN weights, with the name and the place of the first.
@@ -86,11 +90,11 @@ def quantize_element(
 
 
 def quantize_tensor(name: str, tensor: Tensor, scheme: Fp8Scheme, *, check: bool = True) -> dict[str, Tensor]:
-    """The tensors of the float8 checkpoint that one of the model's becomes, as `fp8_infos` announces them.
+    """The tensors of the FP8 checkpoint that one tensor of the model becomes, with the names that `fp8_infos` gives.
 
     Args:
-        name: its name in the model.
-        tensor: its values, on any device.
+        name: the tensor's name in the model.
+        tensor: the tensor's values, on any device.
         scheme: the format.
         check: see `quantize_blockwise`.
 
@@ -120,10 +124,10 @@ def quantize_tensor(name: str, tensor: Tensor, scheme: Fp8Scheme, *, check: bool
 
 
 def partial_blocks(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> tuple[str, ...]:
-    """Names of float8 weights with a last block of fewer rows or columns than the others.
+    """Names of float8 weights whose last block has fewer rows or columns than the other blocks.
 
     Args:
-        infos: all tensors of the float8 checkpoint.
+        infos: all tensors of the FP8 checkpoint.
         scheme: its format; only "blockwise" has blocks.
     """
     if scheme.format != "blockwise":

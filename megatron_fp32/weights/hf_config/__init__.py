@@ -1,1 +1,1 @@
-"""What a Hugging Face `config.json` says of a decoder, and what is refused."""
+"""Reads a decoder's shapes and arithmetic from a Hugging Face `config.json`, and refuses unsupported models."""

@@ -1,9 +1,9 @@
-"""What decides a decoder's shapes and arithmetic, in terms that all families share, and how `config.json` says it.
+"""A decoder's shapes and arithmetic, in terms that all families share, and how to read them from `config.json`.
 
-A family derives its own configuration from `DecoderConfig`, fixes what is the same for all of its models, and fills the
-rest from `config.json` with `decoder_fields`.
+A family derives its own configuration class from `DecoderConfig`. Constants that all models of the family share are set
+in that class. `decoder_fields` reads the other fields from `config.json`.
 
-Sources: transformers' `models/<family>/configuration_*.py`, for names and for what is derived when a name is absent.
+Sources: transformers' `models/<family>/configuration_*.py`, for the names of fields and for their defaults.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from megatron_fp32.weights.hf_config.bounds import MOST_LAYERS, check_bounds
+from megatron_fp32.weights.hf_config.bounds import MAX_LAYERS, check_bounds
 from megatron_fp32.weights.hf_config.rotary import SCALING_FIELDS, Llama3RopeScaling, rope_parameters, rotary_fields
 from megatron_fp32.weights.hf_config.sizes import LINEAR_ATTENTION_FIELDS, impossible_sizes
 from megatron_fp32.weights.hf_config.text import text_part
@@ -38,14 +38,14 @@ class DecoderConfig:
     partial_rotary_factor: float = 1.0
     rope_scaling: Llama3RopeScaling | None = None
     intermediate_size: int = 0
-    """Of dense MLPs; 0 where there are none."""
+    """Intermediate size of dense MLPs; 0 if the model has none."""
 
     qk_norm: bool = False
     """q and k of each head are normalized."""
     output_gate: bool = False
-    """Attention has an output gate, whose rows lie beside those of q."""
+    """Attention has an output gate. `q_proj` holds, for each head, the rows of q and then the rows of its gate."""
     zero_centred_norms: bool = False
-    """Norms multiply by 1 + w. The norm inside of a gated delta net is the exception, and multiplies by w."""
+    """Norms multiply by 1 + w, except the norm inside of a gated delta net, which multiplies by w."""
 
     linear_num_key_heads: int = 0
     linear_num_value_heads: int = 0
@@ -57,14 +57,14 @@ class DecoderConfig:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
-    """0 where there is no shared expert. Where there is one, it has a gate."""
+    """0 if there is no shared expert. A shared expert always has a gate."""
     norm_topk_prob: bool = True
     """The probabilities of the chosen experts are scaled to add up to 1."""
     dense_layers: tuple[int, ...] = ()
-    """Layers of a mixture of experts that have a dense MLP all the same."""
+    """Layers of a mixture-of-experts model that have a dense MLP."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for sizes that no model has, naming every field."""
+        """Raises ValueError for impossible sizes, naming every field."""
         problems = impossible_sizes(self)
         if problems:
             raise ValueError(f"no model has these sizes: {'; '.join(problems)}")
@@ -91,12 +91,12 @@ class DecoderConfig:
 
     @property
     def linear_attention_freq(self) -> int | list[int]:
-        """megatron-core's field of that name: n where every n-th layer has attention, otherwise the pattern.
+        """megatron-core's field of this name: n if every n-th layer has attention, otherwise the pattern.
 
-        With an MTP layer, `pretrain` of 0.19.2 counts floating-point operations for n only (training.py).
+        With an MTP layer, `pretrain` of 0.19.2 cannot count floating-point operations for a pattern (training.py).
         """
         pattern = self.linear_attention_pattern
-        # With 1, for attention alone, megatron-core would stack the layers.
+        # n starts at 2: with 1 (only attention), megatron-core would stack the layers.
         for n in range(2, self.num_layers + 2):
             if pattern == [int((index + 1) % n != 0) for index in range(self.num_layers)]:
                 return n
@@ -109,12 +109,12 @@ class DecoderConfig:
 
     @property
     def is_router_weight_one(self) -> bool:
-        """One expert is chosen, and its probability is scaled to 1."""
+        """The router chooses one expert and scales its probability to 1."""
         return bool(self.num_experts) and self.num_experts_per_tok == 1 and self.norm_topk_prob
 
     @property
     def has_gated_delta_net(self) -> bool:
-        """The family is a hybrid, whatever the layers of this model are."""
+        """The family has gated-delta-net layers, even if this model has none."""
         return self.linear_num_key_heads > 0
 
     @property
@@ -125,17 +125,17 @@ class DecoderConfig:
     def megatron_arguments(self) -> list[str]:
         """The model as flags of Megatron's argument parser, for `pretrain_gpt.py` (`megatron.training` of 0.19.2).
 
-        They make the `TransformerConfig` of `models.provider.transformer_config`. Lengths, parallelism, precision and
-        everything else about the run are the caller's.
+        They give the `TransformerConfig` of `models.provider.transformer_config`. The caller adds lengths, parallelism,
+        precision and all other settings of the run.
 
         Raises:
-            ValueError: for rotary scaling and a rotary base that have no flags, and for routers that choose one expert
+            ValueError: for rotary scaling or a rotary base that has no flag, and for routers that choose one expert
                 with probability 1.
         """
         if self.is_router_weight_one:
             raise ValueError(
-                "Megatron's parser refuses num_experts_per_tok=1 with norm_topk_prob, where every probability is 1; "
-                "models.provider builds it"
+                "Megatron's parser refuses num_experts_per_tok=1 with norm_topk_prob=True, because every probability "
+                "is 1; build the model with model_provider"
             )
         flags: dict[str, Any] = {
             "num-layers": self.num_layers,
@@ -185,20 +185,20 @@ class DecoderConfig:
     def _rotary_base(self) -> int:
         if not float(self.rope_theta).is_integer():
             raise ValueError(
-                f"Megatron's --rotary-base takes whole numbers, this model has rope_theta={self.rope_theta!r}; "
-                "models.provider builds it"
+                f"Megatron's --rotary-base takes whole numbers, but this model has rope_theta={self.rope_theta!r}; "
+                "build the model with model_provider"
             )
         return int(self.rope_theta)
 
     def _rope_scaling_factor(self) -> float:
-        """The factor, where the other numbers are those that megatron-core has built in (rotary_pos_embedding.py)."""
+        """The factor. The other numbers must equal megatron-core's constants (rotary_pos_embedding.py)."""
         scaling = self.rope_scaling
         assert scaling is not None
         built_in = Llama3RopeScaling(
             factor=scaling.factor, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192
         )
         if scaling != built_in:
-            raise ValueError(f"Megatron has no flags for {scaling}; it has {built_in}")
+            raise ValueError(f"Megatron has no flags for the rotary scaling {scaling}; its constants are {built_in}")
         return scaling.factor
 
 
@@ -207,10 +207,10 @@ def _as_flag(freq: int | Sequence[int]) -> str:
 
 
 def text_config(config: Any, family: str, model_types: Collection[str]) -> dict[str, Any]:
-    """The text model's part of a parsed `config.json`: all of it, or `text_config` of a vision-language model.
+    """The checked text model's part of a parsed `config.json`: all of it, or `text_config` of a vision-language model.
 
     Raises:
-        ValueError: for anything but a model of one of `model_types`.
+        ValueError: for another `model_type`, and for fields with values that no model has.
     """
     text = text_part(config)
     if text is None:
@@ -249,7 +249,7 @@ _KINDS: dict[str, _Kind] = {
     **dict.fromkeys((*LINEAR_ATTENTION_FIELDS, "decoder_sparse_step", "head_dim"), _integer(1)),
     **dict.fromkeys(("full_attention_interval", "num_experts_per_tok"), _integer(0)),
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), _integer(0)),
-    "num_hidden_layers": _integer(1, MOST_LAYERS),
+    "num_hidden_layers": _integer(1, MAX_LAYERS),
     **dict.fromkeys(("num_experts", "num_local_experts"), _integer(0, 65536)),
     "rms_norm_eps": _NUMBER,
     **dict.fromkeys(("norm_topk_prob", "tie_word_embeddings"), _TRUTH),
@@ -264,10 +264,10 @@ def _is_list(value: Any, kind: type) -> bool:
 
 
 def require(text: dict[str, Any], family: str, *, rope_types: Sequence[str] = ("default",), **expected: Any) -> None:
-    """Refuse arithmetic that is not implemented. A field that is absent has the value that is expected.
+    """Refuse arithmetic that is not implemented. An absent field counts as the expected value.
 
     Raises:
-        ValueError: naming every field that has another value.
+        ValueError: naming every field with another value.
     """
     rope_type = rope_parameters(text)["rope_type"]
     expected = {"per_layer_config": None, **expected}
@@ -301,13 +301,13 @@ def decoder_fields(
 
     Args:
         config: the whole file.
-        text: its part that `text_config` returns.
-        names: fields besides those that every decoder has, under the same name on both sides.
+        text: the part that `text_config` returns.
+        names: further fields, which have one name in `config.json` and in `DecoderConfig`.
         rope_theta: transformers' default for the model type.
-        partial_rotary_factor: transformers' default for the model type; None where it always rotates whole heads.
+        partial_rotary_factor: transformers' default for the model type; None if it always rotates whole heads.
 
     Raises:
-        ValueError: naming every field that is absent, or that no model can have.
+        ValueError: naming every field that is absent or has an impossible value.
     """
     common = ("vocab_size", "hidden_size", "num_attention_heads", "rms_norm_eps")
     if not isinstance(config.get("tie_word_embeddings", False), bool):
@@ -326,7 +326,7 @@ def decoder_fields(
         "head_dim": text.get("head_dim") or text["hidden_size"] // heads,
         "layer_types": _layer_types(text, is_hybrid=is_hybrid),
         **rotary_fields(text, theta=rope_theta, partial_rotary_factor=partial_rotary_factor),
-        # transformers ties by the outer config, whatever the text model's says.
+        # transformers reads this field from the outer config and ignores the text model's.
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
     }
 

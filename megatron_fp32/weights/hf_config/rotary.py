@@ -1,4 +1,4 @@
-"""Rotary embeddings: what a `config.json` says of them, as transformers resolves it, and the frequencies that follow.
+"""Rotary embeddings: reads their parameters from a `config.json` as transformers does, and computes the frequencies.
 
 Source: transformers `modeling_rope_utils.py` (`convert_rope_params_to_dict`, `standardize_rope_params`,
 `_compute_llama3_parameters`) and `compute_default_rope_parameters` of each family.
@@ -19,7 +19,8 @@ _TYPES_WITH_LENGTH = ("llama3", "yarn", "longrope")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3RopeScaling:
-    """Rotary frequencies of Llama 3.1 and later: low ones divided by `factor`, high ones kept, smooth in between.
+    """Rotary frequencies of Llama 3.1 and later: low frequencies are divided by `factor`, high ones stay, with a smooth
+    transition in between.
 
     Source: transformers `modeling_rope_utils.py`, `_compute_llama3_parameters`.
     """
@@ -36,12 +37,12 @@ SCALING_FIELDS = tuple(field.name for field in dataclasses.fields(Llama3RopeScal
 def rope_parameters(text: dict[str, Any]) -> dict[str, Any]:
     """The rotary parameters of a text model's `config.json`, from the places where transformers looks for them.
 
-    A `rope_scaling` that is not empty replaces `rope_parameters`. Fields beside these two count where the chosen one
-    does not have them. `rope_theta` and `partial_rotary_factor` are absent from the result where the file does not have
-    them; each model type has its own default.
+    A `rope_scaling` that is not empty replaces `rope_parameters`. A parameter that the chosen object lacks is read from
+    the field of its name outside of the object. If the file does not have `rope_theta` or `partial_rotary_factor`, the
+    result does not have it either, because each model type has its own default.
 
     Raises:
-        ValueError: when a field is no object, or has parameters for each type of layer.
+        ValueError: when a field is not an object, or has parameters for each type of layer.
     """
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(text.get(name), dict | None):
@@ -52,12 +53,12 @@ def rope_parameters(text: dict[str, Any]) -> dict[str, Any]:
     if nested:
         raise ValueError(
             f"config.json: {chosen} holds parameters for each type of layer ({', '.join(nested)[:200]}); expected one "
-            "set of parameters for all layers, which is all that transformers builds for this model type"
+            "set of parameters for all layers, because transformers builds nothing else for this model type"
         )
     if "rope_theta" in text:
         rope.setdefault("rope_theta", text["rope_theta"])
     if "partial_rotary_factor" in text:
-        # A null here switches the model type's default off.
+        # null means 1, not the model type's default.
         beside = text["partial_rotary_factor"]
         rope.setdefault("partial_rotary_factor", 1.0 if beside is None else beside)
     rope.setdefault("rope_type", rope.get("type", "default"))
@@ -76,17 +77,17 @@ def rotary_fields(text: dict[str, Any], *, theta: float, partial_rotary_factor: 
     Args:
         text: the text model's part of `config.json`.
         theta: the model type's default.
-        partial_rotary_factor: the model type's default; None where it always rotates whole heads.
+        partial_rotary_factor: the model type's default; None if it always rotates whole heads.
 
     Raises:
-        ValueError: naming every field that is absent, or that transformers does not take.
+        ValueError: naming every field that is absent, or that transformers refuses.
     """
     rope = rope_parameters(text)
     partial = rope.get("partial_rotary_factor", partial_rotary_factor or 1.0)
     if partial_rotary_factor is None:
         if partial not in (None, 1):
             raise ValueError(
-                f"config.json: partial_rotary_factor={partial!r}; models of this type rotate whole heads, expected 1"
+                f"config.json: partial_rotary_factor={partial!r}, expected 1: models of this type rotate whole heads"
             )
         partial = 1.0
     scaling = None
@@ -111,7 +112,7 @@ def inverse_frequencies(
         head_dim: values of a head, of which `int(head_dim * partial_rotary_factor)` are rotated.
         theta: base of the powers.
         partial_rotary_factor: see `head_dim`.
-        scaling: of Llama 3.1 and later.
+        scaling: for Llama 3.1 and later.
     """
     rotated = int(head_dim * partial_rotary_factor)
     frequencies = 1.0 / theta ** (torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)

@@ -1,4 +1,4 @@
-"""Which sizes a decoder can have."""
+"""The rules that the sizes of a decoder must follow."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ LINEAR_ATTENTION_FIELDS = (
     "linear_num_key_heads",
     "linear_num_value_heads",
 )
-"""Fields of a gated delta net, under the same name in `config.json`, `DecoderConfig` and `TransformerConfig`."""
+"""Fields of a gated delta net. They have one name in `config.json`, `DecoderConfig` and `TransformerConfig`."""
 
 MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-"""Fields of a mixture of experts, under the same name in `config.json` and `DecoderConfig`."""
+"""Fields of a mixture of experts. They have one name in `config.json` and `DecoderConfig`."""
 
 
 def impossible_sizes(config: DecoderConfig) -> list[str]:
-    """What is wrong with the sizes, naming every field; empty when a model can have them."""
+    """One message for each broken rule, with the names of the fields; [] if a model can have these sizes."""
     return [message for message, is_right in _rules(config) if not is_right]
 
 
 def _rules(config: DecoderConfig) -> Iterator[tuple[str, bool]]:
-    """What is wrong when the second is False."""
+    """(message, whether the rule is kept) of every rule."""
     yield from _positive(config, ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads"))
     yield from _positive(config, ("head_dim", "num_layers"))
     yield _divides(config, "num_attention_heads", "num_key_value_heads")
@@ -36,7 +36,7 @@ def _rules(config: DecoderConfig) -> Iterator[tuple[str, bool]]:
         f"partial_rotary_factor={config.partial_rotary_factor} of head_dim={config.head_dim} rotates {rotated} values",
         0 < rotated <= config.head_dim,
     )
-    # An odd part of a head is rounded up, and still fits into it.
+    # An odd number of rotated values is rounded up, which works while it is less than the whole head.
     yield (
         f"head_dim={config.head_dim} is odd, and rotary embeddings turn pairs",
         rotated < config.head_dim or rotated % 2 == 0,

@@ -189,7 +189,7 @@ class TestMegatron:
         )
         report = verify_checkpoints(three, seven)
         assert set(statuses_of(report).values()) == {"shape"}
-        assert all("name a source" in difference.note for difference in report.differences)
+        assert all("pass source=DIR" in difference.note for difference in report.differences)
         report = verify_checkpoints(three, seven, source=imported)
         assert report.agrees()
         assert set(report.a.padding.values()) == {3}
@@ -209,7 +209,7 @@ def _add_at_3(tensor: Tensor) -> Tensor:
 class TestKinds:
     def test_no_checkpoint(self, tmp_path: Path) -> None:
         with pytest.raises(
-            CheckpointError, match=r"holds no checkpoint: neither .metadata nor .* neither model\.safetensors"
+            CheckpointError, match=r"is not a checkpoint: it holds neither .metadata nor .* neither model\.safetensors"
         ):
             verify_checkpoints(tmp_path, tmp_path)
 

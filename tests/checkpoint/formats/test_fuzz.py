@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_fp32.checkpoint.formats.common_state import read_common_state
-from megatron_fp32.checkpoint.formats.files import parse_json
 from megatron_fp32.checkpoint.formats.huggingface import INDEX, HuggingFaceReader
+from megatron_fp32.checkpoint.formats.json_file import parse_json
 from megatron_fp32.checkpoint.formats.torch_dist import TRACKER, TorchDistReader
 from megatron_fp32.checkpoint.formats.torch_dist_writer import TorchDistWriter
 from megatron_fp32.checkpoint.plan import plan_import

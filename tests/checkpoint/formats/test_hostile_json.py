@@ -15,8 +15,8 @@ from click.testing import CliRunner
 
 from megatron_fp32 import cli
 from megatron_fp32.checkpoint.convert import import_checkpoint
-from megatron_fp32.checkpoint.formats.files import parse_json
 from megatron_fp32.checkpoint.formats.huggingface import INDEX, HuggingFaceReader
+from megatron_fp32.checkpoint.formats.json_file import parse_json
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.fp8 import detect_scheme, scheme_from_config
 from megatron_fp32.checkpoint.plan import plan_import
@@ -292,7 +292,7 @@ def test_a_quantization_of_any_kind_is_refused_or_understood(tmp_path: Path, con
 @pytest.mark.parametrize("layout", [0, 1])
 def test_expressions_that_take_exponential_time_are_refused(entry: str, layout: int) -> None:
     field, start = (("modules_to_not_convert", ""), ("ignore", "re:"))[layout]
-    with pytest.raises(CheckpointError, match="too many repetitions"):
+    with pytest.raises(CheckpointError, match="could take too long to match"):
         scheme_from_config({**_schemes()[layout], field: ["lm_head", start + entry]})
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_fp32.checkpoint.formats import files
+from megatron_fp32.checkpoint.formats import section
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.formats.safetensors_file import HEADER_LIMIT, read_header, read_tensor
 from megatron_fp32.errors import CheckpointError
@@ -124,8 +124,8 @@ class TestRefuses:
             ({"a": A, "b": B}, 10, "take 11 bytes, the file holds 10"),
             ({"a": A, "b": []}, 11, "'b' is not described by"),
             ({"a": {"dtype": "F32", "shape": [2]}}, 8, "'a' is not described by"),
-            ({"__metadata__": {"a": 1}}, 0, "__metadata__ does not map text to text"),
-            ({"__metadata__": []}, 0, "__metadata__ does not map text to text"),
+            ({"__metadata__": {"a": 1}}, 0, "__metadata__ must be an object whose values are text"),
+            ({"__metadata__": []}, 0, "__metadata__ must be an object whose values are text"),
             (b'{"a":1,"a":2}', 0, "the key 'a' is there twice"),
             (b'{"a":{"dtype":"I8","dtype":"U8","shape":[],"data_offsets":[0,1]}}', 1, "the key 'dtype' is there twice"),
             (b'{"\\ud800":{"dtype":"I8","shape":[],"data_offsets":[0,1]}}', 1, "surrogates not allowed"),
@@ -190,7 +190,7 @@ class TestReading:
 
     @pytest.mark.parametrize("index", [(3,), (-1,), (0, 4), (0, 0, 0, 0)])
     def test_a_part_that_is_not_there_is_an_error(self, path: Path, index: tuple[int, ...]) -> None:
-        with pytest.raises(IndexError, match="has no part at"):
+        with pytest.raises(IndexError, match="does not have the index"):
             read_tensor(read_header(path), "whole", index)
 
     def test_reads_of_a_byte_at_a_time_give_the_same(
@@ -203,7 +203,7 @@ class TestReading:
     def test_a_file_that_ends_early_is_an_error(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         header = read_header(path)
         with path.open("rb", buffering=0) as file, pytest.raises(EOFError, match="ends 90 bytes early"):
-            files.read_into(file, path.stat().st_size - 10, torch.empty(100, dtype=torch.uint8))
+            section.read_into(file, path.stat().st_size - 10, torch.empty(100, dtype=torch.uint8))
         os.truncate(path, path.stat().st_size - 1)
         with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor 'whole'.*changed since its header"):
             read_tensor(header, "whole")

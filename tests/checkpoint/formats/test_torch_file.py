@@ -114,7 +114,7 @@ ODD: dict[str, tuple[Callable[[], Any], str]] = {
     "conjugated": (lambda: torch.ones(3, dtype=torch.complex64).conj(), "bits for conjugation or sign"),
     "negated": (lambda: torch.ones(3, dtype=torch.complex64).conj().imag, "bits for conjugation or sign"),
     "expanded": (lambda: torch.ones(1).expand(4), "in a storage of 1 values"),
-    "few values far apart": (lambda: torch.ones(1000)[::100], "save a contiguous one"),
+    "few values far apart": (lambda: torch.ones(1000)[::100], "save a contiguous tensor instead"),
     "on the meta device": (lambda: torch.ones(3, device="meta"), "which no checkpoint needs"),
     "a list": (lambda: [torch.ones(3)], "it is a list, not a tensor"),
     "a class": (lambda: Namespace(), "argparse.Namespace, which no checkpoint needs"),
@@ -185,7 +185,7 @@ class TestDamage:
         with zipfile.ZipFile(path, "a") as archive:
             (name,) = (name for name in archive.namelist() if name.endswith("/data/0"))
             archive.writestr(name, bytes(4000))
-        with pytest.raises(CheckpointError, match="a member is there twice"):
+        with pytest.raises(CheckpointError, match="two members have one name"):
             _read(path)
 
     @pytest.mark.parametrize("shape", [(-1,), (2**63,), (2**40, 2**40), (True,), ("a",), (1.0,), (1,) * 65])

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_fp32.checkpoint.formats.files import to_disk
 from megatron_fp32.checkpoint.formats.safetensors_file import read_header
+from megatron_fp32.checkpoint.formats.section import to_disk
 from megatron_fp32.checkpoint.fp8 import (
     detect_scheme,
     fp8_infos,
@@ -167,7 +167,7 @@ class TestDetection:
         ("change", "message"),
         [
             ({"quant_method": "gptq"}, "unknown quantization method 'gptq'"),
-            ({"weight_block_size": None}, "scales are per tensor"),
+            ({"weight_block_size": None}, "scales per tensor are not supported"),
             ({"activation_scheme": "static"}, "activation_scheme is 'static'"),
             ({"fmt": "e5m2"}, "fmt is 'e5m2'"),
         ],
@@ -211,7 +211,7 @@ class TestDetection:
             scheme_from_config({**modern, "quant_algo": "NVFP4"})
 
     def test_a_directory_without_either(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="neither weights nor a config"):
+        with pytest.raises(CheckpointError, match="neither safetensors files nor a config"):
             detect_scheme(tmp_path)
         (tmp_path / "config.json").write_text("[")
         with pytest.raises(CheckpointError, match=r"config\.json is not a JSON"):
@@ -286,7 +286,9 @@ class TestWholeCheckpoints:
         assert sum(n for action, n, _ in calls if action == "write") == total
         assert sum(n for action, n, _ in calls if action == "verify") == total
         assert set(report.quantized) == {n for n, t in made.items() if t.dtype.itemsize == 1}
-        assert set(report.kept) == {n for n in made if n not in report.quantized and not n.endswith("weight_scale")}
+        assert set(report.unchanged) == {
+            n for n in made if n not in report.quantized and not n.endswith("weight_scale")
+        }
         assert report.directory == tmp_path / "out"
 
     @pytest.mark.parametrize(

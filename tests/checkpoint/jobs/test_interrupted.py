@@ -198,7 +198,7 @@ def test_a_source_that_changes_is_noticed(source: Source, imported: Source, tmp_
             os.utime(touched)
 
     convert = import_checkpoint if way == "import" else export_checkpoint
-    with pytest.raises(CheckpointError, match=r"the \w+ in .*own.* has changed while it was converted"):
+    with pytest.raises(CheckpointError, match=r"the \w+ in .*own.* has changed during the conversion"):
         convert(own, tmp_path / "out", progress=change)
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
@@ -328,7 +328,9 @@ class TestStaging:
         with pytest.raises(OSError, match="full"), open_staging(tmp_path / "out", {"job": "another"}):
             raise OSError("full")
         before = contents(tmp_path)
-        with pytest.raises(CheckpointError, match=r"out\.partial holds parts of another conversion.*Delete it"):
+        with pytest.raises(
+            CheckpointError, match=r"out\.partial holds parts of another conversion.*Delete this directory"
+        ):
             import_checkpoint(source(), tmp_path / "out")
         assert contents(tmp_path) == before
 

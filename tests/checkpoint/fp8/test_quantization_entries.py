@@ -33,7 +33,7 @@ FP8_FORMATS = ("blockwise", "channelwise", "modelopt")
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small(tmp_path_factory.mktemp("claims") / "hf", released_names=True)
+    return write_small(tmp_path_factory.mktemp("entries") / "hf", released_names=True)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def claiming(plain: Path, tmp_path: Path) -> Path:
     return directory
 
 
-CLAIMS = {
+ENTRIES = {
     "config.json: quantization_config",
     "config.json: compression_config",
     "config.json: text_config.quantization_config",
@@ -78,7 +78,7 @@ class TestBf16:
     def test_an_export_has_none_of_it_and_both_reports_do(self, claiming: Path, plain: Path, tmp_path: Path) -> None:
         there = import_checkpoint(claiming, tmp_path / "megatron", vision="carry")
         back = export_checkpoint(tmp_path / "megatron", tmp_path / "out")
-        assert set(there.quantization_claims) == set(back.quantization_claims) == CLAIMS
+        assert set(there.quantization_entries) == set(back.quantization_entries) == ENTRIES
         assert read(tmp_path / "out") == {**read(plain), "others": [{"a": 1}, {}]}
         assert not every_key(read(tmp_path / "out")) & {"quantization_config", "compression_config", "quantization"}
         assert assets(tmp_path / "out").keys() == assets(plain).keys()
@@ -91,7 +91,7 @@ class TestBf16:
         (own / "config.json").write_text(json.dumps({**read(plain), "quantization_config": None}, indent=7))
         there = import_checkpoint(own, tmp_path / "megatron", text_only=True)
         back = export_checkpoint(tmp_path / "megatron", tmp_path / "out")
-        assert there.quantization_claims == back.quantization_claims == ()
+        assert there.quantization_entries == back.quantization_entries == ()
         assert assets(tmp_path / "out") == assets(own)
 
     def test_the_commands_say_so(self, claiming: Path, tmp_path: Path) -> None:
@@ -103,16 +103,16 @@ class TestBf16:
         there = run("import", "--text-only", claiming, tmp_path / "megatron")
         back = run("export", tmp_path / "megatron", tmp_path / "out")
         report = json.loads(run("export", "--json", tmp_path / "megatron", tmp_path / "again"))
-        assert set(report["quantization_claims"]) == CLAIMS
+        assert set(report["quantization_entries"]) == ENTRIES
         for text in (there, back):
-            assert [claim for claim in CLAIMS if claim not in text] == []
+            assert [entry for entry in ENTRIES if entry not in text] == []
 
 
 @pytest.mark.parametrize("format", FP8_FORMATS)
 def test_a_float8_export_tells_of_its_own_format(format: str, claiming: Path, plain: Path, tmp_path: Path) -> None:
     import_checkpoint(claiming, tmp_path / "megatron", text_only=True)
     report = export_checkpoint(tmp_path / "megatron", tmp_path / "out", fp8=named_scheme(format))
-    assert set(report.quantization_claims) == CLAIMS
+    assert set(report.quantization_entries) == ENTRIES
     own = {"hf_quant_config.json"} if format == "modelopt" else set()
     assert assets(tmp_path / "out").keys() == assets(plain).keys() | own
     config = read(tmp_path / "out")
@@ -143,7 +143,7 @@ class TestQuantize:
         own = shutil.copytree(plain, tmp_path / "own")
         (own / "recipe.yaml").write_text("quant_stage: {}")
         report = quantize_checkpoint(own, tmp_path / "out", "blockwise")
-        assert report.quantization_claims == ("recipe.yaml",)
+        assert report.quantization_entries == ("recipe.yaml",)
         assert assets(tmp_path / "out").keys() == assets(plain).keys()
 
     @pytest.mark.parametrize(
