@@ -7,6 +7,8 @@ venv := .venv/$(minor)
 ready := $(venv)/ready-$(shell cksum < $(lock) | cut -d' ' -f1)
 # megatron-core warns, on every rank, of every optional package that is absent.
 run := OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(venv)/bin/python
+# In how many processes tests run. WORKERS=0 runs them in pytest's own process, as a debugger needs it.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 
 .PHONY: demo test test-gpu smoke mutants lint docs dist clean
 
@@ -14,7 +16,7 @@ demo: $(ready)
 	$(run) examples/demo.py $(if $(HF_DIR),--hf-dir $(HF_DIR))
 
 test: $(ready) lint
-	$(run) -m pytest -m "not gpu"
+	$(run) -m pytest -m "not gpu" -n $(WORKERS) --dist loadgroup
 
 # Run with the Python that has CUDA, Transformer Engine and flash-linear-attention; nothing is installed for it.
 test-gpu:
