@@ -1,13 +1,16 @@
-"""What tests share: ranks, poisoned memory, small models."""
+"""What tests of all folders share: ranks, poisoned memory, small models, the command line."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from click.testing import CliRunner, Result
 
+from megatron_fp32 import cli
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.testing.cpu import cpu_megatron
 from megatron_fp32.weights.families.qwen3_5 import Qwen35Config
@@ -79,3 +82,16 @@ def full_mantissa(*shape: int, seed: int = 0, scale: float = 0.5) -> torch.Tenso
     """fp32 values that bf16 cannot hold, half of them below `scale`."""
     generator = torch.Generator().manual_seed(seed)
     return scale * torch.randn(*shape, generator=generator).mul_(0.5).exp_()
+
+
+def run_command(*args: str | Path) -> Result:
+    """Run a command of `megatron-fp32` in this process."""
+    return CliRunner().invoke(cli.main, [str(arg) for arg in args])
+
+
+def refused(*args: str | Path, status: int = 1) -> str:
+    """What a command that must refuse says on stderr."""
+    result = run_command(*args)
+    assert isinstance(result.exception, SystemExit), result.exc_info
+    assert (result.exit_code, result.stdout) == (status, "")
+    return result.stderr
