@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from megatron_fp32 import cli
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.testing.cpu import cpu_megatron
-from megatron_fp32.weights.families.qwen3_5 import Qwen35Config
+from tests.qwen3_5 import tiny_qwen3_5
 
 STOCK = Fp32Config(logits=False, gated_delta_net=())
 
@@ -34,31 +34,6 @@ def rank_setup() -> Iterator[None]:
     """What every rank of the pools in conftest.py enters."""
     with cpu_megatron(), poisoned_memory():
         yield
-
-
-def tiny_qwen3_5(**fields: Any) -> Qwen35Config:
-    """A Qwen3.5 of two layers, one of each kind, with grouped value heads."""
-    return Qwen35Config(
-        **{
-            "vocab_size": 120,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "linear_conv_kernel_dim": 4,
-            "layer_types": ("linear_attention", "full_attention"),
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.25,
-            "tie_word_embeddings": False,
-            **fields,
-        }
-    )
 
 
 def stock_model(*, model: dict[str, Any] | None = None, stage: dict[str, Any] | None = None, **overrides: Any) -> Any:

@@ -12,7 +12,8 @@ from megatron_fp32.apply import apply_fp32, pre_wrap_hook
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.kept_parameters.keep_in_fp32 import kept_parameters
 from megatron_fp32.models.provider import build_model, cpu_overrides, transformer_config
-from tests.support import STOCK, stock_model, tiny_qwen3_5
+from tests.qwen3_5 import tiny_qwen3_5
+from tests.support import STOCK, stock_model
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

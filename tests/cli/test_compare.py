@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from megatron_fp32 import cli
 from megatron_fp32.checkpoint.convert import import_checkpoint
-from tests.checkpoint.support import A_LOG, NORM, rewrite, stored_tensors, write_small
+from tests.checkpoint.support import A_LOG, NORM, rewrite, stored_tensors
 from tests.families import case, unfuse
+from tests.qwen3_5 import write_small
 from tests.support import run_command
 
 Pair = tuple[Path, Path]

@@ -10,7 +10,8 @@ import torch
 import megatron_fp32
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.formats.torch_dist_writer import TorchDistWriter
-from tests.checkpoint.support import A_LOG, assets, stored_tensors, tree, write_small
+from tests.checkpoint.support import A_LOG, assets, stored_tensors, tree
+from tests.qwen3_5 import write_small
 from tests.support import run_command
 
 

@@ -15,7 +15,8 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from megatron_fp32.cli.hub import FILES, NOT_FETCHED, HubId, parse_hub_id
-from tests.checkpoint.support import stored_tensors, write_small
+from tests.checkpoint.support import stored_tensors
+from tests.qwen3_5 import write_small
 from tests.support import run_command
 
 COMMIT = "0" * 40

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoint.support import rewrite, write_small
+from tests.checkpoint.support import rewrite
+from tests.qwen3_5 import write_small
 from tests.support import refused
 
 
