@@ -16,7 +16,7 @@ demo: $(ready)
 	$(run) examples/demo.py $(if $(HF_DIR),--hf-dir $(HF_DIR))
 
 test: $(ready) lint
-	$(run) -m pytest -m "not gpu" -n $(WORKERS) --dist loadgroup
+	$(run) -m pytest -m "not gpu" -n $(WORKERS)
 
 # The tests of the tree itself: who imports whom, the faults of `make mutants`, what pages and public names say.
 check: $(ready)

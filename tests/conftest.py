@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,19 +12,22 @@ from tests import groups
 from tests.support import poisoned_memory, rank_setup
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`, tests go to the workers in the groups of tests/groups.py."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return groups.group_of(nodeid)
+
+    config.option.loadscopereorder = False  # groups begin in the order of their tests
+    return Groups(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):
-        groups.group(items)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    if hasattr(item.config, "workerinput"):
-        # xdist puts the group behind the name. Without it the name can be given to pytest again.
-        report.nodeid = report.nodeid.removesuffix(f"@{groups.group_of(item)}")
-    return report
+        items.sort(key=lambda item: groups.place_of(item.nodeid))
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,7 @@ def main(names: list[str], workers: int) -> int:
         tests = sorted({test for mutant in chosen for test in mutant.test.split()})
         print(f"{len(tests)} tests without a fault ...", flush=True)
         whole = copies.get()
-        if not passes(whole, tests, ["-n", str(workers), "--dist", "loadgroup"]):
+        if not passes(whole, tests, ["-n", str(workers)]):
             print("they fail without a fault; nothing can be said", file=sys.stderr)
             return 1
         copies.put(whole)

@@ -42,7 +42,6 @@ def blocks(page: Path) -> Iterator[tuple[str, str]]:
     yield from found
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_of_a_page_runs_as_it_stands(page: Path, tmp_path: Path) -> None:
     """The page begins in an empty directory, and a Python block is a script of its own."""
