@@ -104,8 +104,10 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
     except FileNotFoundError as error:
         own.error(f"--hf-dir: {error}")
     with mock.patch.object(sys, "argv", [sys.argv[0], *model.megatron_arguments(), *rest]):
+        # Without an interval of evaluation, megatron.training 0.19.2 fails when it counts samples.
         args = parse_and_validate_args(
-            extra_args_provider=add_fp32_arguments, args_defaults={"tokenizer_type": "NullTokenizer"}
+            extra_args_provider=add_fp32_arguments,
+            args_defaults={"tokenizer_type": "NullTokenizer", "eval_interval": 1000},
         )
     if args.context_parallel_size > 1:
         raise ValueError(

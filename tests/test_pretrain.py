@@ -139,6 +139,11 @@ def test_the_shapes_come_from_the_model_and_the_rest_from_the_flags(parse: Calla
     assert (args.num_layers, args.linear_attention_freq) == (4, 4)  # every fourth layer is full attention
     assert (args.load, args.save, args.finetune, args.tokenizer_type) == ("run", "run", False, "NullTokenizer")
     assert args.fp32_logits_grad_precision == "bf16x2"
+    assert args.eval_interval == 1000
+
+
+def test_flags_win_over_the_defaults(parse: Callable[..., Any]) -> None:
+    assert parse("--mock-data", "--eval-interval", "7").eval_interval == 7
 
 
 def test_context_parallelism_is_refused(parse: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def _inspect(**options: Any) -> Any:
 
 
 def _scheme(**options: Any) -> Any:
-    return Fp8Scheme(**{"layout": "blockwise", "scale_format": "fp32", **options})
+    return Fp8Scheme(**{"format": "blockwise", "scale_format": "fp32", **options})
 
 
 def _build(**options: Any) -> Any:
@@ -138,7 +138,7 @@ CASES: list[tuple[Callable[..., Any], str, tuple[Any, ...]]] = [
     (_verify, "progress", (1,)),
     (_inspect, "path", NO_PATHS),
     (_inspect, "source", (3, "")),
-    (_scheme, "layout", ("block", None)),
+    (_scheme, "format", ("block", None)),
     (_scheme, "scale_format", ("float32", "bfloat16", None)),
     (_scheme, "block", (128, [128, 128], (128.0, 128), (True, 1), (128,), (0, 128))),
     (_scheme, "skip", ("lm_head", ["lm_head"], (3,))),
@@ -191,7 +191,7 @@ def test_a_value_that_is_not_allowed(
         call(**{name: value})
     message = str(caught.value)
     assert "unexpected keyword" not in message
-    words = {"layout": "scheme", "modules": "modules"}
+    words = {"format": "scheme", "modules": "modules"}
     assert words.get(name, name) in message
     assert name in ("hidden_sise", "block") or repr(value) in message or str(value) in message or value == ""
     assert list(tmp_path.iterdir()) == []

@@ -236,4 +236,4 @@ def _float8(tensors: dict[str, TensorInfo], path: Path) -> str | None:
         scheme = scheme_of_tensors(tensors, read_quantization_config(path))
     except CheckpointError as error:
         return f"unknown: {error}"
-    return f"{scheme.layout}, scales {scheme.scale_format}"
+    return f"{scheme.format}, scales {scheme.scale_format}"

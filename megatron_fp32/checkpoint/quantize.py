@@ -13,7 +13,7 @@ from megatron_fp32.checkpoint.jobs.staging import check_output
 from megatron_fp32.checkpoint.progress import ProgressCallback
 from megatron_fp32.validation import check_callable, check_count, check_path
 from megatron_fp32.weights.choices import SHARD_BYTES
-from megatron_fp32.weights.fp8.scheme import LAYOUTS, Fp8Scheme, named_scheme
+from megatron_fp32.weights.fp8.scheme import FP8_FORMATS, Fp8Scheme, named_scheme
 from megatron_fp32.weights.fp8.tensors import partial_blocks
 
 
@@ -77,7 +77,7 @@ def quantize_checkpoint(
     if isinstance(scheme, str):
         scheme = named_scheme(scheme)
     if not isinstance(scheme, Fp8Scheme):
-        raise TypeError(f"scheme must be an Fp8Scheme or one of {LAYOUTS}, got {scheme!r}")
+        raise TypeError(f"scheme must be an Fp8Scheme or one of {FP8_FORMATS}, got {scheme!r}")
     _check_device(device)
     check_output(Path(out))
     with open_quantization(Path(hf_dir), scheme, str(device), max_shard_bytes) as job:

@@ -13,7 +13,7 @@ from megatron_fp32.cli import options
 from megatron_fp32.cli.progress import progress
 from megatron_fp32.cli.report import print_claims, print_partial_blocks
 from megatron_fp32.cli.terminal import console, errors_exit, print_json
-from megatron_fp32.weights.choices import ExportDtype, Layout
+from megatron_fp32.weights.choices import ExportDtype, Fp8Format
 
 if TYPE_CHECKING:
     from megatron_fp32.checkpoint.convert import ExportReport
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     "Default: as many as the source has. If rows above them are not zero, the export lists them; if they may be tokens "
     "that you have added, the exit status is 1.",
 )
-@click.option("--fp8", type=click.Choice(get_args(Layout)), help="Quantize to float8 in this format.")
+@click.option("--fp8", type=click.Choice(get_args(Fp8Format)), help="Quantize to float8 in this format.")
 @click.option(
     "--fp8-like",
     type=options.EXISTING,
@@ -60,7 +60,7 @@ def command(
     allow_rounded: bool,
     dtype: ExportDtype,
     vocab_size: int | None,
-    fp8: Layout | None,
+    fp8: Fp8Format | None,
     fp8_like: Path | None,
     max_shard_bytes: int,
     workers: int,

@@ -11,7 +11,7 @@ import click
 
 from megatron_fp32.checkpoint.formats.directory import hub_hint
 from megatron_fp32.cli.hub import HubId, parse_hub_id, why_not_fetched
-from megatron_fp32.weights.choices import SHARD_BYTES, Layout
+from megatron_fp32.weights.choices import SHARD_BYTES, Fp8Format
 
 if TYPE_CHECKING:
     from megatron_fp32.weights.fp8.scheme import Fp8Scheme
@@ -84,7 +84,7 @@ plot = click.option(
 )
 
 
-def chosen_scheme(name: Layout | None, like: Path | None, *, names: str) -> Fp8Scheme | None:
+def chosen_scheme(name: Fp8Format | None, like: Path | None, *, names: str) -> Fp8Scheme | None:
     """The float8 format that two options name: by its name, or by a checkpoint that has it. None where neither does.
 
     Raises:

@@ -13,13 +13,13 @@ from megatron_fp32.cli.hub import HubId, local
 from megatron_fp32.cli.progress import progress
 from megatron_fp32.cli.report import print_claims, print_partial_blocks
 from megatron_fp32.cli.terminal import console, errors_exit, print_json
-from megatron_fp32.weights.choices import Layout
+from megatron_fp32.weights.choices import Fp8Format
 
 
 @click.command("quantize", short_help="Hugging Face -> float8 for inference engines.")
 @click.argument("hf_dir", type=options.SOURCE)
 @click.argument("fp8_dir", type=options.NEW)
-@click.option("--scheme", type=click.Choice(get_args(Layout)), help="The float8 format to write.")
+@click.option("--scheme", type=click.Choice(get_args(Fp8Format)), help="The float8 format to write.")
 @click.option(
     "--like",
     type=options.EXISTING,
@@ -34,7 +34,7 @@ from megatron_fp32.weights.choices import Layout
 def command(
     hf_dir: Path | HubId,
     fp8_dir: Path,
-    scheme: Layout | None,
+    scheme: Fp8Format | None,
     like: Path | None,
     device: str,
     max_shard_bytes: int,
@@ -68,7 +68,7 @@ def command(
         print_json(dataclasses.asdict(report))
         return
     console().print(
-        f"{report.directory}: {len(report.quantized)} weights in float8 ({report.scheme.layout}), {len(report.kept)} "
+        f"{report.directory}: {len(report.quantized)} weights in float8 ({report.scheme.format}), {len(report.kept)} "
         f"tensors as they were; {report.nbytes:,} bytes of {report.source_nbytes:,}, each tensor read back and equal"
     )
     print_claims(report.quantization_claims)

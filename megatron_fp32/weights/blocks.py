@@ -1,8 +1,8 @@
 """The parts that decoders are made of, each as mappings between Hugging Face's names and megatron-core's.
 
 Every function takes the configuration and what the names of one layer start with on either side (`hf`, `megatron`). The
-Megatron keys are those of the Transformer Engine spec, with one set for each layer; `layout.stack_layers` makes of them
-what megatron-core stores when all layers are alike.
+Megatron keys are those of the Transformer Engine spec, with one set for each layer. `stacking.stack_layers` turns them
+into the keys that megatron-core stores when all layers are alike.
 
 Sources: transformers `models/<family>/modeling_*.py`; megatron-core `ssm/gated_delta_net` (rows of `in_proj` and
 `conv1d`), `transformer/attention.py` (rows of `linear_qkv`), `transformer/mlp.py` (gate before up),
@@ -159,9 +159,9 @@ def _fused_expert(config: DecoderConfig, hf: str, megatron: str, naming: Naming)
     # Both sides hold gate, then up.
     source, target = f"{hf}mlp.experts.", f"{megatron}mlp.experts.experts."
     hidden, ffn = config.hidden_size, config.moe_intermediate_size
-    layout = transposed if naming.transposed_experts else rename
-    yield layout(f"{source}{GATE_UP}", f"{target}linear_fc1.weight", (2 * ffn, hidden))
-    yield layout(f"{source}{DOWN}", f"{target}linear_fc2.weight", (hidden, ffn))
+    copy = transposed if naming.transposed_experts else rename
+    yield copy(f"{source}{GATE_UP}", f"{target}linear_fc1.weight", (2 * ffn, hidden))
+    yield copy(f"{source}{DOWN}", f"{target}linear_fc2.weight", (hidden, ffn))
 
 
 def _expert(config: DecoderConfig, hf: str, megatron: str, index: int) -> Iterator[TensorMapping]:

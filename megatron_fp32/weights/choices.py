@@ -13,7 +13,7 @@ Mtp = Literal["convert", "carry", "drop"]
 ExportDtype = Literal["trained", "source"]
 """A parameter that was trained in fp32 from a 16-bit source is exported as F32, or rounded to the source's dtype."""
 
-Layout = Literal["blockwise", "channelwise", "modelopt"]
+Fp8Format = Literal["blockwise", "channelwise", "modelopt"]
 """Formats of float8 checkpoints; see `Fp8Scheme`."""
 
 PART_BYTES = 2 * 10**9

@@ -125,7 +125,7 @@ class TestStoredFrequencies:
         assert stored_tensors(tmp_path / "out") == stored_tensors(hf)
         result = CliRunner().invoke(main, ["import", str(hf), str(tmp_path / "again")])
         assert result.exit_code == 0
-        assert "not those of config.json" in result.stdout
+        assert "that differ from those of config.json" in result.stdout
         assert name in result.stdout
 
     def test_scaled_frequencies_are_not_those_of_a_config_without_scaling(self, write: Write, tmp_path: Path) -> None:

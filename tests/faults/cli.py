@@ -10,8 +10,8 @@ COMMANDS = [
     Mutant(
         name="import torch for --help",
         file="cli/export.py",
-        old="from megatron_fp32.weights.choices import ExportDtype, Layout\n",
-        new="from megatron_fp32.weights.choices import ExportDtype, Layout\nimport torch\n",
+        old="from megatron_fp32.weights.choices import ExportDtype, Fp8Format\n",
+        new="from megatron_fp32.weights.choices import ExportDtype, Fp8Format\nimport torch\n",
         test=f"{CLI}/test_start.py",
     ),
     Mutant(

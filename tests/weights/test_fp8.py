@@ -25,9 +25,9 @@ from megatron_fp32.weights.tensors import TensorInfo
 from tests.checkpoint.support import bits, load_tensors, quantization_of
 from tests.qwen3_5 import MOE, MOE_FAMILIES, write_moe
 
-LAYOUTS = ("blockwise", "channelwise", "modelopt")
+FP8_FORMATS = ("blockwise", "channelwise", "modelopt")
 SUFFIX = {"blockwise": "weight_scale_inv", "channelwise": "weight_scale", "modelopt": "weight_scale"}
-by_layout = pytest.mark.parametrize("layout", LAYOUTS)
+by_format = pytest.mark.parametrize("format", FP8_FORMATS)
 WEIGHT = TensorInfo(dtype=torch.bfloat16, shape=(256, 384))
 UP, DOWN_PROJ = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 
@@ -81,11 +81,11 @@ class TestWhichTensors:
             "model.layers.3.mamba.dt_proj",
         ],
     )
-    @by_layout
-    def test_what_is_never_quantized(self, module: str, layout: str) -> None:
+    @by_format
+    def test_what_is_never_quantized(self, module: str, format: str) -> None:
         """Whatever the scheme says, a 2-D weight though it be."""
-        exactly = Fp8Scheme(layout=layout, scale_format="fp32", modules=frozenset({module}))  # type: ignore[arg-type]
-        assert not is_quantized(f"{module}.weight", WEIGHT, named_scheme(layout))
+        exactly = Fp8Scheme(format=format, scale_format="fp32", modules=frozenset({module}))  # type: ignore[arg-type]
+        assert not is_quantized(f"{module}.weight", WEIGHT, named_scheme(format))
         assert not is_quantized(f"{module}.weight", WEIGHT, exactly)
         with pytest.raises(CheckpointError, match=rf"never quantized here: \['{module}.weight'\]"):
             fp8_infos({f"{module}.weight": WEIGHT}, exactly)
@@ -109,9 +109,9 @@ class TestWhichTensors:
             "mtp.layers.0.self_attn.k_proj",
         ],
     )
-    @by_layout
-    def test_what_is_quantized(self, module: str, layout: str) -> None:
-        scheme = named_scheme(layout)
+    @by_format
+    def test_what_is_quantized(self, module: str, format: str) -> None:
+        scheme = named_scheme(format)
         assert is_quantized(f"{module}.weight", WEIGHT, scheme)
         assert not is_quantized(f"{module}.bias", WEIGHT, scheme)
         for info in (
@@ -123,7 +123,7 @@ class TestWhichTensors:
             assert not is_quantized(f"{module}.weight", info, scheme)
 
     @pytest.mark.parametrize(
-        ("layout", "entry", "skipped", "kept"),
+        ("format", "entry", "skipped", "kept"),
         [
             # transformers: from the start up to a boundary, as a regular expression, or as a suffix.
             ("blockwise", "model.layers.1", ["model.layers.1.a.q"], ["model.layers.11.a.q", "x.model.layers.1.a.q"]),
@@ -141,51 +141,51 @@ class TestWhichTensors:
         ],
     )
     def test_a_list_is_read_by_its_producers_rules(
-        self, layout: str, entry: str, skipped: list[str], kept: list[str]
+        self, format: str, entry: str, skipped: list[str], kept: list[str]
     ) -> None:
-        scheme = named_scheme(layout, skip=("other", entry))
+        scheme = named_scheme(format, skip=("other", entry))
         assert [scheme.skips(module) for module in skipped] == [True] * len(skipped)
         assert [scheme.skips(module) for module in kept] == [False] * len(kept)
 
-    @by_layout
-    def test_what_a_list_names_keeps_its_dtype(self, layout: str) -> None:
-        scheme = named_scheme(layout, skip=(UP,))
+    @by_format
+    def test_what_a_list_names_keeps_its_dtype(self, format: str) -> None:
+        scheme = named_scheme(format, skip=(UP,))
         assert not is_quantized(f"{UP}.weight", WEIGHT, scheme)
         assert is_quantized(f"{DOWN_PROJ}.weight", WEIGHT, scheme)
 
     def test_modules_of_a_checkpoint_decide_alone(self) -> None:
-        scheme = Fp8Scheme(layout="blockwise", scale_format="fp32", skip=(UP,), modules=frozenset({UP}))
+        scheme = Fp8Scheme(format="blockwise", scale_format="fp32", skip=(UP,), modules=frozenset({UP}))
         assert is_quantized(f"{UP}.weight", WEIGHT, scheme)
         assert not is_quantized(f"{DOWN_PROJ}.weight", WEIGHT, scheme)
 
 
 class TestNamesAndShapes:
     @pytest.mark.parametrize(
-        ("layout", "scale", "shape", "dtype"),
+        ("format", "scale", "shape", "dtype"),
         [
             ("blockwise", f"{UP}.weight_scale_inv", (2, 3), torch.float32),
             ("channelwise", f"{UP}.weight_scale", (200, 1), torch.bfloat16),
             ("modelopt", f"{UP}.weight_scale", (200,), torch.float32),
         ],
     )
-    def test_of_each_layout(self, layout: str, scale: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def test_of_each_format(self, format: str, scale: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         weight = torch.randn(200, 300).bfloat16()
-        infos = fp8_infos({f"{UP}.weight": info_of(weight), f"{UP}.bias": info_of(weight[0])}, named_scheme(layout))
+        infos = fp8_infos({f"{UP}.weight": info_of(weight), f"{UP}.bias": info_of(weight[0])}, named_scheme(format))
         assert infos == {
             f"{UP}.weight": TensorInfo(dtype=torch.float8_e4m3fn, shape=(200, 300)),
             scale: TensorInfo(dtype=dtype, shape=shape),
             f"{UP}.bias": TensorInfo(dtype=torch.bfloat16, shape=(300,)),
         }
-        got = quantize_tensor(f"{UP}.weight", weight, named_scheme(layout))
+        got = quantize_tensor(f"{UP}.weight", weight, named_scheme(format))
         assert {name: info_of(t) for name, t in got.items()} == {n: infos[n] for n in (f"{UP}.weight", scale)}
-        block = (128, 128) if layout == "blockwise" else (1, 300)
-        codes, scales = quantize_reference(weight, block, scale_format="bf16" if layout == "channelwise" else "fp32")
+        block = (128, 128) if format == "blockwise" else (1, 300)
+        codes, scales = quantize_reference(weight, block, scale_format="bf16" if format == "channelwise" else "fp32")
         assert torch.equal(bits(got[f"{UP}.weight"]), bits(codes))
         assert torch.equal(got[scale].double().flatten(), scales.flatten())
 
     @pytest.mark.parametrize("scale_format", ["bf16", "ue8m0"])
     def test_of_other_scales_and_blocks(self, scale_format: Any) -> None:
-        scheme = Fp8Scheme(layout="blockwise", scale_format=scale_format, block=(32, 64))
+        scheme = Fp8Scheme(format="blockwise", scale_format=scale_format, block=(32, 64))
         weight = torch.randn(70, 130)
         got = quantize_tensor(f"{UP}.weight", weight, scheme)
         assert {n: info_of(t) for n, t in got.items()} == fp8_infos({f"{UP}.weight": info_of(weight)}, scheme)
@@ -212,19 +212,19 @@ GATE_UP, DOWN = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.e
 
 class TestFusedExperts:
     @pytest.mark.parametrize("family", MOE_FAMILIES)
-    @by_layout
-    def test_are_those_that_transformers_writes_one_by_one(self, family: str, layout: str, tmp_path: Path) -> None:
+    @by_format
+    def test_are_those_that_transformers_writes_one_by_one(self, family: str, format: str, tmp_path: Path) -> None:
         """transformers splits its fused parameters for Qwen3-Next: names and halves come from there."""
         fused, single = (
             write_moe(tmp_path / "fused", family, fused=True),
             write_moe(tmp_path / "s", family, fused=False),
         )
         assert GATE_UP in load_file(fused / "model.safetensors")
-        reports = [quantize_checkpoint(d, tmp_path / n, layout) for d, n in ((fused, "a"), (single, "b"))]
+        reports = [quantize_checkpoint(d, tmp_path / n, format) for d, n in ((fused, "a"), (single, "b"))]
         assert set(reports[0].quantized) == set(reports[1].quantized)
         a, b = load_tensors(tmp_path / "a"), load_tensors(tmp_path / "b")
         assert a.keys() == b.keys()
-        assert f"model.layers.0.mlp.experts.{MOE['num_experts'] - 1}.up_proj.{SUFFIX[layout]}" in a
+        assert f"model.layers.0.mlp.experts.{MOE['num_experts'] - 1}.up_proj.{SUFFIX[format]}" in a
         assert all(torch.equal(bits(a[name]), bits(b[name])) for name in a)
         assert quantization_of(tmp_path / "a") == quantization_of(tmp_path / "b")
 
@@ -267,7 +267,7 @@ class TestFusedExperts:
 
 class TestSchemesRefuse:
     def test_an_unknown_name(self, tmp_path: Path) -> None:
-        for call in (named_scheme, lambda name: Fp8Scheme(layout=name, scale_format="fp32")):
+        for call in (named_scheme, lambda name: Fp8Scheme(format=name, scale_format="fp32")):
             with pytest.raises(
                 ValueError, match="unknown float8 scheme 'tensor'; known are blockwise, channelwise, mod"
             ):
@@ -277,9 +277,9 @@ class TestSchemesRefuse:
 
     def test_fields_that_no_checkpoint_has(self) -> None:
         with pytest.raises(ValueError, match="powers of two are scales of blockwise"):
-            Fp8Scheme(layout="channelwise", scale_format="ue8m0")
+            Fp8Scheme(format="channelwise", scale_format="ue8m0")
         with pytest.raises(ValueError, match="a block must have"):
-            Fp8Scheme(layout="blockwise", scale_format="fp32", block=(0, 128))
+            Fp8Scheme(format="blockwise", scale_format="fp32", block=(0, 128))
         with pytest.raises(ValueError, match=r"'re:\(' .* is not a regular expression"):
             named_scheme("channelwise", skip=("re:(",))
 

@@ -13,7 +13,7 @@ from megatron_fp32.checkpoint.formats.files import read_json_object
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.errors import CheckpointError, checkpoint_named
 from megatron_fp32.ops.fp8.scales import ScaleFormat
-from megatron_fp32.weights.choices import Layout
+from megatron_fp32.weights.choices import Fp8Format
 from megatron_fp32.weights.fp8.config import MODELOPT_FILE, scheme_from_config
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
 from megatron_fp32.weights.hf_config.text import text_part
@@ -61,22 +61,22 @@ def scheme_of_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, An
     if static:
         raise CheckpointError(f"activations have static scales, such as {static[0]}, which weights do not tell")
     block = (128, 128) if named is None else named.block
-    possible: set[Layout] = {"blockwise", "channelwise", "modelopt"}
+    possible: set[Fp8Format] = {"blockwise", "channelwise", "modelopt"}
     dtypes: set[torch.dtype] = set()
     for name, info in weights.items():
         scale_name, scale = _scale_of(name, tensors)
-        possible &= _layouts(info, scale_name, scale, block)
+        possible &= _formats(info, scale_name, scale, block)
         dtypes.add(scale.dtype)
         if not possible:
             raise CheckpointError(
                 f"unknown float8 scheme: {name} is {info.shape} and {scale_name} is {scale.shape}, which is a scale "
                 f"neither for each block of {block} nor for each row, or differs from what other weights have"
             )
-    (layout,) = possible
-    if named is not None and named.layout != layout:
-        raise CheckpointError(f"the headers are those of a {layout} checkpoint, the config is {named.layout}")
+    (found,) = possible
+    if named is not None and named.format != found:
+        raise CheckpointError(f"the headers are those of a {found} checkpoint, the config is {named.format}")
     return Fp8Scheme(
-        layout=layout,
+        format=found,
         scale_format=_scale_format(dtypes, named),
         block=block,
         modules=frozenset(name.removesuffix(".weight") for name in weights),
@@ -113,11 +113,11 @@ def _scale_of(name: str, tensors: Mapping[str, TensorInfo]) -> tuple[str, Tensor
     return present[0], tensors[present[0]]
 
 
-def _layouts(info: TensorInfo, scale_name: str, scale: TensorInfo, block: tuple[int, int]) -> set[Layout]:
+def _formats(info: TensorInfo, scale_name: str, scale: TensorInfo, block: tuple[int, int]) -> set[Fp8Format]:
     rows, columns = info.shape
     if scale_name.endswith("_inv"):
         return {"blockwise"} if scale.shape == (-(-rows // block[0]), -(-columns // block[1])) else set()
-    shapes: dict[tuple[int, ...], Layout] = {(rows, 1): "channelwise", (rows,): "modelopt"}
+    shapes: dict[tuple[int, ...], Fp8Format] = {(rows, 1): "channelwise", (rows,): "modelopt"}
     return {shapes[scale.shape]} if scale.shape in shapes else set()
 
 

@@ -93,7 +93,7 @@ class QuantizeJob:
 @contextlib.contextmanager
 def open_quantization(hf_dir: Path, scheme: Fp8Scheme, device: str, max_shard_bytes: int) -> Iterator[QuantizeJob]:
     """Raises as `quantize_checkpoint`, before anything is written."""
-    check_direction("quantize", hf_dir, "huggingface", f"export {hf_dir} FP8_DIR --fp8 {scheme.layout}")
+    check_direction("quantize", hf_dir, "huggingface", f"export {hf_dir} FP8_DIR --fp8 {scheme.format}")
     assets_of(hf_dir)
     sources = {"source": described(hf_dir)}
     refuse_adapter(hf_dir)
@@ -132,7 +132,7 @@ def _plan(reader: HuggingFaceReader, scheme: Fp8Scheme) -> dict[str, TensorInfo]
     infos = fp8_infos(reader.tensors, scheme)
     if all(info.dtype != torch.float8_e4m3fn for info in infos.values()):
         raise CheckpointError(
-            f"{reader.directory} holds no weight that the {scheme.layout} scheme quantizes, such as "
+            f"{reader.directory} holds no weight that the {scheme.format} scheme quantizes, such as "
             "model.layers.0.self_attn.q_proj.weight; docs/fp8.md lists the names"
         )
     return infos

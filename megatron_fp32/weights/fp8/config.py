@@ -27,7 +27,7 @@ def quantization_config(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> d
         scheme: its format.
     """
     kept = unquantized_modules(infos)
-    if scheme.layout == "blockwise":
+    if scheme.format == "blockwise":
         config: dict[str, Any] = {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
@@ -36,7 +36,7 @@ def quantization_config(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> d
             "modules_to_not_convert": kept,
         }
         return config | ({"scale_fmt": "ue8m0"} if scheme.scale_format == "ue8m0" else {})
-    if scheme.layout == "modelopt":
+    if scheme.format == "modelopt":
         return {"quant_method": "modelopt", "quant_algo": _MODELOPT_ALGORITHM, "ignore": kept}
     common = {"num_bits": 8, "type": "float", "symmetric": True}
     return {
@@ -63,7 +63,7 @@ def described_scheme(scheme: Fp8Scheme) -> dict[str, Any]:
 
 def extra_files(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[str, Any]:
     """Content of further JSON files beside `config.json`, by their names; arguments as in `quantization_config`."""
-    if scheme.layout != "modelopt":
+    if scheme.format != "modelopt":
         return {}
     quantization = {
         "quant_algo": _MODELOPT_ALGORITHM,
@@ -132,7 +132,7 @@ def _blockwise(config: Mapping[str, Any]) -> Fp8Scheme:
         )
     power_of_two = config.get("scale_fmt") == "ue8m0"
     return Fp8Scheme(
-        layout="blockwise",
+        format="blockwise",
         scale_format="ue8m0" if power_of_two else "fp32",
         block=(block[0], block[1]),
         skip=_expressions(_names(config, "modules_to_not_convert", "ignored_layers")),

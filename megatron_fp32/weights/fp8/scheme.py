@@ -11,10 +11,10 @@ import torch
 
 from megatron_fp32.ops.fp8.scales import SCALE_FORMATS, ScaleFormat, scale_dtype
 from megatron_fp32.validation import check_choice
-from megatron_fp32.weights.choices import Layout
+from megatron_fp32.weights.choices import Fp8Format
 from megatron_fp32.weights.tensors import TensorInfo
 
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+FP8_FORMATS: tuple[Fp8Format, ...] = get_args(Fp8Format)
 
 QUANTIZED = re.compile(
     r"(?:(?:model|language_model|mtp)\.)*layers\.\d+\."
@@ -35,7 +35,7 @@ in 16 bits costs memory, one that an engine builds without scales cannot be load
 class Fp8Scheme:
     """A format of float8_e4m3fn weights, with dynamic activations.
 
-    | layout | producer | scale of `X.weight` [N, K] | rule of `skip` |
+    | format | producer | scale of `X.weight` [N, K] | rule of `skip` |
     |---|---|---|---|
     | "blockwise" | DeepSeek, Qwen: `quant_method: fp8` | `X.weight_scale_inv` [ceil(N / 128), ceil(K / 128)] | transformers' |
     | "channelwise" | llm-compressor: `compressed-tensors` | `X.weight_scale` [N, 1] | compressed-tensors' |
@@ -46,7 +46,7 @@ class Fp8Scheme:
         TypeError: for a list of modules that is no tuple, or a block that is no pair of ints.
     """  # noqa: E501
 
-    layout: Layout
+    format: Fp8Format
     scale_format: ScaleFormat
     block: tuple[int, int] = (128, 128)
     """Rows and columns of a block; of "blockwise" only."""
@@ -56,8 +56,8 @@ class Fp8Scheme:
     """Exactly these are quantized, as the headers of an existing checkpoint say; `skip` is then not consulted."""
 
     def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"unknown float8 scheme {self.layout!r}; known are {', '.join(LAYOUTS)}")
+        if self.format not in FP8_FORMATS:
+            raise ValueError(f"unknown float8 scheme {self.format!r}; known are {', '.join(FP8_FORMATS)}")
         check_choice("scale_format", self.scale_format, SCALE_FORMATS)
         if not isinstance(self.block, tuple) or not all(type(size) is int for size in self.block):
             raise TypeError(f"block must be a tuple of two ints, got {self.block!r}")
@@ -65,8 +65,8 @@ class Fp8Scheme:
             raise TypeError(f"skip must be a tuple of names of modules, got {self.skip!r}")
         if self.modules is not None and not isinstance(self.modules, frozenset):
             raise TypeError(f"modules must be a frozenset of names or None, got {self.modules!r}")
-        if self.scale_format == "ue8m0" and self.layout != "blockwise":
-            raise ValueError(f"powers of two are scales of blockwise checkpoints only, not of {self.layout} ones")
+        if self.scale_format == "ue8m0" and self.format != "blockwise":
+            raise ValueError(f"powers of two are scales of blockwise checkpoints only, not of {self.format} ones")
         if len(self.block) != 2 or min(self.block) < 1:
             raise ValueError(f"a block must have one or more rows and columns, got {self.block}")
         for entry in self.skip:
@@ -80,7 +80,7 @@ class Fp8Scheme:
     @property
     def scale_suffix(self) -> str:
         """What follows the module's name in that of its scale."""
-        return ".weight_scale_inv" if self.layout == "blockwise" else ".weight_scale"
+        return ".weight_scale_inv" if self.format == "blockwise" else ".weight_scale"
 
     @property
     def zero_scale(self) -> float:
@@ -89,17 +89,17 @@ class Fp8Scheme:
         1 in transformers (`Fp8Quantize`) and ModelOpt, the smallest step of the scale's dtype in compressed-tensors
         (`calculate_qparams`).
         """
-        return float(torch.finfo(scale_dtype(self.scale_format)).eps) if self.layout == "channelwise" else 1.0
+        return float(torch.finfo(scale_dtype(self.scale_format)).eps) if self.format == "channelwise" else 1.0
 
     def skips(self, module: str) -> bool:
         """Whether the list names the module, by the rules of whoever wrote it."""
         return any(self._matches(entry, module) for entry in self.skip)
 
     def _matches(self, entry: str, module: str) -> bool:
-        if self.layout == "blockwise":
+        if self.format == "blockwise":
             # transformers/quantizers/quantizers_utils.py, should_convert_module. vLLM wants the whole name.
             return bool(re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module)) or module.endswith(entry)
-        if self.layout == "channelwise":
+        if self.format == "channelwise":
             # compressed_tensors/utils/match.py, match_name.
             return bool(re.match(entry[3:], module)) if entry.startswith("re:") else entry == module
         # vllm/model_executor/layers/quantization/modelopt.py, is_layer_excluded.
@@ -107,11 +107,11 @@ class Fp8Scheme:
 
 
 def named_scheme(name: str, *, skip: tuple[str, ...] = ()) -> Fp8Scheme:
-    """The scheme of that layout with the scales that its producer writes.
+    """The scheme of that format with the scales that its producer writes.
 
     Those are float32 in DeepSeek's and ModelOpt's files, and bfloat16, the dtype of the model, in llm-compressor's
     (compressed_tensors/quantization/lifecycle/initialize.py). Qwen's blockwise scales are bfloat16, too: that takes
-    `Fp8Scheme(layout="blockwise", scale_format="bf16")`, and every loader reads either.
+    `Fp8Scheme(format="blockwise", scale_format="bf16")`, and every loader reads either.
 
     Args:
         name: "blockwise", "channelwise" or "modelopt".
@@ -120,9 +120,9 @@ def named_scheme(name: str, *, skip: tuple[str, ...] = ()) -> Fp8Scheme:
     Raises:
         ValueError: for another name.
     """
-    if name not in LAYOUTS:
-        raise ValueError(f"unknown float8 scheme {name!r}; known are {', '.join(LAYOUTS)}")
-    return Fp8Scheme(layout=name, scale_format="bf16" if name == "channelwise" else "fp32", skip=skip)
+    if name not in FP8_FORMATS:
+        raise ValueError(f"unknown float8 scheme {name!r}; known are {', '.join(FP8_FORMATS)}")
+    return Fp8Scheme(format=name, scale_format="bf16" if name == "channelwise" else "fp32", skip=skip)
 
 
 def is_quantized(name: str, info: TensorInfo, scheme: Fp8Scheme) -> bool:

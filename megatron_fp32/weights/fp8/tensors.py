@@ -126,7 +126,7 @@ def partial_blocks(infos: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> tuple[
         infos: all tensors of the float8 checkpoint.
         scheme: its format; only "blockwise" has blocks.
     """
-    if scheme.layout != "blockwise":
+    if scheme.format != "blockwise":
         return ()
     return tuple(
         name
@@ -154,12 +154,12 @@ def _quantized_infos(name: str, info: TensorInfo, scheme: Fp8Scheme) -> dict[str
     }
     return {
         name: TensorInfo(dtype=torch.float8_e4m3fn, shape=info.shape),
-        _scale_name(name, scheme): TensorInfo(dtype=scale_dtype(scheme.scale_format), shape=shapes[scheme.layout]),
+        _scale_name(name, scheme): TensorInfo(dtype=scale_dtype(scheme.scale_format), shape=shapes[scheme.format]),
     }
 
 
 def _quantize(weight: Tensor, scheme: Fp8Scheme, check: bool) -> Quantized:
-    if scheme.layout == "blockwise":
+    if scheme.format == "blockwise":
         return quantize_blockwise(
             weight, scheme.block, scale_format=scheme.scale_format, zero_scale=scheme.zero_scale, check=check
         )
@@ -167,5 +167,5 @@ def _quantize(weight: Tensor, scheme: Fp8Scheme, check: bool) -> Quantized:
 
 
 def _outputs(name: str, quantized: Quantized, scheme: Fp8Scheme) -> dict[str, Tensor]:
-    scale = quantized.scale.squeeze(-1) if scheme.layout == "modelopt" else quantized.scale
+    scale = quantized.scale.squeeze(-1) if scheme.format == "modelopt" else quantized.scale
     return {name: quantized.weight, _scale_name(name, scheme): scale}

@@ -32,13 +32,13 @@ from megatron_fp32.weights.tensors import TensorInfo
 from tests.checkpoint.support import assets, bits, load_tensors, quantization_of, rewrite, tree
 from tests.qwen3_5 import write_dense
 
-LAYOUTS = ("blockwise", "channelwise", "modelopt")
+FP8_FORMATS = ("blockwise", "channelwise", "modelopt")
 
 
 SUFFIX = {"blockwise": "weight_scale_inv", "channelwise": "weight_scale", "modelopt": "weight_scale"}
 
 
-by_layout = pytest.mark.parametrize("layout", LAYOUTS)
+by_format = pytest.mark.parametrize("format", FP8_FORMATS)
 
 
 WEIGHT = TensorInfo(dtype=torch.bfloat16, shape=(256, 384))
@@ -60,24 +60,24 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     made: dict[str, Path] = {}
 
-    def of(layout: str) -> Path:
-        if layout not in made:
-            made[layout] = tmp_path_factory.mktemp("quantized") / layout
-            quantize_checkpoint(dense, made[layout], layout)
-        return made[layout]
+    def of(format: str) -> Path:
+        if format not in made:
+            made[format] = tmp_path_factory.mktemp("quantized") / format
+            quantize_checkpoint(dense, made[format], format)
+        return made[format]
 
     return of
 
 
 class TestDetection:
-    @by_layout
+    @by_format
     def test_a_scheme_is_found_in_headers_and_in_configs(
-        self, layout: str, dense: Path, quantized: Callable[[str], Path], tmp_path: Path
+        self, format: str, dense: Path, quantized: Callable[[str], Path], tmp_path: Path
     ) -> None:
         """Both make the same checkpoint again."""
-        made = quantized(layout)
+        made = quantized(format)
         found = detect_scheme(made)
-        assert (found.layout, found.scale_format) == (layout, named_scheme(layout).scale_format)
+        assert (found.format, found.scale_format) == (format, named_scheme(format).scale_format)
         weights = load_tensors(made)
         assert found.modules == {n.removesuffix(".weight") for n, t in weights.items() if t.dtype.itemsize == 1}
         without = shutil.copytree(made, tmp_path / "config only", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -102,18 +102,18 @@ class TestDetection:
         assert "model.layers.1.mlp.up_proj" in modules
 
     @pytest.mark.parametrize(
-        ("scale", "dtype", "layout", "scale_format"),
+        ("scale", "dtype", "format", "scale_format"),
         [
             ("a.weight_scale_inv", torch.bfloat16, "blockwise", "bf16"),
             ("a.weight_scale", torch.float32, "channelwise", "fp32"),
         ],
     )
     def test_the_dtype_of_scales_is_that_of_the_headers(
-        self, scale: str, dtype: torch.dtype, layout: str, scale_format: str
+        self, scale: str, dtype: torch.dtype, format: str, scale_format: str
     ) -> None:
         shape = (2, 3) if scale.endswith("_inv") else (256, 1)
         found = scheme_of_tensors({"a.weight": F8, scale: TensorInfo(dtype=dtype, shape=shape)})
-        assert (found.layout, found.scale_format, found.block) == (layout, scale_format, (128, 128))
+        assert (found.format, found.scale_format, found.block) == (format, scale_format, (128, 128))
 
     def test_blocks_and_powers_of_two_are_those_of_the_config(self) -> None:
         tensors = {f"{UP}.weight": F8, f"{UP}.weight_scale_inv": TensorInfo(dtype=torch.float32, shape=(4, 12))}
@@ -173,7 +173,7 @@ class TestDetection:
         ],
     )
     def test_a_blockwise_config_that_it_does_not_know(self, change: dict[str, Any], message: str) -> None:
-        assert scheme_from_config(BLOCKWISE).layout == "blockwise"
+        assert scheme_from_config(BLOCKWISE).format == "blockwise"
         with pytest.raises(CheckpointError, match=message):
             scheme_from_config({**BLOCKWISE, **change})
 
@@ -192,7 +192,7 @@ class TestDetection:
     )
     def test_a_channelwise_config_that_it_does_not_know(self, place: tuple[str, ...], value: Any, message: str) -> None:
         config = json.loads(json.dumps(quantization_config({}, named_scheme("channelwise"))))
-        assert scheme_from_config(config).layout == "channelwise"
+        assert scheme_from_config(config).format == "channelwise"
         inner = config
         for key in place[:-1]:
             inner = inner[key]
@@ -228,45 +228,45 @@ BLOCKWISE = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3
 
 
 class TestWholeCheckpoints:
-    @by_layout
+    @by_format
     def test_every_value_is_the_definitions_and_all_else_is_unchanged(
-        self, layout: str, dense: Path, quantized: Callable[[str], Path]
+        self, format: str, dense: Path, quantized: Callable[[str], Path]
     ) -> None:
-        source, made = load_file(dense / "model.safetensors"), load_tensors(quantized(layout))
+        source, made = load_file(dense / "model.safetensors"), load_tensors(quantized(format))
         float8 = {name for name, t in made.items() if t.dtype == torch.float8_e4m3fn}
-        scales = {name for name in made if name.endswith(SUFFIX[layout])}
+        scales = {name for name in made if name.endswith(SUFFIX[format])}
         assert made.keys() - scales == source.keys()
-        assert {name.replace(SUFFIX[layout], "weight") for name in scales} == float8
+        assert {name.replace(SUFFIX[format], "weight") for name in scales} == float8
         assert len(float8) == 3 + 4 + 2 * 3  # in_proj_qkv, in_proj_z, out_proj; q, k, v, o; three of each MLP
         for name, tensor in source.items():
             if name not in float8:
                 assert torch.equal(bits(made[name]), bits(tensor)), name
                 assert made[name].dtype == tensor.dtype
                 continue
-            scale = made[name.replace("weight", SUFFIX[layout])]
-            block = (128, 128) if layout == "blockwise" else (1, tensor.shape[1])
+            scale = made[name.replace("weight", SUFFIX[format])]
+            block = (128, 128) if format == "blockwise" else (1, tensor.shape[1])
             codes, expected = quantize_reference(
-                tensor, block, scale_format="bf16" if layout == "channelwise" else "fp32"
+                tensor, block, scale_format="bf16" if format == "channelwise" else "fp32"
             )
             assert torch.equal(bits(made[name]), bits(codes))
             assert torch.equal(scale.double().flatten(), expected.flatten())
 
-    @by_layout
+    @by_format
     def test_the_config_says_how_and_other_files_are_copied(
-        self, layout: str, dense: Path, quantized: Callable[[str], Path]
+        self, format: str, dense: Path, quantized: Callable[[str], Path]
     ) -> None:
-        made = quantized(layout)
+        made = quantized(format)
         config = json.loads((made / "config.json").read_text())
         quantization = config.pop("quantization_config")
         assert config == json.loads((dense / "config.json").read_text())
         names = {"blockwise": "modules_to_not_convert", "channelwise": "ignore", "modelopt": "ignore"}
         linear = "model.layers.0.linear_attn."
         listed = ["lm_head", "model.embed_tokens", *(f"{linear}{m}" for m in ("conv1d", "in_proj_a", "in_proj_b"))]
-        assert quantization[names[layout]] == listed
+        assert quantization[names[format]] == listed
         files = tree(made)
         expected = {k: v for k, v in tree(dense).items() if k not in ("config.json", "model.safetensors")}
         assert {name: files[name] for name in expected} == expected
-        assert ("hf_quant_config.json" in files) == (layout == "modelopt")
+        assert ("hf_quant_config.json" in files) == (format == "modelopt")
 
     def test_shards_hold_the_same(self, dense: Path, quantized: Callable[[str], Path], tmp_path: Path) -> None:
         quantize_checkpoint(dense, tmp_path / "out", "blockwise", max_shard_bytes=200_000)
@@ -337,9 +337,9 @@ class TestWholeCheckpoints:
 def test_a_safetensors_file_of_zeros_has_the_producers_scales(tmp_path: Path) -> None:
     """compressed-tensors: the smallest step of the scale's dtype; the others: 1."""
     expected = {"blockwise": 1.0, "channelwise": 2.0**-7, "modelopt": 1.0}
-    for layout, scale in expected.items():
-        got = quantize_tensor(f"{UP}.weight", torch.zeros(4, 8), named_scheme(layout))
-        save_file(got, tmp_path / f"{layout}.safetensors")
-        stored = load_file(tmp_path / f"{layout}.safetensors")
-        assert (stored[f"{UP}.{SUFFIX[layout]}"].float() == scale).all()
+    for format, scale in expected.items():
+        got = quantize_tensor(f"{UP}.weight", torch.zeros(4, 8), named_scheme(format))
+        save_file(got, tmp_path / f"{format}.safetensors")
+        stored = load_file(tmp_path / f"{format}.safetensors")
+        assert (stored[f"{UP}.{SUFFIX[format]}"].float() == scale).all()
         assert not bits(stored[f"{UP}.weight"]).any()

@@ -26,7 +26,7 @@ from tests.qwen3_5 import BLOCKS
 pytest.importorskip("accelerate")  # transformers loads float8 with it
 pytest.importorskip("compressed_tensors")
 
-LAYOUTS = ("blockwise", "channelwise", "modelopt")
+FP8_FORMATS = ("blockwise", "channelwise", "modelopt")
 ALONE = (
     "Llama, tied",
     "Qwen3-MoE, a dense layer",
@@ -44,15 +44,15 @@ Quantized = Callable[[str, str], Path]
 
 @pytest.fixture(scope="session")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Quantized:
-    """`quantized(case, layout)`, written once for the whole run."""
+    """`quantized(case, format)`, written once for the whole run."""
     root = tmp_path_factory.mktemp("loading")
 
-    def of(name: str, layout: str) -> Path:
-        hf, place = root / name / "hf", root / name / layout
+    def of(name: str, format: str) -> Path:
+        hf, place = root / name / "hf", root / name / format
         if not hf.exists():
             case(name).write(hf)
         if not place.exists():
-            quantize_checkpoint(hf, place, layout)
+            quantize_checkpoint(hf, place, format)
         return place
 
     return of
@@ -83,19 +83,19 @@ def float8_modules(directory: Path) -> set[str]:
 
 @pytest.mark.usefixtures("_float8_without_a_gpu")
 class TestTransformers:
-    @pytest.mark.parametrize("layout", LAYOUTS[:2])
+    @pytest.mark.parametrize("format", FP8_FORMATS[:2])
     @pytest.mark.parametrize("name", [*ALONE, *INSIDE])
-    def test_a_text_model_lacks_nothing(self, name: str, layout: str, quantized: Quantized) -> None:
+    def test_a_text_model_lacks_nothing(self, name: str, format: str, quantized: Quantized) -> None:
         """Of a vision-language checkpoint `AutoModelForCausalLM` builds the text model, under names of its own."""
-        model = loaded("AutoModelForCausalLM", quantized(name, layout))
+        model = loaded("AutoModelForCausalLM", quantized(name, format))
         assert type(model).__name__.endswith("ForCausalLM")
         dtypes = {parameter.dtype for parameter in model.parameters()}
         assert torch.float8_e4m3fn in dtypes
 
-    @pytest.mark.parametrize("layout", LAYOUTS[:2])
+    @pytest.mark.parametrize("format", FP8_FORMATS[:2])
     @pytest.mark.parametrize("name", ["Qwen3-VL", *INSIDE])
-    def test_a_vision_language_model_lacks_nothing(self, name: str, layout: str, quantized: Quantized) -> None:
-        loaded("AutoModelForImageTextToText", quantized(name, layout))
+    def test_a_vision_language_model_lacks_nothing(self, name: str, format: str, quantized: Quantized) -> None:
+        loaded("AutoModelForImageTextToText", quantized(name, format))
 
     @pytest.mark.parametrize("auto_class", ["AutoModelForCausalLM", "AutoModelForImageTextToText"])
     def test_an_export_from_megatron_lacks_nothing(self, auto_class: str, tmp_path: Path) -> None:
@@ -118,15 +118,14 @@ class TestTransformers:
         assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float8_e4m3fn]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("format", FP8_FORMATS)
 @pytest.mark.parametrize("name", [*ALONE, *INSIDE])
-def test_a_list_names_what_is_kept_and_nothing_that_is_quantized(name: str, layout: str, quantized: Quantized) -> None:
+def test_a_list_names_what_is_kept_and_nothing_that_is_quantized(name: str, format: str, quantized: Quantized) -> None:
     """By the rules of whoever reads the list, under both names of a text model inside of another one."""
-    directory = quantized(name, layout)
+    directory = quantized(name, format)
     scheme, float8 = scheme_from_config(quantization_of(directory)), float8_modules(directory)
-    kept = {
-        n.removesuffix(".weight") for n, t in load_tensors(directory).items() if n.endswith(".weight") and t.ndim > 1
-    }
+    weights = {n.removesuffix(".weight"): t for n, t in load_tensors(directory).items() if n.endswith(".weight")}
+    kept = {module for module, weight in weights.items() if weight.ndim > 1}
     for modules, skipped in ((float8, False), (kept - float8, True), ({"lm_head"}, True)):
         for module in modules:
             for called in {module, re.sub(r"^model\.language_model\.", "model.", module)}:
@@ -134,14 +133,14 @@ def test_a_list_names_what_is_kept_and_nothing_that_is_quantized(name: str, layo
 
 
 @pytest.mark.parametrize("head", ["score", "v_head", "value_head", "qa_outputs", "classifier", "v_head.summary"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_head_under_another_name_keeps_its_bytes(head: str, layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", FP8_FORMATS)
+def test_a_head_under_another_name_keeps_its_bytes(head: str, format: str, tmp_path: Path) -> None:
     def with_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {**{n: t for n, t in tensors.items() if n != "lm_head.weight"}, f"{head}.weight": weight}
 
     weight = torch.randn(1, 36).bfloat16()
     hf = rewrite(case("Qwen3").write(tmp_path / "hf"), with_head)
-    quantize_checkpoint(hf, tmp_path / "out", layout)
+    quantize_checkpoint(hf, tmp_path / "out", format)
     assert torch.equal(load_tensors(tmp_path / "out")[f"{head}.weight"], weight)
     config = quantization_of(tmp_path / "out")
     assert head in config.get("modules_to_not_convert", config.get("ignore"))
@@ -180,8 +179,8 @@ class TestPartialBlocks:
         assert sorted(wrong) == sorted(report.partial_blocks)
         assert len(wrong) == 6  # gate, up and down of two layers
 
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_are_in_the_text_and_the_json_of_blockwise_checkpoints_alone(self, layout: str, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("format", FP8_FORMATS)
+    def test_are_in_the_text_and_the_json_of_blockwise_checkpoints_alone(self, format: str, tmp_path: Path) -> None:
         def run(*args: Path | str) -> str:
             result = CliRunner().invoke(cli.main, [str(arg) for arg in args])
             assert result.exit_code == 0, result.output
@@ -190,14 +189,14 @@ class TestPartialBlocks:
         hf = write_qwen3_5(tmp_path / "hf", **self.FEW)
         run("import", hf, tmp_path / "megatron")
         texts = [
-            run("quantize", hf, tmp_path / "a", "--scheme", layout),
-            run("export", tmp_path / "megatron", tmp_path / "b", "--fp8", layout),
+            run("quantize", hf, tmp_path / "a", "--scheme", format),
+            run("export", tmp_path / "megatron", tmp_path / "b", "--fp8", format),
         ]
         reports = [
-            json.loads(run("quantize", "--json", hf, tmp_path / "c", "--scheme", layout)),
-            json.loads(run("export", "--json", tmp_path / "megatron", tmp_path / "d", "--fp8", layout)),
+            json.loads(run("quantize", "--json", hf, tmp_path / "c", "--scheme", format)),
+            json.loads(run("export", "--json", tmp_path / "megatron", tmp_path / "d", "--fp8", format)),
         ]
-        count = 6 if layout == "blockwise" else 0
+        count = 6 if format == "blockwise" else 0
         assert [len(report["partial_blocks"]) for report in reports] == [count, count]
         for text in texts:
             assert ("warning: 6 float8 weights" in text) == ("mlp.up_proj" in text) == (count > 0)

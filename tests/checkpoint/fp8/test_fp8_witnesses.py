@@ -30,16 +30,16 @@ Made = Callable[[str, str], Path]
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """`made(model, layout)`, a float8 checkpoint; layout "hf" is its source. Experts are fused in the source."""
+    """`made(model, format)`, a float8 checkpoint; format "hf" is its source. Experts are fused in the source."""
     root = tmp_path_factory.mktemp("witnesses")
 
-    def of(model: str, layout: str) -> Path:
-        place = root / model / layout
+    def of(model: str, format: str) -> Path:
+        place = root / model / format
         if not place.exists():
-            if layout == "hf":
+            if format == "hf":
                 write_dense(place) if model == "dense" else write_moe(place, model, fused=model == "qwen3_5_moe")
             else:
-                quantize_checkpoint(of(model, "hf"), place, layout)
+                quantize_checkpoint(of(model, "hf"), place, format)
         return place
 
     return of
@@ -65,10 +65,10 @@ def load(model_class: Any, directory: Path, dtype: torch.dtype, **options: Any) 
     return model.eval()
 
 
-def dequantize_option(layout: str) -> dict[str, Any]:
+def dequantize_option(format: str) -> dict[str, Any]:
     from transformers import CompressedTensorsConfig, FineGrainedFP8Config
 
-    config = FineGrainedFP8Config if layout == "blockwise" else CompressedTensorsConfig
+    config = FineGrainedFP8Config if format == "blockwise" else CompressedTensorsConfig
     return {"quantization_config": config(dequantize=True)}
 
 
@@ -77,13 +77,13 @@ def logits(model: nn.Module) -> Tensor:
     return model.float()(torch.arange(150).view(3, 50)).logits.double()
 
 
-@pytest.mark.parametrize("layout", ["blockwise", "channelwise"])
-def test_transformers_dequantizes_what_was_meant(layout: str, made: Made) -> None:
+@pytest.mark.parametrize("format", ["blockwise", "channelwise"])
+def test_transformers_dequantizes_what_was_meant(format: str, made: Made) -> None:
     """Each weight is the exact product, rounded to bfloat16 once, and the logits are as near as the format allows."""
     from transformers.models.qwen3_5 import Qwen3_5ForCausalLM
 
-    model = load(Qwen3_5ForCausalLM, made("dense", layout), torch.bfloat16, **dequantize_option(layout))
-    meant = dequantized(made("dense", layout))
+    model = load(Qwen3_5ForCausalLM, made("dense", format), torch.bfloat16, **dequantize_option(format))
+    meant = dequantized(made("dense", format))
     parameters = dict(model.named_parameters())
     assert parameters.keys() == meant.keys()
     for name, parameter in parameters.items():
@@ -97,16 +97,16 @@ def test_transformers_dequantizes_what_was_meant(layout: str, made: Made) -> Non
     noisy = load_qwen3_5(made("dense", "hf"), torch.bfloat16).float()
     with torch.no_grad():
         for name, parameter in noisy.named_parameters():
-            if any(f"{name}_scale{end}" in load_tensors(made("dense", layout)) for end in ("", "_inv")):
+            if any(f"{name}_scale{end}" in load_tensors(made("dense", format)) for end in ("", "_inv")):
                 parameter.mul_(1 + torch.empty_like(parameter).uniform_(-(2.0**-4), 2.0**-4))
     assert 0 < error < 1.3 * relative_error(logits(noisy), truth)
 
 
-@pytest.mark.parametrize("layout", ["blockwise", "channelwise"])
+@pytest.mark.parametrize("format", ["blockwise", "channelwise"])
 @pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_transformers_finds_every_expert(family: str, layout: str, made: Made) -> None:
-    model = load(moe_class(family)[1], made(family, layout), torch.bfloat16, **dequantize_option(layout))
-    meant = dequantized(made(family, layout))
+def test_transformers_finds_every_expert(family: str, format: str, made: Made) -> None:
+    model = load(moe_class(family)[1], made(family, format), torch.bfloat16, **dequantize_option(format))
+    meant = dequantized(made(family, format))
     experts = {name: p for name, p in model.named_parameters() if ".experts." in name}
     assert len(experts) == 4
     for name, parameter in experts.items():
@@ -203,7 +203,7 @@ def test_lists_are_read_as_their_producers_read_them(module: str, entry: str) ->
     try:
         re.compile(entry)
     except re.error:
-        with pytest.raises(ValueError, match="no regular expression"):
+        with pytest.raises(ValueError, match="not a regular expression"):
             named_scheme("blockwise", skip=(entry,))
         return
     assert named_scheme("channelwise", skip=(f"re:{entry}",)).skips(module) == match_name(module, f"re:{entry}")

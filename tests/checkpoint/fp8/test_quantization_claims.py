@@ -29,7 +29,7 @@ OTHER_FILES = (
     "quant_model_description.json",
     "recipe.yaml",
 )
-LAYOUTS = ("blockwise", "channelwise", "modelopt")
+FP8_FORMATS = ("blockwise", "channelwise", "modelopt")
 
 
 @pytest.fixture(scope="session")
@@ -109,15 +109,15 @@ class TestBf16:
             assert [claim for claim in CLAIMS if claim not in text] == []
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_float8_export_tells_of_its_own_format(layout: str, claiming: Path, plain: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", FP8_FORMATS)
+def test_a_float8_export_tells_of_its_own_format(format: str, claiming: Path, plain: Path, tmp_path: Path) -> None:
     import_checkpoint(claiming, tmp_path / "megatron", text_only=True)
-    report = export_checkpoint(tmp_path / "megatron", tmp_path / "out", fp8=named_scheme(layout))
+    report = export_checkpoint(tmp_path / "megatron", tmp_path / "out", fp8=named_scheme(format))
     assert set(report.quantization_claims) == CLAIMS
-    own = {"hf_quant_config.json"} if layout == "modelopt" else set()
+    own = {"hf_quant_config.json"} if format == "modelopt" else set()
     assert assets(tmp_path / "out").keys() == assets(plain).keys() | own
     config = read(tmp_path / "out")
-    assert detect_scheme(tmp_path / "out").layout == layout
+    assert detect_scheme(tmp_path / "out").format == format
     del config["quantization_config"], config["others"]
     assert config == read(plain)
 

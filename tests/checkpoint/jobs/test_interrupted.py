@@ -272,11 +272,11 @@ class TestWorkers:
 
     def test_they_never_see_an_interruption(self, tmp_path: Path) -> None:
         """Ctrl-C reaches every process of a terminal; a worker may still import torch then, and would print that."""
-        parts = [Part(file=f"{name}.distcp", nbytes=1, steps=()) for name in "ab"]
-        job: Any = SimpleNamespace(parts=parts, options={}, sources={})
+        parts = [Part(file=f"{name}.distcp", nbytes=1) for name in "ab"]
+        job: Any = SimpleNamespace(parts=parts, options={}, sources={}, reopen=_tell_of_signals)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         with pytest.raises(CheckpointError, match="SIGINT is blocked: True"):
-            run_job(job, _tell_of_signals, tmp_path / "out", workers=2)
+            run_job(job, tmp_path / "out", workers=2)
         assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
     def test_fewer_than_one(self, source: Source, tmp_path: Path) -> None:
