@@ -7,14 +7,21 @@ venv := .venv/$(minor)
 ready := $(venv)/ready-$(shell cksum < $(lock) | cut -d' ' -f1)
 # megatron-core warns, on every rank, of every optional package that is absent.
 run := OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(venv)/bin/python
+# In how many processes tests run. WORKERS=0 runs them in pytest's own process, as a debugger needs it.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 
-.PHONY: demo test test-gpu smoke mutants lint docs dist clean
+.PHONY: demo test check test-gpu smoke mutants lint docs dist clean
 
 demo: $(ready)
 	$(run) examples/demo.py $(if $(HF_DIR),--hf-dir $(HF_DIR))
 
 test: $(ready) lint
-	$(run) -m pytest -m "not gpu"
+	$(run) -m pytest -m "not gpu" -n $(WORKERS)
+
+# Tests of a few seconds: who imports whom, the faults of `make mutants`, what pages name.
+check: $(ready)
+	$(run) -m pytest -q tests/test_imports.py tests/test_faults.py tests/test_docs.py \
+	  --deselect tests/test_docs.py::test_every_block_of_a_page_runs_as_it_stands
 
 # Run with the Python that has CUDA, Transformer Engine and flash-linear-attention; nothing is installed for it.
 test-gpu:
@@ -37,7 +44,7 @@ dist: $(ready)
 	$(run) .ci/dist.py $(lock) build/dist
 
 mutants: $(ready)
-	$(run) tests/mutants.py
+	$(run) tests/mutants.py --workers $(WORKERS)
 
 lint: $(ready)
 	$(venv)/bin/ruff check .

@@ -110,6 +110,9 @@ def _gated_delta_net_problems(
         if not isinstance(layer, Fp32GatedDeltaNet):
             yield f"{name} is a {type(layer).__qualname__}, not an Fp32GatedDeltaNet"
             continue
+        for method in ("forward", "_apply_gated_norm", "_apply"):
+            if method in vars(layer):
+                yield f"{name}.{method} was replaced on the instance"
         available = dict(layer.named_parameters())
         for leaf in config.gated_delta_net:
             if leaf not in available:

@@ -148,6 +148,13 @@ class TestCheck:
         setattr(model.output_layer, method, lambda *_: None)
         assert f"output_layer.{method} was replaced on the instance" in self.complaint(model)
 
+    @pytest.mark.parametrize("method", ["forward", "_apply_gated_norm", "_apply"])
+    def test_a_method_of_a_gated_delta_net_that_was_replaced(self, method: str) -> None:
+        model = stock_model()
+        apply_fp32(model, weights="initialized")
+        setattr(model.decoder.layers[0].self_attention, method, lambda *_: None)
+        assert f"layers.0.self_attention.{method} was replaced on the instance" in self.complaint(model)
+
     def test_another_configuration(self) -> None:
         model = stock_model()
         apply_fp32(model, weights="initialized")

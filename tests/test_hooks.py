@@ -20,7 +20,8 @@ from megatron_fp32.models.provider import cpu_overrides, transformer_config
 from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs
 from megatron_fp32.output_layer.layer import Fp32OutputLayer
 from megatron_fp32.testing.training import Batch, Trainer
-from tests.support import STOCK, stock_model, tiny_qwen3_5
+from tests.qwen3_5 import tiny_qwen3_5
+from tests.support import STOCK, stock_model
 
 pytestmark = pytest.mark.usefixtures("megatron", "stock_optimizers")
 

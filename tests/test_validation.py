@@ -39,7 +39,7 @@ from megatron_fp32.testing.cpu import model_parallel, single_process
 from megatron_fp32.testing.qwen3_5 import write_qwen3_5
 from megatron_fp32.testing.ranks import RankPool
 from megatron_fp32.testing.training import Batch, TrainerConfig
-from tests.support import tiny_qwen3_5
+from tests.qwen3_5 import tiny_qwen3_5
 
 NO_FLAGS = ("false", "no", 0, 1, None)
 NO_SIZES = ("2", 2.0, True, None, 0, -1)

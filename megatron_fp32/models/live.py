@@ -19,7 +19,7 @@ from megatron_fp32 import needs_megatron  # noqa: F401
 # isort: split
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -121,22 +121,17 @@ class LiveTensors:
 
         Without a group, the result may be a view of the parameter: do not change it.
         """
-        info = self.tensors[name]
-        places = [place for place in self._places[name] if place[2].has(index)]
+        places = list(self._boxes(name, index))
         if self._group is None and len(places) == 1:
             return self._inside(places[0][1], index)
-        whole = torch.empty(info.shape[len(index) :], dtype=info.dtype, device=self._device())
-        for rank, at, piece in places:
-            box = tuple(
-                slice(start, start + size)
-                for start, size in zip(piece.offset[len(index) :], piece.shape[len(index) :], strict=True)
-            )
+        whole = self._empty(name, index)
+        for rank, at, box in places:
             if rank == self._rank:
                 whole[box] = self._inside(at, index)
             if self._group is not None:
                 # The box of a whole tensor is rarely contiguous.
                 values = whole[box].contiguous()
-                dist.broadcast(values, group=self._group, group_src=rank)
+                dist.broadcast(_as_bytes(values), group=self._group, group_src=rank)
                 whole[box] = values
         return whole
 
@@ -153,24 +148,28 @@ class LiveTensors:
         """
         if self._group is None:
             return self.read(name, index)
-        info = self.tensors[name]
-        whole = None
-        if self._rank == to:
-            whole = torch.empty(info.shape[len(index) :], dtype=info.dtype, device=self._device())
-        for rank, at, piece in self._places[name]:
-            if not piece.has(index):
-                continue
-            shape, offset = piece.shape[len(index) :], piece.offset[len(index) :]
-            box = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+        whole = self._empty(name, index) if self._rank == to else None
+        for rank, at, box in self._boxes(name, index):
             if rank == self._rank and whole is not None:
                 whole[box] = self._inside(at, index)
             elif rank == self._rank:
                 dist.send(_as_bytes(self._inside(at, index).contiguous()), group=self._group, group_dst=to)
             elif whole is not None:
-                values = torch.empty(shape, dtype=info.dtype, device=whole.device)
+                values = torch.empty_like(whole[box], memory_format=torch.contiguous_format)
                 dist.recv(_as_bytes(values), group=self._group, group_src=rank)
                 whole[box] = values
         return whole
+
+    def _boxes(self, name: str, index: Shape) -> Iterator[tuple[int, int, tuple[slice, ...]]]:
+        """(rank, which of its pieces, place in the element) of every piece that has values of an element."""
+        for rank, at, piece in self._places[name]:
+            if piece.has(index):
+                sides = zip(piece.offset[len(index) :], piece.shape[len(index) :], strict=True)
+                yield rank, at, tuple(slice(start, start + size) for start, size in sides)
+
+    def _empty(self, name: str, index: Shape) -> Tensor:
+        info = self.tensors[name]
+        return torch.empty(info.shape[len(index) :], dtype=info.dtype, device=self._device())
 
     def _inside(self, which: int, index: Shape) -> Tensor:
         """The values of element `index` in piece `which` of this rank."""

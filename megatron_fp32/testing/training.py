@@ -42,6 +42,9 @@ class TrainerConfig:
     """Values in a bucket of gradients. None makes one bucket for each dtype, and more only around tied embeddings.
     megatron-core uses this on the first pipeline stage only, and only with `overlap_grad_reduce`."""
     overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    """Gather updated parameters in the next forward pass. Until then a rank holds old values of other ranks' shards.
+    Needs `distributed_optimizer` and `overlap_grad_reduce`."""
     config_overrides: dict[Any, Any] | None = None
     """`config_overrides` of `get_megatron_optimizer`, which make separate parameter groups."""
 
@@ -50,6 +53,9 @@ class TrainerConfig:
         check_choice("sharding", self.sharding, ("dp_reshardable", "fully_reshardable"))
         check_flag("grad_reduce_in_fp32", self.grad_reduce_in_fp32)
         check_flag("overlap_grad_reduce", self.overlap_grad_reduce)
+        check_flag("overlap_param_gather", self.overlap_param_gather)
+        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
+            raise ValueError("overlap_param_gather needs distributed_optimizer=True and overlap_grad_reduce=True")
         if self.bucket_size is not None:
             check_count("bucket_size", self.bucket_size)
         for name in ("lr", "weight_decay", "clip_grad"):
@@ -105,6 +111,7 @@ class Trainer:
                 fp16=shared.fp16,
                 params_dtype=shared.params_dtype,
                 use_distributed_optimizer=self.config.distributed_optimizer,
+                overlap_param_gather=self.config.overlap_param_gather,
             ),
             self.wrapped,
             self.config.config_overrides,
@@ -118,6 +125,7 @@ class Trainer:
                 use_distributed_optimizer=self.config.distributed_optimizer,
                 grad_reduce_in_fp32=self.config.grad_reduce_in_fp32,
                 overlap_grad_reduce=self.config.overlap_grad_reduce,
+                overlap_param_gather=self.config.overlap_param_gather,
                 bucket_size=self.config.bucket_size,
             ),
             Float16Module(chunk.config, chunk) if mixed else chunk,

@@ -283,9 +283,8 @@ def gated_qkv(
     order = []
     for group in range(groups):
         members = range(group * of_group, (group + 1) * of_group)
-        order += (
-            [(0, 2 * head) for head in members] + [(0, 2 * head + 1) for head in members] + [(1, group), (2, group)]
-        )
+        order += [(0, 2 * head + gate) for gate in (0, 1) for head in members]
+        order += [(1, group), (2, group)]
     return TensorMapping(
         hf=(
             TensorSpec(name=q, shape=(2 * heads * head_dim, hidden)),

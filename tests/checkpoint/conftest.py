@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from megatron_fp32.checkpoint.convert import import_checkpoint
-from tests.checkpoint.compare.comparing import altered
-from tests.checkpoint.support import example_tensors, write_small, write_torch_dist
+from tests.checkpoint.support import altered, example_tensors, write_torch_dist
 from tests.families import Case, case, unfuse
+from tests.qwen3_5 import write_small
 
 Source = Callable[..., Path]
 Families = Callable[[Case], tuple[Path, Path]]

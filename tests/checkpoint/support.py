@@ -1,52 +1,30 @@
-"""Small checkpoints, and what their files hold, read without the package."""
+"""What checkpoints hold, read without the package; how tests change them; what a comparison says of them."""
 
 from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_fp32.checkpoint.compare.findings import TensorDifference, VerifyReport
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.formats.torch_dist_writer import TorchDistWriter
-from megatron_fp32.testing.qwen3_5 import write_qwen3_5
 from tests.families import Case
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 57,
-    "hidden_size": 27,
-    "intermediate_size": 21,
-    "num_hidden_layers": 2,
-    "layer_types": ["linear_attention", "full_attention"],
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 8,
-    "linear_num_key_heads": 3,
-    "linear_num_value_heads": 9,
-    "linear_key_head_dim": 4,
-    "linear_value_head_dim": 22,
-}
-"""Sizes that no power of two divides, and heads that three ranks can share."""
-
-EVEN: dict[str, Any] = {
-    **SMALL,
-    "intermediate_size": 22,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-}
-"""Heads that two ranks can share; the vocabulary is still odd."""
 
 A_LOG = "model.layers.0.linear_attn.A_log"
 NORM = "model.layers.0.linear_attn.norm.weight"
 
 StoredTensor = tuple[str, list[int], bytes]
+Tensors = dict[str, Tensor]
+Changes = Callable[[Tensors], Tensors]
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -73,18 +51,10 @@ def tree(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else b"" for p in directory.rglob("*")}
 
 
-def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+def rewrite(directory: Path, change: Changes) -> Path:
     """Put other tensors into a checkpoint of one file."""
     path = directory / "model.safetensors"
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
-    return directory
-
-
-def write_small(directory: Path, *, all_bf16: bool = False, **fields: Any) -> Path:
-    """A checkpoint of `SMALL`; with `all_bf16` its F32 tensors are BF16, as in Qwen3.6."""
-    write_qwen3_5(directory, **{**SMALL, **fields})
-    if all_bf16:
-        rewrite(directory, lambda tensors: {name: t.bfloat16() for name, t in tensors.items()})
     return directory
 
 
@@ -102,7 +72,7 @@ def assert_parity(ours: Tensor, case: Case, hf: Path, tokens: Tensor) -> None:
     assert (ours - exact).abs().max() < 4 * (theirs - exact).abs().max()
 
 
-def resave(directory: Path, out: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+def resave(directory: Path, out: Path, change: Changes) -> Path:
     """A Megatron checkpoint with other tensors, as a trainer somewhere else might have left it."""
     reader = TorchDistReader(directory)
     out.mkdir()
@@ -138,3 +108,82 @@ def change_metadata(directory: Path, change: Callable[[Any], object]) -> None:
     content = pickle.loads(path.read_bytes())
     change(content)
     path.write_bytes(pickle.dumps(content))
+
+
+def altered(hf: Path, out: Path, *changes: Changes, config: dict[str, Any] | None = None) -> Path:
+    """A copy of a checkpoint of one file, with changes and another `config.json`."""
+    shutil.copytree(hf, out)
+    if config is not None:
+        (out / "config.json").write_text(json.dumps(config))
+    for change in changes:
+        rewrite(out, change)
+    return out
+
+
+def each(**changes: Callable[[Tensor], Tensor]) -> Changes:
+    """Change the tensors whose names end so."""
+
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: next((f for end, f in changes.items() if name.endswith(end)), lambda t: t)(tensor)
+            for name, tensor in tensors.items()
+        }
+
+    return change
+
+
+def without(*ends: str) -> Changes:
+    """Leave out tensors whose names end so."""
+    return lambda tensors: {name: t for name, t in tensors.items() if not name.endswith(ends)}
+
+
+def without_start(*starts: str) -> Changes:
+    """Leave out tensors whose names start so."""
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.startswith(starts)}
+
+
+def statuses_of(report: VerifyReport) -> dict[str, str]:
+    """What a comparison says of each tensor that differs."""
+    return {difference.name: difference.status for difference in report.differences}
+
+
+def the_only(report: VerifyReport) -> TensorDifference:
+    """What a comparison says of the one tensor that differs."""
+    (difference,) = report.differences
+    return difference
+
+
+def load_tensors(directory: Path) -> Tensors:
+    """All tensors of a Hugging Face directory, as the safetensors package reads them."""
+    return {n: t for path in sorted(directory.glob("*.safetensors")) for n, t in load_file(path).items()}
+
+
+def assert_differences(report: VerifyReport, a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """The report says what float64 says of two checkpoints with the same names, shapes and dtypes."""
+    assert a.keys() == b.keys()
+    expected = {}
+    for name, first in a.items():
+        x, y = first.double(), b[name].double()
+        if not torch.equal(x, y):
+            sizes = (x - y).abs()
+            relative = (sizes / torch.maximum(x.abs(), y.abs())).nan_to_num(0)
+            expected[name] = (int((x != y).sum()), float(sizes.max()), float(relative.max()))
+    found = {}
+    for difference in report.differences:
+        values = difference.values
+        assert difference.status == "values"
+        assert values is not None
+        assert values.absolute is not None
+        assert values.relative is not None
+        found[difference.name] = (values.count, values.absolute.size, values.relative.size)
+        pair = a[difference.name][values.absolute.index], b[difference.name][values.absolute.index]
+        assert (values.absolute.a, values.absolute.b) == (float(pair[0]), float(pair[1]))
+        assert abs(values.absolute.a - values.absolute.b) == values.absolute.size
+    assert found == {n: (count, size, pytest.approx(relative)) for n, (count, size, relative) in expected.items()}
+    assert (report.compared, report.equal) == (len(a), len(a) - len(expected))
+
+
+def quantization_of(directory: Path) -> dict[str, Any]:
+    """What `config.json` says of the quantization."""
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return config["quantization_config"]

@@ -19,10 +19,10 @@ from megatron_fp32.errors import CheckpointError
 from megatron_fp32.testing.ranks import RankPool
 from megatron_fp32.testing.training import TrainerConfig
 from megatron_fp32.weights.tensors import TensorInfo
-from tests.checkpoint.fp8.fp8_models import write_dense
-from tests.checkpoint.support import stored_tensors, write_small
+from tests.checkpoint.support import stored_tensors
 from tests.distributed import jobs
 from tests.families import CASES, Case, case
+from tests.qwen3_5 import write_dense, write_small
 
 _SIZES = {"F32": 4, "BF16": 2}
 

@@ -21,8 +21,7 @@ from megatron_fp32.checkpoint.inspect import inspect_checkpoint
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 from megatron_fp32.cli import main
 from megatron_fp32.errors import CheckpointError
-from tests.checkpoint.compare.comparing import statuses_of
-from tests.checkpoint.support import resave, rewrite, stored_tensors
+from tests.checkpoint.support import resave, rewrite, statuses_of, stored_tensors
 from tests.families import case
 
 HEAD, EMBEDDING = "lm_head.weight", "embedding.word_embeddings.weight"

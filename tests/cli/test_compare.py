@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.torch import save_file
 
 from megatron_fp32 import cli
 from megatron_fp32.checkpoint.convert import import_checkpoint
-from tests.checkpoint.support import A_LOG, NORM, rewrite, stored_tensors, write_small
+from tests.checkpoint.support import A_LOG, NORM, rewrite, stored_tensors
 from tests.families import case, unfuse
+from tests.qwen3_5 import write_small
+from tests.support import run_command
 
 Pair = tuple[Path, Path]
 
@@ -46,10 +48,6 @@ def changed(pair: Pair, tmp_path: Path) -> Path:
     return rewrite(tmp_path / "changed", change)
 
 
-def _run(*args: str | Path) -> Result:
-    return CliRunner().invoke(cli.main, [str(arg) for arg in args])
-
-
 def _blocks(text: str) -> dict[str, list[str]]:
     """Names of the tensors that `verify` lists, each with its lines; a line that was wrapped comes whole."""
     found: dict[str, list[str]] = {}
@@ -68,7 +66,7 @@ class TestVerify:
         hf, megatron = pair
         count = len(stored_tensors(hf))
         for a, b in ((hf, megatron), (megatron, hf), (hf, hf), (megatron, megatron)):
-            result = _run("verify", a, b)
+            result = run_command("verify", a, b)
             assert result.exit_code == 0, result.output
             assert f"A: {a}: " in result.stdout
             assert f"B: {b}: " in result.stdout
@@ -77,7 +75,7 @@ class TestVerify:
             assert result.stderr == ""
 
     def test_differences_have_status_1_and_are_listed(self, pair: Pair, changed: Path) -> None:
-        result = _run("verify", pair[0], changed)
+        result = run_command("verify", pair[0], changed)
         assert result.exit_code == 1
         found = _blocks(result.stdout)
         bias = A_LOG.replace("A_log", "dt_bias")
@@ -101,11 +99,14 @@ class TestVerify:
         assert verdict == f"DIFFERENT: {total - 2} of {total} byte for byte"
 
     def test_a_limit_hides_what_comes_last_and_says_so(self, pair: Pair, changed: Path) -> None:
-        short = _run("verify", pair[0], changed, "--limit", "2")
+        short = run_command("verify", pair[0], changed, "--limit", "2")
         assert short.exit_code == 1
         assert "and 3 more; --limit 0 lists all of them" in short.stdout
         assert list(_blocks(short.stdout)) == ["lm_head.weight", "more"]
-        assert _run("verify", pair[0], changed, "--limit", "0").stdout == _run("verify", pair[0], changed).stdout
+        assert (
+            run_command("verify", pair[0], changed, "--limit", "0").stdout
+            == run_command("verify", pair[0], changed).stdout
+        )
 
     def test_values_only_accepts_another_dtype_and_nothing_else(
         self, pair: Pair, changed: Path, tmp_path: Path
@@ -114,15 +115,15 @@ class TestVerify:
         shutil.copytree(hf, tmp_path / "wide")
         rewrite(tmp_path / "wide", lambda tensors: {n: t.float() for n, t in tensors.items()})
         for other in (hf, megatron):
-            assert _run("verify", other, tmp_path / "wide").exit_code == 1
-            result = _run("verify", other, tmp_path / "wide", "--values-only")
+            assert run_command("verify", other, tmp_path / "wide").exit_code == 1
+            result = run_command("verify", other, tmp_path / "wide", "--values-only")
             assert result.exit_code == 0
             assert "equal: " in result.stdout
             assert "same values, other dtype: " in result.stdout
-        assert _run("verify", hf, changed, "--values-only").exit_code == 1
+        assert run_command("verify", hf, changed, "--values-only").exit_code == 1
 
     def test_json_is_all_of_stdout(self, pair: Pair, changed: Path) -> None:
-        result = _run("verify", changed, pair[1], "--json")
+        result = run_command("verify", changed, pair[1], "--json")
         assert result.exit_code == 1
         assert result.stderr == ""
         content = _json(result)
@@ -140,16 +141,16 @@ class TestVerify:
         assert found["more"]["b"] is None
         assert found[A_LOG]["values"]["absolute"]["size"] == 0.5
         assert found[A_LOG]["values"]["absolute"]["index"] == [4]
-        equal = _run("verify", *pair, "--json", "--values-only")
+        equal = run_command("verify", *pair, "--json", "--values-only")
         assert (equal.exit_code, _json(equal)["agrees"], _json(equal)["values_only"]) == (0, True, True)
 
     def test_a_source_and_text_only_arrive(self, tmp_path: Path) -> None:
         hf = write_small(tmp_path / "hf", released_names=True)
         import_checkpoint(hf, tmp_path / "megatron", vision="carry")
         shutil.copytree(tmp_path / "megatron" / "release", tmp_path / "elsewhere")
-        assert _run("verify", hf, tmp_path / "elsewhere").exit_code == 1
-        assert _run("verify", hf, tmp_path / "elsewhere", "--source", tmp_path / "megatron").exit_code == 0
-        result = _run("verify", hf, tmp_path / "elsewhere", "--text-only")
+        assert run_command("verify", hf, tmp_path / "elsewhere").exit_code == 1
+        assert run_command("verify", hf, tmp_path / "elsewhere", "--source", tmp_path / "megatron").exit_code == 0
+        result = run_command("verify", hf, tmp_path / "elsewhere", "--text-only")
         assert result.exit_code == 0
         assert "left out as asked" in result.stdout
 
@@ -159,22 +160,22 @@ class TestVerify:
         separate = rewrite(tmp_path / "separate", unfuse)
         count = len(stored_tensors(separate))
         for a, b in ((fused, separate), (separate, fused)):
-            result = _run("verify", a, b)
+            result = run_command("verify", a, b)
             assert (result.exit_code, result.stderr) == (0, ""), result.output
             assert result.stdout.splitlines()[-1] == f"equal: {count} of {count} byte for byte"
         start = "model.layers.1.mlp.experts."
         rewrite(separate, lambda tensors: {n: t * 2 if n.startswith(f"{start}3.up") else t for n, t in tensors.items()})
-        result = _run("verify", fused, separate)
+        result = run_command("verify", fused, separate)
         assert result.exit_code == 1
         assert _blocks(result.stdout)[f"{start}3.up_proj.weight"][-1] == f"{start}gate_up_proj[3] in A"
         assert "compared by name alone" not in result.stdout
 
         (separate / "config.json").unlink()
-        result = _run("verify", fused, separate)
+        result = run_command("verify", fused, separate)
         assert (result.exit_code, result.stderr) == (1, "")
         assert f"compared by name alone, other layouts were not paired: no config.json in {separate}" in result.stdout
         assert result.stdout.splitlines()[-1].startswith("DIFFERENT: ")
-        assert str(separate) in _json(_run("verify", fused, separate, "--json"))["names_only"]
+        assert str(separate) in _json(run_command("verify", fused, separate, "--json"))["names_only"]
 
     def test_a_text_model_beside_one_with_vision(self, tmp_path: Path) -> None:
         released = write_small(tmp_path / "released", released_names=True)
@@ -189,12 +190,12 @@ class TestVerify:
                 if not name.startswith("model.visual.")
             },
         )
-        result = _run("verify", released, alone, "--json")
+        result = run_command("verify", released, alone, "--json")
         assert result.exit_code == 1
         vision = {name for name in stored_tensors(released) if name.startswith("model.visual.")}
         assert {d["name"]: d["status"] for d in _json(result)["differences"]} == dict.fromkeys(vision, "only_a")
         for a, b in ((released, alone), (alone, released)):
-            assert _run("verify", a, b, "--text-only").exit_code == 0
+            assert run_command("verify", a, b, "--text-only").exit_code == 0
 
     def test_unreadable_checkpoints_have_status_2(self, pair: Pair, tmp_path: Path) -> None:
         shutil.copytree(pair[0], tmp_path / "damaged")
@@ -202,10 +203,10 @@ class TestVerify:
         (tmp_path / "empty").mkdir()
         for path, message in (("damaged", "is not a readable safetensors file"), ("empty", "is not a checkpoint")):
             for flags in ([], ["--json"]):
-                result = _run("verify", pair[0], tmp_path / path, *flags)
+                result = run_command("verify", pair[0], tmp_path / path, *flags)
                 assert (result.exit_code, result.stdout) == (2, "")
                 assert message in result.stderr
-        result = _run("verify", pair[0], pair[0], "--source", pair[1])
+        result = run_command("verify", pair[0], pair[0], "--source", pair[1])
         assert (result.exit_code, result.stdout) == (2, "")
 
     def test_long_names_and_brackets_come_whole(self, tmp_path: Path) -> None:
@@ -213,7 +214,7 @@ class TestVerify:
         for at, directory in enumerate(("a[bold]", "b[/bold]")):
             (tmp_path / directory).mkdir(parents=True)
             save_file({name: torch.full((2,), float(at))}, tmp_path / directory / "model.safetensors")
-        result = _run("verify", tmp_path / "a[bold]", tmp_path / "b[/bold]")
+        result = run_command("verify", tmp_path / "a[bold]", tmp_path / "b[/bold]")
         assert result.exit_code == 1
         for text in (name, str(tmp_path / "a[bold]"), str(tmp_path / "b[/bold]")):
             assert text in result.stdout
@@ -240,7 +241,7 @@ class TestVerify:
 
 class TestInspect:
     def test_hugging_face(self, pair: Pair) -> None:
-        result = _run("inspect", pair[0])
+        result = run_command("inspect", pair[0])
         assert (result.exit_code, result.stderr) == (0, "")
         stored = stored_tensors(pair[0])
         nbytes = sum(len(content) for *_, content in stored.values())
@@ -251,7 +252,7 @@ class TestInspect:
         assert "optimizer" not in result.stdout
 
     def test_megatron(self, pair: Pair) -> None:
-        result = _run("inspect", pair[1])
+        result = run_command("inspect", pair[1])
         assert result.exit_code == 0
         for line in (
             r"iteration +release",
@@ -265,32 +266,32 @@ class TestInspect:
 
     def test_tensors_are_listed_where_asked(self, pair: Pair) -> None:
         stored = stored_tensors(pair[0])
-        assert "lm_head.weight" not in _run("inspect", pair[0]).stdout
-        listed = _run("inspect", pair[0], "--tensors").stdout
+        assert "lm_head.weight" not in run_command("inspect", pair[0]).stdout
+        listed = run_command("inspect", pair[0], "--tensors").stdout
         for name, (dtype, shape, content) in stored.items():
             assert re.search(
                 rf"^{re.escape(name)} +{dtype} +{re.escape(str(shape))} +{len(content):,}$", listed, re.MULTILINE
             )
-        some = _run("inspect", pair[0], "--match", "*.q_*.weight").stdout
+        some = run_command("inspect", pair[0], "--match", "*.q_*.weight").stdout
         assert {n for n in stored if n in some} == {n for n in stored if ".q_" in n}
 
     def test_json(self, pair: Pair) -> None:
         stored = stored_tensors(pair[0])
-        result = _run("inspect", pair[0], "--json", "--match", "*A_log")
+        result = run_command("inspect", pair[0], "--json", "--match", "*A_log")
         assert (result.exit_code, result.stderr) == (0, "")
         content = _json(result)
         assert content["listed"] == {A_LOG: {"dtype": "F32", "shape": [9], "nbytes": 36}}
         assert content["tensors"] == len(stored)
         assert content["fp32_tensors"] == [A_LOG, NORM]
-        content = _json(_run("inspect", pair[1], "--json", "--tensors"))
+        content = _json(run_command("inspect", pair[1], "--json", "--tensors"))
         assert content["megatron"]["release"] is True
         assert content["sidecar"]["path"] == str(pair[1] / "hf_source")
         assert len(content["listed"]) == content["tensors"]
-        assert "listed" not in _json(_run("inspect", pair[1], "--json"))
+        assert "listed" not in _json(run_command("inspect", pair[1], "--json"))
 
     def test_unreadable_checkpoints_have_status_2(self, tmp_path: Path) -> None:
         for flags in ([], ["--json"]):
-            result = _run("inspect", tmp_path, *flags)
+            result = run_command("inspect", tmp_path, *flags)
             assert (result.exit_code, result.stdout) == (2, "")
             assert "is not a checkpoint" in result.stderr
 
@@ -307,7 +308,7 @@ class TestInspect:
     ids=" ".join,
 )
 def test_a_mistake_on_the_command_line_has_status_2(args: list[str]) -> None:
-    result = _run(*args)
+    result = run_command(*args)
     assert result.exit_code == 2
     assert "Usage:" in result.stderr
 
@@ -324,9 +325,9 @@ def test_a_mistake_on_the_command_line_has_status_2(args: list[str]) -> None:
     ids=["verify", "inspect"],
 )
 def test_help_suffices(command: Any, mentioned: list[str]) -> None:
-    text = " ".join(_run(command.name, "--help").stdout.split())
+    text = " ".join(run_command(command.name, "--help").stdout.split())
     assert [part for part in mentioned if part not in text] == []
     assert [
         param.opts[-1] for param in command.params if param.opts[-1].startswith("--") and param.opts[-1] not in text
     ] == []
-    assert command.name in _run("--help").stdout
+    assert command.name in run_command("--help").stdout

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
 import megatron_fp32
-from megatron_fp32 import cli
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.formats.torch_dist_writer import TorchDistWriter
-from tests.checkpoint.support import A_LOG, assets, stored_tensors, tree, write_small
+from tests.checkpoint.support import A_LOG, assets, stored_tensors, tree
+from tests.qwen3_5 import write_small
+from tests.support import run_command
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +20,8 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small(tmp_path_factory.mktemp("cli") / "hf", released_names=True)
 
 
-def _run(*args: str | Path) -> Result:
-    return CliRunner().invoke(cli.main, [str(arg) for arg in args])
-
-
 def test_there_and_back(hf: Path, tmp_path: Path) -> None:
-    there = _run("import", "--text-only", hf, tmp_path / "megatron")
+    there = run_command("import", "--text-only", hf, tmp_path / "megatron")
     assert there.exit_code == 0, there.output
     stored = stored_tensors(hf)
     vision = {name for name in stored if name.startswith("model.visual.")}
@@ -36,7 +32,7 @@ def test_there_and_back(hf: Path, tmp_path: Path) -> None:
     assert listed.startswith(f" ({len(vision)}):")
     assert {line.strip() for line in listed.splitlines()[1:]} == vision
 
-    back = _run("export", tmp_path / "megatron", tmp_path / "hf")
+    back = run_command("export", tmp_path / "megatron", tmp_path / "hf")
     assert back.exit_code == 0, back.output
     assert f"{len(text)} of them as they came from Hugging Face" in back.stdout
     assert stored_tensors(tmp_path / "hf") == text
@@ -44,24 +40,24 @@ def test_there_and_back(hf: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_carried_is_counted_and_comes_back(hf: Path, tmp_path: Path) -> None:
-    there = _run("import", "--vision", "carry", hf, tmp_path / "megatron")
+    there = run_command("import", "--vision", "carry", hf, tmp_path / "megatron")
     assert there.exit_code == 0, there.output
     vision = [name for name in stored_tensors(hf) if name.startswith("model.visual.")]
     assert f"carried in hf_source/ as they are: {len(vision)}" in there.stdout
-    back = _run("export", tmp_path / "megatron", tmp_path / "hf")
+    back = run_command("export", tmp_path / "megatron", tmp_path / "hf")
     assert back.exit_code == 0, back.output
     assert stored_tensors(tmp_path / "hf") == stored_tensors(hf)
 
 
 def test_nothing_is_listed_where_nothing_was_left_out(hf: Path, tmp_path: Path) -> None:
     plain = write_small(tmp_path / "plain")
-    result = _run("import", plain, tmp_path / "megatron")
+    result = run_command("import", plain, tmp_path / "megatron")
     assert result.exit_code == 0, result.output
     assert "left out" not in result.stdout
 
 
 def test_a_refusal_goes_to_stderr_with_status_1(hf: Path, tmp_path: Path) -> None:
-    result = _run("import", hf, tmp_path / "megatron")
+    result = run_command("import", hf, tmp_path / "megatron")
     assert result.exit_code == 1
     assert "megatron-fp32: " in result.stderr
     assert "or --text-only to leave them out" in result.stderr
@@ -72,7 +68,7 @@ def test_a_refusal_goes_to_stderr_with_status_1(hf: Path, tmp_path: Path) -> Non
 def test_an_existing_output_is_refused_and_untouched(hf: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     before = tree(tmp_path)
-    result = _run("import", "--text-only", hf, tmp_path)
+    result = run_command("import", "--text-only", hf, tmp_path)
     assert result.exit_code == 1
     assert "exists already" in result.stderr
     assert tree(tmp_path) == before
@@ -94,14 +90,14 @@ def test_a_damaged_source_is_a_message_not_a_traceback(
     for path in hf.iterdir():
         (own / path.name).write_bytes(path.read_bytes())
     (own / name).write_text(content)
-    result = _run("import", "--text-only", own, tmp_path / "megatron")
+    result = run_command("import", "--text-only", own, tmp_path / "megatron")
     assert (result.exit_code, type(result.exception)) == (1, SystemExit)
     assert message in result.stderr
 
 
 @pytest.mark.parametrize("name", ["run[bold]", "run[/bold]"])
 def test_a_path_with_brackets_is_printed_as_it_is(hf: Path, tmp_path: Path, name: str) -> None:
-    result = _run("import", "--text-only", hf, tmp_path / name)
+    result = run_command("import", "--text-only", hf, tmp_path / name)
     assert (result.exit_code, result.exception) == (0, None)
     assert str(tmp_path / name / "release") in result.stdout
 
@@ -110,7 +106,7 @@ class TestExport:
     @pytest.fixture(scope="class")
     def imported(self, hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         out = tmp_path_factory.mktemp("imported") / "megatron"
-        assert _run("import", "--text-only", hf, out).exit_code == 0
+        assert run_command("import", "--text-only", hf, out).exit_code == 0
         return out
 
     @pytest.fixture
@@ -126,13 +122,13 @@ class TestExport:
         return out
 
     def test_a_checkpoint_from_elsewhere_needs_the_source(self, rounded: Path, tmp_path: Path) -> None:
-        result = _run("export", rounded, tmp_path / "out")
+        result = run_command("export", rounded, tmp_path / "out")
         assert result.exit_code == 1
         assert "--source" in result.stderr
         assert not (tmp_path / "out").exists()
 
     def test_rounded_tensors_are_refused(self, rounded: Path, imported: Path, tmp_path: Path) -> None:
-        result = _run("export", rounded, tmp_path / "out", "--source", imported)
+        result = run_command("export", rounded, tmp_path / "out", "--source", imported)
         assert result.exit_code == 1
         assert A_LOG.replace("model.", "model.language_model.", 1) in result.stderr
         assert "--allow-rounded" in result.stderr
@@ -141,7 +137,7 @@ class TestExport:
     def test_rounded_tensors_that_are_allowed_are_exported_and_still_no_success(
         self, rounded: Path, imported: Path, tmp_path: Path
     ) -> None:
-        result = _run("export", rounded, tmp_path / "out", "--source", imported, "--allow-rounded")
+        result = run_command("export", rounded, tmp_path / "out", "--source", imported, "--allow-rounded")
         assert result.exit_code == 1
         assert "rounded in the Megatron checkpoint: " in result.stdout
         assert A_LOG.replace("model.", "model.language_model.", 1) in result.stdout
@@ -151,7 +147,7 @@ class TestExport:
 
     def test_parameters_trained_in_fp32_are_named(self, tmp_path: Path) -> None:
         plain = write_small(tmp_path / "plain", all_bf16=True)
-        assert _run("import", plain, tmp_path / "megatron").exit_code == 0
+        assert run_command("import", plain, tmp_path / "megatron").exit_code == 0
         reader = TorchDistReader(tmp_path / "megatron")
         (tmp_path / "trained").mkdir()
         with TorchDistWriter(tmp_path / "trained") as writer:
@@ -159,11 +155,11 @@ class TestExport:
                 tensor = reader.read(name)
                 writer.write(name, tensor.float() + 1e-4 if name.endswith("A_log") else tensor)
             writer.finish({})
-        result = _run("export", tmp_path / "trained", tmp_path / "out", "--source", tmp_path / "megatron")
+        result = run_command("export", tmp_path / "trained", tmp_path / "out", "--source", tmp_path / "megatron")
         assert result.exit_code == 0, result.output
         assert f"exported as F32: {A_LOG}" in result.stdout
         assert stored_tensors(tmp_path / "out")[A_LOG][0] == "F32"
-        to_source = _run(
+        to_source = run_command(
             "export", tmp_path / "trained", tmp_path / "bf16", "--source", tmp_path / "megatron", "--dtype", "source"
         )
         assert to_source.exit_code == 0, to_source.output
@@ -178,14 +174,14 @@ class TestJson:
     def test_every_command_prints_one_object(self, tmp_path: Path) -> None:
         plain = write_small(tmp_path / "plain")
         stored = stored_tensors(plain)
-        there = _run("import", "--json", "--workers", "2", plain, tmp_path / "megatron")
+        there = run_command("import", "--json", "--workers", "2", plain, tmp_path / "megatron")
         report = json.loads(there.stdout)
         assert (there.exit_code, report["tensors"], sorted(report["fp32_tensors"])) == (0, len(stored), _fp32(stored))
-        back = _run("export", "--json", "--max-shard-bytes", "5000", tmp_path / "megatron", tmp_path / "hf")
+        back = run_command("export", "--json", "--max-shard-bytes", "5000", tmp_path / "megatron", tmp_path / "hf")
         report = json.loads(back.stdout)
         assert (back.exit_code, report["unchanged"], report["directory"]) == (0, len(stored), str(tmp_path / "hf"))
         assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
-        quantized = _run("quantize", "--json", "--scheme", "modelopt", plain, tmp_path / "fp8")
+        quantized = run_command("quantize", "--json", "--scheme", "modelopt", plain, tmp_path / "fp8")
         report = json.loads(quantized.stdout)
         fp8 = [name for name, (dtype, _, _) in stored_tensors(tmp_path / "fp8").items() if dtype == "F8_E4M3"]
         assert (quantized.exit_code, sorted(report["quantized"])) == (0, sorted(fp8))
@@ -198,22 +194,24 @@ def _fp32(stored: dict[str, Any]) -> list[str]:
 class TestFloat8:
     def test_an_export_is_the_quantized_checkpoint(self, tmp_path: Path) -> None:
         plain = write_small(tmp_path / "plain")
-        assert _run("import", plain, tmp_path / "megatron").exit_code == 0
+        assert run_command("import", plain, tmp_path / "megatron").exit_code == 0
         for scheme in ("blockwise", "channelwise", "modelopt"):
-            direct = _run("quantize", plain, tmp_path / f"direct-{scheme}", "--scheme", scheme)
+            direct = run_command("quantize", plain, tmp_path / f"direct-{scheme}", "--scheme", scheme)
             assert direct.exit_code == 0, direct.output
             assert f"weights in float8 ({scheme})" in direct.stdout
-            on_the_way = _run("export", tmp_path / "megatron", tmp_path / scheme, "--fp8", scheme)
+            on_the_way = run_command("export", tmp_path / "megatron", tmp_path / scheme, "--fp8", scheme)
             assert on_the_way.exit_code == 0, on_the_way.output
             assert stored_tensors(tmp_path / scheme) == stored_tensors(tmp_path / f"direct-{scheme}")
             assert assets(tmp_path / scheme) == assets(tmp_path / f"direct-{scheme}")
-            like = _run("export", tmp_path / "megatron", tmp_path / f"like-{scheme}", "--fp8-like", tmp_path / scheme)
+            like = run_command(
+                "export", tmp_path / "megatron", tmp_path / f"like-{scheme}", "--fp8-like", tmp_path / scheme
+            )
             assert like.exit_code == 0, like.output
             assert stored_tensors(tmp_path / f"like-{scheme}") == stored_tensors(tmp_path / scheme)
 
     @pytest.mark.parametrize("args", [[], ["--scheme", "blockwise", "--like", "."], ["--scheme", "other"]])
     def test_one_format_must_be_named(self, hf: Path, tmp_path: Path, args: list[str]) -> None:
-        assert _run("quantize", hf, tmp_path / "fp8", *args).exit_code == 2
+        assert run_command("quantize", hf, tmp_path / "fp8", *args).exit_code == 2
         assert list(tmp_path.iterdir()) == []
 
 
@@ -232,7 +230,7 @@ class TestFloat8:
     ids=" ".join,
 )
 def test_a_mistake_on_the_command_line_has_status_2(args: list[str]) -> None:
-    result = _run(*args)
+    result = run_command(*args)
     assert result.exit_code == 2
     assert "Usage:" in result.stderr
 
@@ -250,11 +248,11 @@ def test_a_mistake_on_the_command_line_has_status_2(args: list[str]) -> None:
     ],
 )
 def test_help_mentions_every_option(command: list[str], mentioned: list[str], flag: str) -> None:
-    result = _run(*command, flag)
+    result = run_command(*command, flag)
     assert result.exit_code == 0
     assert [text for text in mentioned if text not in result.stdout] == []
 
 
 def test_the_version_is_that_of_the_package() -> None:
-    result = _run("--version")
+    result = run_command("--version")
     assert (result.exit_code, result.stdout) == (0, f"megatron-fp32, version {megatron_fp32.__version__}\n")

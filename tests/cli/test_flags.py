@@ -25,8 +25,8 @@ from megatron_fp32 import (
 from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.formats.torch_dist_writer import TorchDistWriter
 from megatron_fp32.cli.flags import all_options, with_flags
-from tests.checkpoint.support import write_small
 from tests.families import case
+from tests.qwen3_5 import write_small
 
 ROOT = Path(megatron_fp32.__file__).parent
 FUNCTIONS = (import_checkpoint, export_checkpoint, quantize_checkpoint, verify_checkpoints, inspect_checkpoint)

@@ -12,12 +12,12 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from click.testing import CliRunner, Result
 from huggingface_hub.utils import filter_repo_objects
 
-from megatron_fp32 import cli
 from megatron_fp32.cli.hub import FILES, NOT_FETCHED, HubId, parse_hub_id
-from tests.checkpoint.support import stored_tensors, write_small
+from tests.checkpoint.support import stored_tensors
+from tests.qwen3_5 import write_small
+from tests.support import run_command
 
 COMMIT = "0" * 40
 
@@ -52,10 +52,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return found
-
-
-def _run(*args: str | Path) -> Result:
-    return CliRunner().invoke(cli.main, [str(arg) for arg in args])
 
 
 @pytest.mark.parametrize(
@@ -107,7 +103,7 @@ def test_the_files_that_are_fetched() -> None:
 
 
 def test_an_import_and_what_it_says(hub: Hub, tmp_path: Path) -> None:
-    result = _run("import", "Qwen/Qwen3-0.6B@v1", tmp_path / "out")
+    result = run_command("import", "Qwen/Qwen3-0.6B@v1", tmp_path / "out")
     assert result.exit_code == 0, result.output
     (call,) = hub.calls
     assert (call["repo_id"], call["revision"]) == ("Qwen/Qwen3-0.6B", "v1")
@@ -126,7 +122,7 @@ def test_every_command_that_reads_a_hugging_face_checkpoint(hub: Hub, tmp_path: 
         ("quantize", name, tmp_path / "out", "--scheme", "channelwise"),
     ):
         hub.calls.clear()
-        result = _run(*command)
+        result = run_command(*command)
         assert (result.exit_code, len(hub.calls)) == (0, 1), (command, result.output)
 
 
@@ -140,7 +136,7 @@ def test_what_exists_here_wins(hub: Hub, tmp_path: Path, kind: str) -> None:
         path.write_text("")
     else:
         path.symlink_to("nowhere")
-    result = _run("import", path, tmp_path / "out")
+    result = run_command("import", path, tmp_path / "out")
     assert result.exit_code == (0 if kind == "directory" else 2), result.output
     assert hub.calls == []
     assert "fetching" not in result.stderr
@@ -159,18 +155,18 @@ def test_what_exists_here_wins(hub: Hub, tmp_path: Path, kind: str) -> None:
 )
 def test_an_error_of_huggingface_hub_is_passed_on(hub: Hub, tmp_path: Path, error: Exception) -> None:
     hub.error = error
-    result = _run("import", "Qwen/Qwen3-0.6B", tmp_path / "out")
+    result = run_command("import", "Qwen/Qwen3-0.6B", tmp_path / "out")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.splitlines()[1:] == [
         "megatron-fp32: there is no directory Qwen/Qwen3-0.6B, and huggingface_hub cannot fetch Qwen/Qwen3-0.6B from "
         f"the Hub: {' '.join(str(error).split())}"
     ]
-    assert _run("verify", hub.snapshot, "Qwen/Qwen3-0.6B").exit_code == 2
+    assert run_command("verify", hub.snapshot, "Qwen/Qwen3-0.6B").exit_code == 2
 
 
 def test_a_full_disk_keeps_its_remedy(hub: Hub, tmp_path: Path) -> None:
     hub.error = OSError(28, "No space left on device", "/cache/blobs/1")
-    result = _run("import", "Qwen/Qwen3-0.6B", tmp_path / "out")
+    result = run_command("import", "Qwen/Qwen3-0.6B", tmp_path / "out")
     assert "/cache/blobs/1: No space left on device. What to do: make room on that disk" in result.stderr
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from matplotlib.axes import Axes
 from safetensors.torch import save_file
 
 from megatron_fp32 import cli, inspect_checkpoint, verify_checkpoints
 from megatron_fp32.cli.layers import Layer, split_name, without_numbers
 from megatron_fp32.cli.plots import plot_differences, plot_dtypes
+from tests.support import run_command
 
 Tensors = dict[str, torch.Tensor]
 
@@ -39,10 +39,6 @@ def _write(directory: Path, tensors: Tensors) -> Path:
     directory.mkdir()
     save_file(tensors, directory / "model.safetensors")
     return directory
-
-
-def _run(*args: str | Path) -> Result:
-    return CliRunner().invoke(cli.main, [str(arg) for arg in args])
 
 
 def _labels(axes: Axes) -> tuple[list[str], list[str]]:
@@ -131,8 +127,8 @@ class TestDtypes:
 
     def test_the_command(self, tmp_path: Path) -> None:
         hf = _write(tmp_path / "hf", _tensors())
-        result = _run("inspect", hf, "--plot", tmp_path / "out.svg")
-        assert (result.exit_code, result.stdout) == (0, _run("inspect", hf).stdout)
+        result = run_command("inspect", hf, "--plot", tmp_path / "out.svg")
+        assert (result.exit_code, result.stdout) == (0, run_command("inspect", hf).stdout)
         assert "<svg" in (tmp_path / "out.svg").read_text()
 
 
@@ -197,8 +193,8 @@ class TestDifferences:
 
     def test_the_command(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
         for file in ("out.png", "out.png", "out.pdf"):
-            result = _run("verify", *pair, "--plot", tmp_path / file)
-            assert (result.exit_code, result.stdout) == (1, _run("verify", *pair).stdout)
+            result = run_command("verify", *pair, "--plot", tmp_path / file)
+            assert (result.exit_code, result.stdout) == (1, run_command("verify", *pair).stdout)
         assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / "out.pdf").read_bytes().startswith(b"%PDF")
 
@@ -217,7 +213,7 @@ class TestRefused:
         monkeypatch.delitem(sys.modules, "megatron_fp32.cli.plots")
         monkeypatch.delattr(cli, "plots")
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-        result = _run(*command, "--plot", "out.png")
+        result = run_command(*command, "--plot", "out.png")
         assert (result.exit_code, result.stdout) == (2, "")
         assert result.stderr == (
             "megatron-fp32: matplotlib is not installed. Install it: pip install 'megatron_fp32[plot]'\n"
@@ -225,12 +221,12 @@ class TestRefused:
 
     @pytest.mark.parametrize("file", ["out", "out.txt", "out.jpeg2"])
     def test_another_format(self, command: list[str], file: str) -> None:
-        result = _run(*command, "--plot", file)
+        result = run_command(*command, "--plot", file)
         assert (result.exit_code, result.stdout) == (2, "")
         assert f"{file}: the name of a plot must end with one of " in result.stderr
         assert "png" in result.stderr
 
     def test_a_directory_that_does_not_exist(self, command: list[str], tmp_path: Path) -> None:
-        result = _run(*command, "--plot", "no/such/out.png")
+        result = run_command(*command, "--plot", "no/such/out.png")
         assert (result.exit_code, result.stdout) == (2, "")
         assert f"no/such/out.png cannot be written: there is no directory {tmp_path / 'no/such'}" in result.stderr

@@ -18,7 +18,7 @@ from megatron_fp32.optimizer import native_fp32
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.training import Batch, Trainer, TrainerConfig
 from tests.distributed.optimizer_states import Piece, flatten, pieces
-from tests.support import tiny_qwen3_5
+from tests.qwen3_5 import tiny_qwen3_5
 
 LENGTH = 16
 

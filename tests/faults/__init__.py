@@ -11,6 +11,7 @@ from faults.models import MODELS
 from faults.mutant import Mutant
 from faults.numerics import NUMERICS
 from faults.optimizers import OPTIMIZERS
+from faults.streaming import STREAMING
 from faults.tokens import TOKENS
 
 __all__ = ["MUTANTS", "Mutant"]
@@ -27,4 +28,5 @@ MUTANTS = [
     *ENTRANCES,
     *COMMANDS,
     *MODELS,
+    *STREAMING,
 ]

@@ -110,13 +110,13 @@ COMMANDS = [
         file="checkpoint/identify.py",
         old="        refuse_irregular_file(directory / name)\n",
         new="        pass\n",
-        test="tests/test_messages.py::TestWhatIsInTheDirectory",
+        test="tests/messages/test_inputs.py::TestWhatIsInTheDirectory",
     ),
     Mutant(
         name="call the scales of a quantized source unexpected",
         file="checkpoint/plan.py",
         old="    _refuse_quantized(converted)\n",
         new="",
-        test="tests/test_messages.py::TestWhatIsInTheDirectory::test_a_source_that_is_quantized",
+        test="tests/messages/test_inputs.py::TestWhatIsInTheDirectory::test_a_source_that_is_quantized",
     ),
 ]

@@ -31,7 +31,7 @@ LAYERS = [
         file="gated_delta_net/layer.py",
         old='if weights == "initialized" and drawn_in_16_bits and layer.config.perform_initialization:',
         new="if drawn_in_16_bits:",
-        test="tests/test_apply.py::TestInitialization",
+        test="tests/test_apply_initialization.py",
     ),
     Mutant(
         name="guard with a second base",
@@ -101,21 +101,21 @@ LAYERS = [
         file="output_layer/layer.py",
         old="if fp32.vocab_size is not None and fp32.vocab_size > layer.output_size:",
         new="if False:",
-        test="tests/test_apply.py::TestInitialization",
+        test="tests/test_apply_initialization.py",
     ),
     Mutant(
         name="leave the tracker behind a second draw of A_log",
         file="gated_delta_net/layer.py",
         old="            generator.set_state(end)\n",
         new="",
-        test="tests/test_apply.py::TestInitialization",
+        test="tests/test_apply_initialization.py",
     ),
     Mutant(
         name="draw every A_log again from one state",
         file="gated_delta_net/layer.py",
         old='int.from_bytes(digest[:8], "little") >> 1',
         new="1",
-        test="tests/test_apply.py::TestInitialization",
+        test="tests/test_apply_initialization.py",
     ),
     Mutant(
         name="make a Parameter of its own for the norm",

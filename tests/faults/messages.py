@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from faults.mutant import Mutant
 
-MESSAGES = "tests/test_messages.py"
+MESSAGES = "tests/messages"
 VALIDATION = "tests/test_validation.py"
 
 ENTRANCES = [
@@ -13,56 +13,56 @@ ENTRANCES = [
         file="checkpoint/formats/directory_checks.py",
         old="        return file.read(len(_POINTER)) == _POINTER",
         new="        return False",
-        test=f"{MESSAGES}::TestGitLfs",
+        test=f"{MESSAGES}/test_inputs.py::TestGitLfs",
     ),
     Mutant(
         name="carry a Git LFS pointer as an asset",
         file="checkpoint/assets.py",
         old="    refuse_pointers(directory / place for place in places)\n",
         new="",
-        test=f"{MESSAGES}::TestGitLfs",
+        test=f"{MESSAGES}/test_inputs.py::TestGitLfs",
     ),
     Mutant(
         name="say nothing of the checkpoints beside a tracker",
         file="checkpoint/formats/directory_checks.py",
         old='        return f"{tracker} names {named}, but {problem}; {complete_ones(path)}"',
         new='        return f"{tracker} names {named}, but {problem}"',
-        test=f"{MESSAGES}::TestTracker",
+        test=f"{MESSAGES}/test_inputs.py::TestTracker",
     ),
     Mutant(
         name="suggest a checkpoint whose save was interrupted",
         file="checkpoint/formats/directory_checks.py",
         old='if (path / name / ".metadata").is_file()]',
         new="]",
-        test=f"{MESSAGES}::TestTracker",
+        test=f"{MESSAGES}/test_inputs.py::TestTracker",
     ),
     Mutant(
         name="do not tell an export from an import",
         file="checkpoint/identify.py",
         old="    if found is None or found == expected:\n",
         new="    if True:\n",
-        test=f"{MESSAGES}::TestWhatIsInTheDirectory",
+        test=f"{MESSAGES}/test_inputs.py::TestWhatIsInTheDirectory",
     ),
     Mutant(
         name="say nothing of the Hub",
         file="checkpoint/formats/directory_checks.py",
         old="    if found is None or os.path.lexists(path):\n",
         new="    if True:\n",
-        test=f"{MESSAGES}::TestHubId",
+        test=f"{MESSAGES}/test_inputs.py::TestHubId",
     ),
     Mutant(
         name="trust the shapes of the sidecar",
         file="checkpoint/jobs/export_job.py",
         old="        sidecar.check_shapes(self.plan.hf_shapes)\n",
         new="",
-        test=f"{MESSAGES}::TestNames",
+        test=f"{MESSAGES}/test_tensors.py::TestNames",
     ),
     Mutant(
         name="leave an error of the disk without a path",
         file="checkpoint/jobs/run.py",
         old="        if error.errno is None or error.filename is not None:\n",
         new="        if True:\n",
-        test=f"{MESSAGES}::TestOperatingSystem",
+        test=f"{MESSAGES}/test_operating_system.py::TestOperatingSystem",
     ),
     Mutant(
         name="let Ctrl-C reach a worker that starts",
@@ -76,7 +76,7 @@ ENTRANCES = [
         file="cli/terminal.py",
         old='    except KeyboardInterrupt:\n        click.echo(f"megatron-fp32: {_interrupted(output)}", err=True)\n',
         new='    except EOFError:\n        click.echo(f"megatron-fp32: {_interrupted(output)}", err=True)\n',
-        test=f"{MESSAGES}::TestInterruption",
+        test=f"{MESSAGES}/test_operating_system.py::TestInterruption",
     ),
     Mutant(
         name="take any word for what to do with vision",
@@ -111,13 +111,13 @@ ENTRANCES = [
         file="extras.py",
         old="        if package not in _REMEDIES:\n            raise\n",
         new="        if package:\n            raise\n",
-        test=f"{MESSAGES}::TestMissingPackages",
+        test=f"{MESSAGES}/test_missing_packages.py::TestMissingPackages",
     ),
     Mutant(
         name="take every missing module for megatron-core",
         file="extras.py",
         old='package = "megatron" if error.name == "megatron.core" else error.name',
         new='package = "megatron" if (error.name or "").startswith("megatron") else error.name',
-        test=f"{MESSAGES}::TestMissingPackages",
+        test=f"{MESSAGES}/test_missing_packages.py::TestMissingPackages",
     ),
 ]

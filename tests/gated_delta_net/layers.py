@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_fp32.gated_delta_net.norm import RMSNorm
 from megatron_fp32.models.provider import cpu_overrides, transformer_config
-from tests.support import tiny_qwen3_5
+from tests.qwen3_5 import tiny_qwen3_5
 
 MODEL = tiny_qwen3_5()
 

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models.provider import build_model, transformer_config
 from megatron_fp32.testing.training import Batch, Trainer
-from tests.support import tiny_qwen3_5
+from tests.qwen3_5 import tiny_qwen3_5
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_megatron")]
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from megatron_fp32.kept_parameters.keep_in_fp32 import keep_in_fp32, kept_parameters
 from megatron_fp32.models.provider import cpu_overrides, transformer_config
-from tests.support import full_mantissa, tiny_qwen3_5
+from tests.qwen3_5 import tiny_qwen3_5
+from tests.support import full_mantissa
 
 
 class Leaf(nn.Module):

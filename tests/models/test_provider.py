@@ -26,7 +26,7 @@ from megatron_fp32.weights.families.registry import find_family
 from megatron_fp32.weights.hf_config.decoder import FULL, LINEAR, DecoderConfig
 from megatron_fp32.weights.hf_config.rotary import Llama3RopeScaling
 from tests.families import case
-from tests.support import tiny_qwen3_5
+from tests.qwen3_5 import tiny_qwen3_5
 
 
 def _config(**overrides: Any) -> Any:

@@ -1,18 +1,22 @@
-"""Output layers for the tests here, stock and ours."""
+"""Output layers and models with one, for the tests here, stock and ours."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_fp32.config import Fp32Config
+from megatron_fp32.models.provider import cpu_overrides
 from megatron_fp32.output_layer.layer import to_fp32_output_layer
 
-HIDDEN, VOCAB = 64, 96
+HIDDEN, VOCAB, LENGTH = 64, 96, 16
+FUSED = [Fp32Config(gated_delta_net=(), fused_loss=way) for way in ("recompute", "saved")]  # type: ignore[arg-type]
 
 
 def stock_layer(cls: type[ColumnParallelLinear] = ColumnParallelLinear, **fields: Any) -> Any:
@@ -43,3 +47,40 @@ def own_main_grad(weight: Any) -> None:
 
 def micro_batch(shape: tuple[int, ...] = (6, 2)) -> tuple[Tensor, Tensor]:
     return integers(*shape, HIDDEN).requires_grad_(), torch.randint(-8, 9, (*shape, VOCAB)).float()
+
+
+def scaled_layer(**fields: Any) -> Any:
+    """A stock layer that gives logits of about 1 for hidden states of about 1, the same ones in every call."""
+    torch.manual_seed(0)
+    layer = stock_layer(init_method=torch.nn.init.normal_, **fields)
+    with torch.no_grad():
+        layer.weight.div_(HIDDEN**0.5)
+    return layer
+
+
+class SoftCapped(ColumnParallelLinear):
+    """Its logits are more than a product."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        logits, bias = super().forward(*args, **kwargs)
+        return torch.tanh(logits), bias
+
+
+def gpt(*, tensor: int = 1, mtp: int | None = None, tied: bool = False, **fields: Any) -> Any:
+    """megatron-core's GPTModel of one layer in bf16, with the same values in every call."""
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, hidden_dropout=0.0, attention_dropout=0.0, bf16=True,
+        params_dtype=torch.bfloat16, mtp_num_layers=mtp, tensor_model_parallel_size=tensor,
+        **cpu_overrides(), **fields,
+    )  # fmt: skip
+    layer = get_gpt_layer_local_spec()
+    torch.manual_seed(0)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=layer,
+        mtp_block_spec=get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False) if mtp else None,
+        vocab_size=VOCAB,
+        max_sequence_length=LENGTH,
+        share_embeddings_and_output_weights=tied,
+        position_embedding_type="rope",
+    )

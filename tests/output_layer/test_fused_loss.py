@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
@@ -30,30 +28,10 @@ from megatron_fp32.output_layer.logprobs_processor import logprobs_processor
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
 from megatron_fp32.testing.training import Batch, Trainer
+from tests.output_layer.layers import FUSED, HIDDEN, LENGTH, VOCAB, SoftCapped, gpt, scaled_layer
 from tests.support import stock_model
 
 Pool = Callable[[int], RankPool]
-VOCAB, HIDDEN, LENGTH = 96, 64, 16
-FUSED = [Fp32Config(gated_delta_net=(), fused_loss=way) for way in ("recompute", "saved")]  # type: ignore[arg-type]
-
-
-def gpt(*, tensor: int = 1, mtp: int | None = None, tied: bool = False, **fields: Any) -> Any:
-    config = TransformerConfig(
-        num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, hidden_dropout=0.0, attention_dropout=0.0, bf16=True,
-        params_dtype=torch.bfloat16, mtp_num_layers=mtp, tensor_model_parallel_size=tensor,
-        **cpu_overrides(), **fields,
-    )  # fmt: skip
-    layer = get_gpt_layer_local_spec()
-    torch.manual_seed(0)
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=layer,
-        mtp_block_spec=get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False) if mtp else None,
-        vocab_size=VOCAB,
-        max_sequence_length=LENGTH,
-        share_embeddings_and_output_weights=tied,
-        position_embedding_type="rope",
-    )
 
 
 def inputs(labels: bool = True) -> dict[str, Any]:
@@ -213,7 +191,7 @@ class TestOneProcess:
         assert losses[-1] < losses[0]
 
     def test_mup_scales_logits_that_are_not_there(self) -> None:
-        layer = to_fp32_output_layer(head(), FUSED[0])
+        layer = to_fp32_output_layer(scaled_layer(), FUSED[0])
         hidden, labels = torch.randn(5, 2, HIDDEN).bfloat16(), torch.randint(VOCAB, (2, 5))
         deferred, bias = layer(hidden)
         assert bias is None
@@ -224,7 +202,7 @@ class TestOneProcess:
         assert relative_error(scaled.transpose(0, 1).detach(), (hidden @ layer.weight.t()).transpose(0, 1) * 0.5) < 1e-2
 
     def test_what_the_acceptance_rate_asks(self) -> None:
-        layer = to_fp32_output_layer(head(), FUSED[0])
+        layer = to_fp32_output_layer(scaled_layer(), FUSED[0])
         hidden = torch.randn(5, 2, HIDDEN).bfloat16()
         deferred, _ = layer(hidden)
         logits = deferred.logits()
@@ -235,7 +213,7 @@ class TestOneProcess:
         assert relative_error(values, logits.amax(-1).detach()) < 1e-6
 
     def test_anything_else_says_what_is_missing(self) -> None:
-        deferred, _ = to_fp32_output_layer(head(), FUSED[0])(torch.randn(5, 2, HIDDEN).bfloat16())
+        deferred, _ = to_fp32_output_layer(scaled_layer(), FUSED[0])(torch.randn(5, 2, HIDDEN).bfloat16())
         for act in (
             lambda: torch.softmax(deferred, -1),
             lambda: deferred.shape,
@@ -311,7 +289,7 @@ class TestLogprobsProcessor:
             model(**inputs(labels=False), output_processor=logprobs_processor())
 
     def test_layers_whose_logits_are_more_than_a_product(self) -> None:
-        soft, biased = head(), to_fp32_output_layer(head(bias=True, skip_bias_add=False))
+        soft, biased = scaled_layer(), to_fp32_output_layer(scaled_layer(bias=True, skip_bias_add=False))
         soft.__class__ = SoftCapped
         given = {"hidden_states": torch.randn(5, 2, HIDDEN).bfloat16(), "output_weight": None}
         labels = torch.zeros(2, 5, dtype=torch.long)
@@ -320,86 +298,9 @@ class TestLogprobsProcessor:
                 logprobs_processor()(**given, output_layer=layer, labels=labels)
 
     def test_mup(self) -> None:
-        layer = to_fp32_output_layer(head(), FUSED[0])
+        layer = to_fp32_output_layer(scaled_layer(), FUSED[0])
         hidden, labels = torch.randn(5, 2, HIDDEN).bfloat16(), torch.randint(VOCAB, (2, 5))
         given = {"hidden_states": hidden, "output_layer": layer, "output_weight": None, "labels": labels}
         out = logprobs_processor()(**given, scale_logits=lambda logits: logits * 0.5, config=None)
         exact = (hidden.double() @ layer.weight.double().t() * 0.5).log_softmax(-1).transpose(0, 1)
         assert relative_error(out.logprobs.detach(), exact.gather(2, labels[..., None])[..., 0]) < 1e-6
-
-
-@pytest.mark.usefixtures("megatron")
-class TestRefusals:
-    def test_a_layer_with_a_bias(self) -> None:
-        with pytest.raises(ValueError, match="an output layer with a bias"):
-            to_fp32_output_layer(head(bias=True, skip_bias_add=False), FUSED[0])
-
-    def test_a_subclass_that_changes_logits(self) -> None:
-        layer = head()
-        layer.__class__ = SoftCapped
-        with pytest.raises(ValueError, match=r"SoftCapped.forward changes the logits; its change would be lost"):
-            to_fp32_output_layer(layer, FUSED[0])
-
-    @pytest.mark.parametrize("field", ["cross_entropy_loss_fusion", "defer_embedding_wgrad_compute"])
-    def test_what_else_computes_the_loss_or_its_gradient(self, field: str) -> None:
-        layer = head()
-        setattr(layer.config, field, True)
-        if field == "defer_embedding_wgrad_compute":
-            layer.embedding_activation_buffer, layer.grad_output_buffer = [], []
-        with pytest.raises(ValueError, match=f"turn {field} off"):
-            to_fp32_output_layer(layer, FUSED[0])
-
-    def test_a_model_that_would_not_know_deferred_logits(self) -> None:
-        outer = torch.nn.Module()
-        outer.output_layer = head()
-        with pytest.raises(ValueError, match="belongs to a Module, not a LanguageModule"):
-            apply_fp32(outer, FUSED[0], weights="initialized")
-        assert type(outer.output_layer) is ColumnParallelLinear
-
-    def test_a_model_with_a_loss_of_its_own(self) -> None:
-        model = gpt()
-        model.__class__ = type("WithZLoss", (GPTModel,), {"compute_language_model_loss": lambda *_: None})
-        with pytest.raises(ValueError, match="this WithZLoss has its own"):
-            apply_fp32(model, FUSED[0], weights="initialized")
-        model = gpt()
-        model.compute_language_model_loss = lambda *_: None
-        with pytest.raises(ValueError, match="this GPTModel has its own"):
-            apply_fp32(model, FUSED[0], weights="initialized")
-
-    def test_a_loss_that_someone_replaced_is_found(self) -> None:
-        model = gpt()
-        apply_fp32(model, FUSED[0], weights="initialized")
-        model.compute_language_model_loss = LanguageModule.compute_language_model_loss.__get__(model)
-        with pytest.raises(RuntimeError, match="compute_language_model_loss was replaced"):
-            check_fp32(model, FUSED[0])
-
-    @pytest.mark.parametrize(
-        ("fields", "message"),
-        [
-            ({"fused_loss": "yes"}, "fused_loss must be one of"),
-            ({"fused_loss": "saved", "logits": False}, "fused_loss needs logits=True"),
-            ({"vocab_size": 0}, "vocab_size must be at least 1"),
-        ],
-    )
-    def test_configurations(self, fields: dict[str, Any], message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            Fp32Config(**fields)
-
-
-class SoftCapped(ColumnParallelLinear):
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        logits, bias = super().forward(*args, **kwargs)
-        return torch.tanh(logits), bias
-
-
-def head(**fields: Any) -> Any:
-    config = TransformerConfig(
-        num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, bf16=True, params_dtype=torch.bfloat16
-    )
-    torch.manual_seed(0)
-    layer = ColumnParallelLinear(
-        HIDDEN, VOCAB, config=config, init_method=torch.nn.init.normal_, **{"bias": False, **fields}
-    )
-    with torch.no_grad():
-        layer.weight.div_(HIDDEN**0.5)
-    return layer

@@ -16,7 +16,7 @@ from megatron_fp32.models.provider import build_model, cpu_overrides, transforme
 from megatron_fp32.ops.logits.reference import gradients_reference, logits_reference, relative_error
 from megatron_fp32.output_layer.layer import Fp32OutputLayer, to_fp32_output_layer
 from tests.output_layer.layers import HIDDEN, VOCAB, integers, stock_layer
-from tests.support import tiny_qwen3_5
+from tests.qwen3_5 import tiny_qwen3_5
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -12,10 +12,20 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_fp32 import CheckpointError, export_checkpoint, named_scheme, verify_checkpoints
+from megatron_fp32 import (
+    CheckpointError,
+    Fp32Config,
+    export_checkpoint,
+    install_optimizer_repairs,
+    model_provider,
+    named_scheme,
+    verify_checkpoints,
+)
 from megatron_fp32.checkpoint.formats.digests import digest
+from megatron_fp32.models.provider import cpu_overrides
 from megatron_fp32.streaming import HuggingFaceDirectory, StreamError, Upload, WeightStreamer
 from megatron_fp32.testing.ranks import RankPool
+from megatron_fp32.testing.training import Batch, Trainer, TrainerConfig
 from tests.checkpoint.conftest import Families
 from tests.checkpoint.layouts import Layout, build, load, on_ranks, save
 from tests.checkpoint.support import stored_tensors
@@ -292,3 +302,33 @@ class TestOneProcess:
         out.rmdir()
         streamer.push(HuggingFaceDirectory(out), version=1)
         assert stored_tensors(out) == stored_tensors(hf)
+
+
+def after_a_step(hf: Path, imported: Path, *, layout: Layout, overlap: bool) -> tuple[dict[str, Any], list[str]]:
+    """What is streamed after a step of the distributed optimizer, and the parameters that were old on this rank."""
+    with install_optimizer_repairs():
+        torch.manual_seed(3)
+        provide = model_provider(hf, bf16=True, fp32=Fp32Config(), **cpu_overrides())
+        trainer = Trainer(
+            provide(), TrainerConfig(lr=1e-2, overlap_grad_reduce=True, overlap_param_gather=overlap, bucket_size=3000)
+        )
+        trainer.load_model(imported / "release")
+        trainer.step([Batch.random(57, batch=2, length=16, seed=dist.get_rank())])
+        before = {name: digest(parameter.detach()) for name, parameter in trainer.model.named_parameters()}
+        streamer = WeightStreamer(trainer.wrapped, source=imported)
+        sink = Kept()
+        streamer.push(sink, version=1)
+        after = {name: digest(parameter.detach()) for name, parameter in trainer.model.named_parameters()}
+        trainer.step([Batch.random(57, batch=2, length=16, seed=7)])  # training goes on
+        return sink.tensors, [name for name in after if after[name] != before[name]]
+
+
+def test_parameters_that_a_step_left_on_other_ranks_are_gathered_first(ranks: Ranks, families: Families) -> None:
+    hf, imported = families(case("Qwen3, tied"))
+    (expected_tensors, _), _ = ranks(2).run(on_ranks, Layout(), after_a_step, hf, imported, overlap=False)
+    (sent, old_on_first), (_, old_on_second) = ranks(2).run(
+        on_ranks, Layout(), after_a_step, hf, imported, overlap=True
+    )
+    assert old_on_first or old_on_second
+    assert sent == expected_tensors
+    assert sent != expected(hf)

@@ -22,8 +22,8 @@ from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.ops.fp8.reference import quantize_reference
 from megatron_fp32.weights.tensors import TensorInfo
-from tests.checkpoint.fp8.fp8_models import MOE, MOE_FAMILIES, config_of, write_moe, written
-from tests.checkpoint.support import bits
+from tests.checkpoint.support import bits, load_tensors, quantization_of
+from tests.qwen3_5 import MOE, MOE_FAMILIES, write_moe
 
 FP8_FORMATS = ("blockwise", "channelwise", "modelopt")
 SUFFIX = {"blockwise": "weight_scale_inv", "channelwise": "weight_scale", "modelopt": "weight_scale"}
@@ -222,11 +222,11 @@ class TestFusedExperts:
         assert GATE_UP in load_file(fused / "model.safetensors")
         reports = [quantize_checkpoint(d, tmp_path / n, format) for d, n in ((fused, "a"), (single, "b"))]
         assert set(reports[0].quantized) == set(reports[1].quantized)
-        a, b = written(tmp_path / "a"), written(tmp_path / "b")
+        a, b = load_tensors(tmp_path / "a"), load_tensors(tmp_path / "b")
         assert a.keys() == b.keys()
         assert f"model.layers.0.mlp.experts.{MOE['num_experts'] - 1}.up_proj.{SUFFIX[format]}" in a
         assert all(torch.equal(bits(a[name]), bits(b[name])) for name in a)
-        assert config_of(tmp_path / "a") == config_of(tmp_path / "b")
+        assert quantization_of(tmp_path / "a") == quantization_of(tmp_path / "b")
 
     def test_parts_cover_the_tensor(self) -> None:
         parts = expert_parts(GATE_UP, (2, 6, 5))

@@ -9,20 +9,10 @@ from transformers.models import qwen3_5 as transformers_qwen3_5
 
 from megatron_fp32.weights.families.qwen3_5 import Qwen35Config, mappings
 from megatron_fp32.weights.naming import PREFIXES, Naming, find_prefix
+from tests.qwen3_5 import SMALL
 
-_FIELDS: dict[str, Any] = {
-    "vocab_size": 57,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 8,
-    "linear_num_key_heads": 3,
-    "linear_num_value_heads": 9,
-    "linear_key_head_dim": 5,
-    "linear_value_head_dim": 7,
-}
+_FIELDS: dict[str, Any] = {**SMALL, "num_hidden_layers": 4}
+del _FIELDS["layer_types"]
 
 
 def _text_config(**fields: Any) -> dict[str, Any]:
@@ -32,7 +22,7 @@ def _text_config(**fields: Any) -> dict[str, Any]:
 
 def _whole_config(*, tied: bool) -> dict[str, Any]:
     text = _text_config(tie_word_embeddings=tied)
-    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 24}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 27}
     return transformers_qwen3_5.Qwen3_5Config(
         text_config=text, vision_config=vision, tie_word_embeddings=tied
     ).to_dict()
@@ -45,7 +35,7 @@ def test_a_text_config_gives_the_shapes() -> None:
         assert getattr(config, name) == _FIELDS[name], name
     assert config.num_layers == 4
     assert (config.rope_theta, config.partial_rotary_factor, config.rms_norm_eps) == (12345.0, 0.5, 3e-5)
-    assert (config.key_dim, config.value_dim) == (3 * 5, 9 * 7)
+    assert (config.key_dim, config.value_dim) == (3 * 4, 9 * 22)
 
 
 def test_layer_types_become_megatrons_pattern() -> None:

@@ -19,16 +19,19 @@ from megatron_fp32.checkpoint.convert import export_checkpoint
 from megatron_fp32.checkpoint.formats.huggingface import INDEX
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.weights.tensors import TensorInfo
-from tests.checkpoint.compare.comparing import (
+from tests.checkpoint.conftest import Families
+from tests.checkpoint.support import (
+    A_LOG,
+    NORM,
     Changes,
     altered,
     each,
+    resave,
     statuses_of,
+    stored_tensors,
     the_only,
     without,
 )
-from tests.checkpoint.conftest import Families
-from tests.checkpoint.support import A_LOG, NORM, resave, stored_tensors
 from tests.families import case
 
 

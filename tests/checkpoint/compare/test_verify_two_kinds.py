@@ -22,17 +22,20 @@ from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
 from megatron_fp32.testing.training import Batch, Trainer, load_model
 from megatron_fp32.weights.tensors import TensorInfo
-from tests.checkpoint.compare.comparing import (
+from tests.checkpoint.conftest import Families
+from tests.checkpoint.support import (
+    NORM,
     altered,
     assert_differences,
     each,
-    load,
+    load_tensors,
+    resave,
+    rewrite,
     statuses_of,
+    stored_tensors,
     the_only,
     without,
 )
-from tests.checkpoint.conftest import Families
-from tests.checkpoint.support import NORM, resave, rewrite, stored_tensors
 from tests.families import CASES, Case, case
 
 
@@ -58,7 +61,7 @@ class TestEveryFamily:
             return tensors
 
         other = altered(hf, tmp_path / "hf", flip)
-        before, after = load(hf), load(other)
+        before, after = load_tensors(hf), load_tensors(other)
         reports = [verify_checkpoints(imported, other), verify_checkpoints(hf, other)]
         for report in reports:
             assert_differences(report, before, after)
@@ -82,7 +85,7 @@ class TestEveryFamily:
         export_checkpoint(trained, tmp_path / "hf", source=imported)
         report = verify_checkpoints(hf, trained, source=imported)
         assert len(report.differences) > 3
-        assert_differences(report, load(hf), load(tmp_path / "hf"))
+        assert_differences(report, load_tensors(hf), load_tensors(tmp_path / "hf"))
         assert verify_checkpoints(trained, tmp_path / "hf", source=imported).agrees()
 
 
@@ -196,7 +199,7 @@ class TestParts:
         hf, imported = vl
         name = sorted(self._names(hf, "model.visual."))[3]
         other = altered(hf, tmp_path / "hf", each(**{name: lambda t: t + 1}))
-        assert_differences(verify_checkpoints(imported, other), load(hf), load(other))
+        assert_differences(verify_checkpoints(imported, other), load_tensors(hf), load_tensors(other))
         text = altered(hf, tmp_path / "no-vision", lambda ts: {n: t for n, t in ts.items() if ".visual." not in n})
         report = verify_checkpoints(imported, text)
         assert statuses_of(report) == dict.fromkeys(self._names(hf, "model.visual."), "only_a")
@@ -322,7 +325,7 @@ def test_what_megatron_core_saves_on_two_ranks(
     exported = export_checkpoint(trained, tmp_path / "hf", source=imported)
     assert exported.cut_rows
     assert not exported.cut_tokens
-    before, after = load(hf), load(tmp_path / "hf")
+    before, after = load_tensors(hf), load_tensors(tmp_path / "hf")
     report = verify_checkpoints(hf, trained, source=imported, vocab_size=57)
     assert len(report.differences) > len(before) / 2
     assert_differences(report, before, after)

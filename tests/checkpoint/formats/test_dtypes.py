@@ -22,8 +22,7 @@ from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 from megatron_fp32.cli import main
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.weights.tensors import DTYPE_NAMES, DTYPES, info_of
-from tests.checkpoint.compare.comparing import statuses_of, the_only
-from tests.checkpoint.support import bits, rewrite, stored_tensors, write_torch_dist
+from tests.checkpoint.support import bits, rewrite, statuses_of, stored_tensors, the_only, write_torch_dist
 from tests.families import case
 
 TORCH_ALONE = (torch.complex128, torch.complex32)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import io
 import pickle
+import resource
 import shutil
 import struct
-import subprocess
-import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_fp32.checkpoint.formats.torch_dist_writer import TorchDistWriter
 from megatron_fp32.errors import CheckpointError
 from tests.checkpoint.support import change_metadata
+from tests.support import in_a_child
 
 NONE, STOP, MARK = pickle.NONE, pickle.STOP, pickle.MARK
 DEEP = NONE + pickle.TUPLE1 * 150_000
@@ -112,44 +112,35 @@ def _put(checkpoint: Path, file: str, content: bytes) -> Path:
     return data
 
 
-_SCRIPT = """
-import resource, sys, torch
-from pathlib import Path
-from megatron_fp32 import CheckpointError
-from megatron_fp32.checkpoint.formats.common_state import read_common_state
-from megatron_fp32.checkpoint.formats.torch_dist import TorchDistReader
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 10**9,) * 2)
-readers = {
+READERS: dict[str, Callable[[Path], Any]] = {
     ".metadata": lambda path: TorchDistReader(path),
     "common.pt": lambda path: read_common_state(TorchDistReader(path)),
     "data.pkl": lambda path: TorchDistReader(path).read("a"),
 }
-for argument in sys.argv[1:]:
-    file, path = argument.split(":", 1)
-    spent = int(resource.getrusage(resource.RUSAGE_SELF).ru_utime)
-    resource.setrlimit(resource.RLIMIT_CPU, (spent + 20, resource.RLIM_INFINITY))
-    try:
-        readers[file](Path(path))
-        print("it was read")
-    except CheckpointError as error:
-        print(ascii(str(error)), flush=True)
-"""
+
+
+def _messages(checkpoints: list[tuple[str, Path]]) -> list[str]:
+    """With which messages they are refused, each in 20 seconds of processor time."""
+    messages = []
+    for file, path in checkpoints:
+        spent = int(resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+        resource.setrlimit(resource.RLIMIT_CPU, (spent + 20, resource.RLIM_INFINITY))
+        try:
+            READERS[file](path)
+            messages.append("it was read")
+        except CheckpointError as error:
+            messages.append(str(error))
+    return messages
 
 
 def _refused(checkpoint: Path, *cases: tuple[str, bytes]) -> list[str]:
     """The messages with which files are refused, each in 20 seconds of processor time, all of them in 2 GB."""
-    named, arguments = [], []
+    named, checkpoints = [], []
     for index, (file, content) in enumerate(cases):
         place = shutil.copytree(checkpoint, checkpoint.parent / str(index))
         named.append(_put(place, file, content))
-        arguments.append(f"{file}:{place}")
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, *arguments], capture_output=True, text=True, timeout=300,
-        cwd=Path(__file__).parents[3], check=False,
-    )  # fmt: skip
-    messages = done.stdout.splitlines()
-    assert done.returncode == 0, (done.returncode, len(messages), done.stderr[-2000:])
+        checkpoints.append((file, place))
+    messages = in_a_child(_messages, checkpoints, memory=2 * 10**9)
     for path, message in zip(named, messages, strict=True):
         assert str(path) in message, message
         assert len(message) < 2000

@@ -29,8 +29,8 @@ from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.ops.fp8.reference import quantize_reference
 from megatron_fp32.weights.tensors import TensorInfo
-from tests.checkpoint.fp8.fp8_models import config_of, write_dense, written
-from tests.checkpoint.support import assets, bits, rewrite, tree
+from tests.checkpoint.support import assets, bits, load_tensors, quantization_of, rewrite, tree
+from tests.qwen3_5 import write_dense
 
 FP8_FORMATS = ("blockwise", "channelwise", "modelopt")
 
@@ -78,7 +78,7 @@ class TestDetection:
         made = quantized(format)
         found = detect_scheme(made)
         assert (found.format, found.scale_format) == (format, named_scheme(format).scale_format)
-        weights = written(made)
+        weights = load_tensors(made)
         assert found.modules == {n.removesuffix(".weight") for n, t in weights.items() if t.dtype.itemsize == 1}
         without = shutil.copytree(made, tmp_path / "config only", ignore=shutil.ignore_patterns("*.safetensors"))
         for i, scheme in enumerate((found, detect_scheme(without))):
@@ -95,7 +95,7 @@ class TestDetection:
             return {**tensors, f"{module}.weight": tensors[f"{module}.weight"].bfloat16()}
 
         rewrite(made, keep_one)
-        assert module not in config_of(made)["modules_to_not_convert"]
+        assert module not in quantization_of(made)["modules_to_not_convert"]
         modules = detect_scheme(made).modules
         assert modules is not None
         assert module not in modules
@@ -232,7 +232,7 @@ class TestWholeCheckpoints:
     def test_every_value_is_the_definitions_and_all_else_is_unchanged(
         self, format: str, dense: Path, quantized: Callable[[str], Path]
     ) -> None:
-        source, made = load_file(dense / "model.safetensors"), written(quantized(format))
+        source, made = load_file(dense / "model.safetensors"), load_tensors(quantized(format))
         float8 = {name for name, t in made.items() if t.dtype == torch.float8_e4m3fn}
         scales = {name for name in made if name.endswith(SUFFIX[format])}
         assert made.keys() - scales == source.keys()
@@ -271,7 +271,7 @@ class TestWholeCheckpoints:
     def test_shards_hold_the_same(self, dense: Path, quantized: Callable[[str], Path], tmp_path: Path) -> None:
         quantize_checkpoint(dense, tmp_path / "out", "blockwise", max_shard_bytes=200_000)
         assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
-        a, b = written(tmp_path / "out"), written(quantized("blockwise"))
+        a, b = load_tensors(tmp_path / "out"), load_tensors(quantized("blockwise"))
         assert a.keys() == b.keys()
         assert all(torch.equal(bits(a[name]), bits(b[name])) for name in a)
         assert detect_scheme(tmp_path / "out") == detect_scheme(quantized("blockwise"))
@@ -279,7 +279,7 @@ class TestWholeCheckpoints:
     def test_the_report_and_the_progress_count_what_is_written(self, dense: Path, tmp_path: Path) -> None:
         calls: list[tuple[str, int, int]] = []
         report = quantize_checkpoint(dense, tmp_path / "out", "modelopt", progress=lambda *a: calls.append(a))
-        made = written(tmp_path / "out")
+        made = load_tensors(tmp_path / "out")
         total = sum(t.nbytes for t in made.values())
         assert report.nbytes == total
         assert {call[2] for call in calls} == {total}

@@ -19,9 +19,9 @@ from megatron_fp32.checkpoint.fp8 import named_scheme, scheme_from_config
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 from megatron_fp32.ops.fp8.reference import dequantize_reference
 from megatron_fp32.testing.qwen3_5 import write_qwen3_5
-from tests.checkpoint.fp8.fp8_models import SIZES, config_of, written
-from tests.checkpoint.support import rewrite
+from tests.checkpoint.support import load_tensors, quantization_of, rewrite
 from tests.families import case
+from tests.qwen3_5 import BLOCKS
 
 pytest.importorskip("accelerate")  # transformers loads float8 with it
 pytest.importorskip("compressed_tensors")
@@ -78,7 +78,7 @@ def loaded(auto_class: str, directory: Path) -> Any:
 
 
 def float8_modules(directory: Path) -> set[str]:
-    return {n.removesuffix(".weight") for n, t in written(directory).items() if t.dtype == torch.float8_e4m3fn}
+    return {n.removesuffix(".weight") for n, t in load_tensors(directory).items() if t.dtype == torch.float8_e4m3fn}
 
 
 @pytest.mark.usefixtures("_float8_without_a_gpu")
@@ -108,7 +108,7 @@ class TestTransformers:
         hf = case("Qwen3.5-MoE").write(tmp_path / "hf")
         scheme = named_scheme("blockwise", skip=(r"model\.layers\.[01]\.mlp\.experts",))
         quantize_checkpoint(hf, tmp_path / "out", scheme)
-        listed = config_of(tmp_path / "out")["modules_to_not_convert"]
+        listed = quantization_of(tmp_path / "out")["modules_to_not_convert"]
         assert [name for name in listed if name.startswith("model.") and name.endswith(".experts")] == [
             "model.layers.0.mlp.experts",
             "model.layers.1.mlp.experts",
@@ -123,8 +123,9 @@ class TestTransformers:
 def test_a_list_names_what_is_kept_and_nothing_that_is_quantized(name: str, format: str, quantized: Quantized) -> None:
     """By the rules of whoever reads the list, under both names of a text model inside of another one."""
     directory = quantized(name, format)
-    scheme, float8 = scheme_from_config(config_of(directory)), float8_modules(directory)
-    kept = {n.removesuffix(".weight") for n, t in written(directory).items() if n.endswith(".weight") and t.ndim > 1}
+    scheme, float8 = scheme_from_config(quantization_of(directory)), float8_modules(directory)
+    weights = {n.removesuffix(".weight"): t for n, t in load_tensors(directory).items() if n.endswith(".weight")}
+    kept = {module for module, weight in weights.items() if weight.ndim > 1}
     for modules, skipped in ((float8, False), (kept - float8, True), ({"lm_head"}, True)):
         for module in modules:
             for called in {module, re.sub(r"^model\.language_model\.", "model.", module)}:
@@ -140,8 +141,8 @@ def test_a_head_under_another_name_keeps_its_bytes(head: str, format: str, tmp_p
     weight = torch.randn(1, 36).bfloat16()
     hf = rewrite(case("Qwen3").write(tmp_path / "hf"), with_head)
     quantize_checkpoint(hf, tmp_path / "out", format)
-    assert torch.equal(written(tmp_path / "out")[f"{head}.weight"], weight)
-    config = config_of(tmp_path / "out")
+    assert torch.equal(load_tensors(tmp_path / "out")[f"{head}.weight"], weight)
+    config = quantization_of(tmp_path / "out")
     assert head in config.get("modules_to_not_convert", config.get("ignore"))
 
 
@@ -157,7 +158,7 @@ def test_transformers_reads_a_sequence_classifier(tmp_path: Path) -> None:
 class TestPartialBlocks:
     """A last block of fewer rows or columns."""
 
-    FEW = {**SIZES, "intermediate_size": 192}
+    FEW = {**BLOCKS, "intermediate_size": 192}
 
     def test_are_named_and_are_what_transformers_reads_by_other_blocks(self, tmp_path: Path) -> None:
         from transformers import AutoModelForCausalLM, FineGrainedFP8Config
@@ -169,7 +170,7 @@ class TestPartialBlocks:
         report = quantize_checkpoint(hf, tmp_path / "out", "blockwise")
         option = FineGrainedFP8Config(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, quantization_config=option)
-        stored, parameters = written(tmp_path / "out"), dict(model.named_parameters())
+        stored, parameters = load_tensors(tmp_path / "out"), dict(model.named_parameters())
         wrong = [
             name
             for name in report.quantized
@@ -201,7 +202,7 @@ class TestPartialBlocks:
             assert ("warning: 6 float8 weights" in text) == ("mlp.up_proj" in text) == (count > 0)
 
     def test_are_not_where_blocks_are_full(self, tmp_path: Path) -> None:
-        report = quantize_checkpoint(write_qwen3_5(tmp_path / "hf", **SIZES), tmp_path / "out", "blockwise")
+        report = quantize_checkpoint(write_qwen3_5(tmp_path / "hf", **BLOCKS), tmp_path / "out", "blockwise")
         assert report.partial_blocks == ()
 
 

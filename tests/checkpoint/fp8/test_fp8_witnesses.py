@@ -19,7 +19,8 @@ from megatron_fp32.ops.fp8 import quantize_channelwise
 from megatron_fp32.ops.fp8.reference import dequantize_reference
 from megatron_fp32.ops.logits.reference import relative_error
 from megatron_fp32.testing.qwen3_5 import load_qwen3_5
-from tests.checkpoint.fp8.fp8_models import MOE_FAMILIES, config_of, moe_class, write_dense, write_moe, written
+from tests.checkpoint.support import load_tensors, quantization_of
+from tests.qwen3_5 import MOE_FAMILIES, moe_class, write_dense, write_moe
 
 pytest.importorskip("accelerate")  # transformers loads float8 with it
 pytest.importorskip("compressed_tensors")
@@ -46,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 def dequantized(directory: Path) -> dict[str, Tensor]:
     """Every tensor as its definition says, in float64."""
-    tensors = written(directory)
+    tensors = load_tensors(directory)
     found = {}
     for name, tensor in tensors.items():
         if tensor.dtype == torch.float8_e4m3fn:
@@ -96,7 +97,7 @@ def test_transformers_dequantizes_what_was_meant(format: str, made: Made) -> Non
     noisy = load_qwen3_5(made("dense", "hf"), torch.bfloat16).float()
     with torch.no_grad():
         for name, parameter in noisy.named_parameters():
-            if any(f"{name}_scale{end}" in written(made("dense", format)) for end in ("", "_inv")):
+            if any(f"{name}_scale{end}" in load_tensors(made("dense", format)) for end in ("", "_inv")):
                 parameter.mul_(1 + torch.empty_like(parameter).uniform_(-(2.0**-4), 2.0**-4))
     assert 0 < error < 1.3 * relative_error(logits(noisy), truth)
 
@@ -121,7 +122,7 @@ def test_transformers_runs_a_channelwise_checkpoint_compressed(made: Made) -> No
     from transformers.models.qwen3_5 import Qwen3_5ForCausalLM
 
     model = load(Qwen3_5ForCausalLM, made("dense", "channelwise"), torch.bfloat16)
-    stored = written(made("dense", "channelwise"))
+    stored = load_tensors(made("dense", "channelwise"))
     parameters = dict(model.named_parameters())
     for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
         assert torch.equal(parameters[name].view(torch.uint8), stored[name].view(torch.uint8))
@@ -140,10 +141,10 @@ class TestCompressedTensors:
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationConfig
 
-        config = QuantizationConfig.model_validate(config_of(made("dense", "channelwise")))
+        config = QuantizationConfig.model_validate(quantization_of(made("dense", "channelwise")))
         (scheme,) = config.config_groups.values()
         compressor = BaseCompressor.get_value_from_registry(config.format)
-        stored, meant = written(made("dense", "channelwise")), dequantized(made("dense", "channelwise"))
+        stored, meant = load_tensors(made("dense", "channelwise")), dequantized(made("dense", "channelwise"))
         modules = [name.removesuffix("_scale") for name in stored if name.endswith("weight_scale")]
         assert len(modules) == 13
         for name in modules:
@@ -177,7 +178,7 @@ class TestCompressedTensors:
 def test_the_blockwise_config_is_transformers_own(made: Made) -> None:
     from transformers import FineGrainedFP8Config
 
-    config = config_of(made("dense", "blockwise"))
+    config = quantization_of(made("dense", "blockwise"))
     parsed = FineGrainedFP8Config.from_dict(config)
     assert (parsed.weight_block_size, parsed.scale_fmt, parsed.activation_scheme) == ([128, 128], "float", "dynamic")
     assert parsed.modules_to_not_convert == config["modules_to_not_convert"]

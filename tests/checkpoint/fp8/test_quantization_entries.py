@@ -18,7 +18,8 @@ from megatron_fp32.checkpoint.fp8 import detect_scheme, named_scheme
 from megatron_fp32.checkpoint.fp8.detect import read_quantization_config
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 from megatron_fp32.errors import CheckpointError
-from tests.checkpoint.support import assets, rewrite, stored_tensors, write_small
+from tests.checkpoint.support import assets, rewrite, stored_tensors
+from tests.qwen3_5 import write_small
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 OTHER_FILES = (
