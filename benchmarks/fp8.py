@@ -28,7 +28,7 @@ from megatron_fp32.ops.fp8.reference import quantize_reference
 
 SHAPES = ("12288,4096", "4096,12288", "151936,4096", "128,1536,4096", "2048,32768")
 CHECKED_VALUES = 1 << 27
-"""How much of an output is compared with the CPU's output."""
+"""Number of values of an output that are compared with the CPU's output."""
 
 
 def paired(way: Callable[[], Any], unit: Callable[[], Any], repeats: int) -> tuple[float, float, Any]:
@@ -51,21 +51,21 @@ def copy_of(weight: Tensor) -> Callable[[], Any]:
 
 
 def check(output: Quantized, weight: Tensor, quantize: Callable[..., Quantized]) -> None:
-    """Raise unless a corner of the output equals the CPU's output, and that equals the reference."""
+    """Exit unless the output equals the CPU's output, and a corner of it equals the reference."""
     unit = 128 if weight.ndim == 2 else 1
     rows = min(len(weight), unit * max(1, CHECKED_VALUES // (unit * weight[0].numel())))
     expected = quantize(weight[:rows].cpu())
     scale = output.scale[: len(expected.scale)].cpu()
     codes = output.weight[:rows].cpu().view(torch.uint8)
     if not torch.equal(scale, expected.scale) or not torch.equal(codes, expected.weight.view(torch.uint8)):
-        raise SystemExit("the GPU's result is not the CPU's")
+        raise SystemExit("the output of the GPU differs from the output of the CPU")
     corner = (weight if weight.ndim == 2 else weight[0])[:128].cpu()
     block = (128, 128) if quantize is quantize_blockwise else (1, corner.shape[1])
     truth, scales = quantize_reference(corner, block)
     first = (codes if weight.ndim == 2 else codes[0])[:128]
     first_scales = (scale if weight.ndim == 2 else scale[0])[: len(scales)]
     if not torch.equal(first, truth) or not torch.equal(first_scales.double(), scales):
-        raise SystemExit("the result is not the definition's")
+        raise SystemExit("the output differs from quantize_reference")
 
 
 def rows_of(shape: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:

@@ -106,14 +106,14 @@ class LiveTensors:
         return any(rank == self._rank and piece.has(spec.index) for rank, _, piece in self._places.get(spec.name, ()))
 
     def refresh(self) -> None:
-        """Look the parameters up again: their storage may have moved, as an optimizer that offloads them does.
+        """Look up the parameters again, because their storage may have moved, for example by an offloading optimizer.
 
         Raises:
-            ValueError: when this rank has other tensors now than at construction.
+            ValueError: when the tensors of this rank have changed since the constructor.
         """
         own = _own_pieces(self._chunks)
         if [piece for piece, _ in own] != [piece for piece, _ in self._own]:
-            raise ValueError("the model has other tensors, shapes or dtypes now than when LiveTensors was made")
+            raise ValueError("tensors, shapes or dtypes of the model have changed since LiveTensors was made")
         self._own = own
 
     def read(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
@@ -136,15 +136,15 @@ class LiveTensors:
         return whole
 
     def gather(self, name: str, index: tuple[int, ...] = (), *, to: int) -> Tensor | None:
-        """A whole tensor, or one element of a stack, on one rank of the group; None on the others.
+        """Gather a whole tensor, or one element of a stack, on one rank. The result is None on the other ranks.
 
-        Ranks that hold values send them to that rank, point to point. Every rank of the group calls it, in the same
-        order, with the same arguments.
+        The ranks with values send them to that rank, point to point. Every rank of the group must call this in one
+        order and with equal arguments.
 
         Args:
-            name: key of `tensors`.
+            name: a key of `tensors`.
             index: see `read`.
-            to: rank in the group.
+            to: the rank in the group that gets the tensor.
         """
         if self._group is None:
             return self.read(name, index)
@@ -209,18 +209,18 @@ def _own_pieces(chunks: nn.Module | Sequence[nn.Module]) -> list[tuple[Piece, Te
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    """A view of a contiguous tensor: not every backend sends every dtype."""
+    """A contiguous tensor viewed as bytes, because some backends cannot send every dtype."""
     return tensor.view(-1).view(torch.uint8)
 
 
 def make_current(chunks: nn.Module | Sequence[nn.Module]) -> None:
-    """Gather the parameters that an optimizer step has changed on other ranks and not sent yet.
+    """Gather parameters that an optimizer step has changed on other ranks and has not sent yet.
 
-    With `overlap_param_gather` DistributedDataParallel gathers them in the next forward pass, so that after a step a
-    rank holds old values of the shards of other ranks. Every rank of the data-parallel group calls this.
+    With `overlap_param_gather`, DistributedDataParallel gathers parameters in the next forward pass. Until then, a rank
+    has old values in the shards of other ranks. Every rank of the data-parallel group must call this.
 
     Raises:
-        ValueError: for Megatron-FSDP, which holds shards of parameters, and for parameters that Transformer Engine
+        ValueError: for Megatron-FSDP, which only has shards of parameters, and for parameters that Transformer Engine
             stores in FP8.
     """
     for chunk in [chunks] if isinstance(chunks, nn.Module) else chunks:

@@ -133,9 +133,9 @@ def must_be_read(mapping: TensorMapping, megatron: Mapping[str, TensorInfo], rec
     """Whether the dtypes of a mapping's Hugging Face tensors depend on its values.
 
     Args:
-        mapping: one of the model's.
-        megatron: every Megatron tensor.
-        record: what the import kept of the source.
+        mapping: one of the model's mappings.
+        megatron: dtype and shape of every Megatron tensor.
+        record: the record that the import made of its source.
     """
     stored = {megatron[spec.name].dtype for spec in mapping.megatron}
     return not mapping.invertible or stored != {record.tensors[spec.name].info.dtype for spec in mapping.hf}

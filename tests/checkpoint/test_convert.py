@@ -165,7 +165,9 @@ class TestImportRefuses:
     def test_a_tied_config_with_a_head_of_its_own(self, own: Path, tmp_path: Path) -> None:
         config = json.loads((own / "config.json").read_text())
         (own / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-        with pytest.raises(CheckpointError, match=r"lm_head\.weight and model\.embed_tokens\.weight have other values"):
+        with pytest.raises(
+            CheckpointError, match=r"lm_head\.weight and model\.embed_tokens\.weight have different values"
+        ):
             import_checkpoint(own, tmp_path / "megatron")
 
     def test_a_directory_without_config(self, own: Path, tmp_path: Path) -> None:
@@ -306,7 +308,7 @@ class TestVerification:
         self, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
     ) -> None:
         _damage(monkeypatch, damage)
-        with pytest.raises(CheckpointError, match=r"reads back other values|is damaged"):
+        with pytest.raises(CheckpointError, match=r"has other values on the disk|is damaged"):
             import_checkpoint(source(), tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 
@@ -315,7 +317,7 @@ class TestVerification:
     ) -> None:
         made = imported()
         _damage(monkeypatch, damage)
-        with pytest.raises(CheckpointError, match=r"reads back other values|cannot be read back"):
+        with pytest.raises(CheckpointError, match=r"has other values on the disk|cannot be read back"):
             export_checkpoint(made, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 

@@ -159,7 +159,7 @@ class TestExport:
 
     @pytest.mark.parametrize(
         ("vocab_size", "message"),
-        [(56, "at least the source's 57 .*got 56"), (65, "vocab_size=65 is more than the 64 rows")],
+        [(56, "at least the source's 57 .*got 56"), (65, "vocab_size=65 must be at most 64")],
     )
     def test_a_size_that_cannot_be_is_refused(
         self, vocab_size: int, message: str, make: Make, families: Families, tmp_path: Path
@@ -203,7 +203,7 @@ class TestVerify:
             difference = the_only(report)
             assert (difference.name, difference.status) == ("model.embed_tokens.weight", "shape")
             trained = f"2 rows of {EMBEDDING} above the vocabulary of 57 are not zero"
-            assert difference.note == f"{trained}. vocab_size=57 compares without them"
+            assert difference.note == f"{trained}. Pass vocab_size=57 to compare without them"
             assert difference.values is not None
             assert difference.values.count == 0
             assert report.equal == report.compared == len(stored_tensors(hf)) - 1

@@ -130,12 +130,12 @@ class TestWhatIsInTheDirectory:
     def test_import_of_a_megatron_checkpoint(self, megatron: Path, tmp_path: Path) -> None:
         for given in (megatron, megatron / "release"):
             message = refused("import", given, tmp_path / "out")
-            assert f"{given} is a Megatron checkpoint, and import reads a Hugging Face one" in message
+            assert f"{given} is a Megatron checkpoint, but import reads a Hugging Face checkpoint" in message
             assert f"megatron-fp32 export {given} HF_DIR" in message
 
     def test_export_of_a_hugging_face_checkpoint(self, hf: Path, tmp_path: Path) -> None:
         message = refused("export", hf, tmp_path / "out")
-        assert f"{hf} is a Hugging Face checkpoint, and export reads a Megatron one" in message
+        assert f"{hf} is a Hugging Face checkpoint, but export reads a Megatron checkpoint" in message
         assert f"megatron-fp32 import {hf} MEGATRON_DIR" in message
 
     def test_quantize_of_a_megatron_checkpoint(self, megatron: Path, tmp_path: Path) -> None:

@@ -26,15 +26,15 @@ class TestNames:
     def test_another_prefix(self, hf: Path, tmp_path: Path, prefix: str, remedy: str) -> None:
         rewrite(hf, lambda tensors: {prefix + name: t for name, t in tensors.items()})
         message = refused("import", hf, tmp_path / "out")
-        assert f"{hf}: there is no text model" in message
+        assert f"{hf}: this checkpoint does not have a text model" in message
         assert f"{prefix}model.embed_tokens.weight" in message
-        assert f"start with '{prefix}model.', where 'model.' is expected" in message
+        assert f"start with '{prefix}model.', expected 'model.'" in message
         assert remedy in message
 
     def test_no_embedding(self, hf: Path, tmp_path: Path) -> None:
         rewrite(hf, lambda _: {"encoder.weight": torch.ones(2)})
         message = refused("import", hf, tmp_path / "out")
-        assert f"{hf}: there is no text model" in message
+        assert f"{hf}: this checkpoint does not have a text model" in message
         assert "its tensors are encoder.weight" in message
 
     def test_an_unsupported_family(self, hf: Path, tmp_path: Path) -> None:
@@ -52,7 +52,8 @@ class TestNames:
         rewrite(hf, lambda tensors: {**tensors, name: torch.ones(2)})
         message = refused("import", hf, tmp_path / "out")
         assert (
-            f"{hf}: the tensor {name!r} does not name a layer: expected mtp.layers.N., where N is a number" in message
+            f"{hf}: the tensor name {name!r} has no layer number: expected mtp.layers.N., where N is a number"
+            in message
         )
 
     def test_a_shape_in_the_sidecar(self, megatron: Path, tmp_path: Path) -> None:
@@ -62,5 +63,5 @@ class TestNames:
         path.write_text(json.dumps(content))
         message = refused("export", megatron, tmp_path / "out")
         assert f"{path} gives {name!r} the shape (3, 4)" in message
-        assert "the shape is (22, 36)" in message
+        assert "gives it the shape (22, 36)" in message
         assert not list(tmp_path.glob(".out*"))

@@ -27,7 +27,7 @@ _BATCH = 1 << 28
 class ReadBack:
     """Writes a growing file to the disk, drops it from the page cache, and reads it back, in a second thread.
 
-    Writing into the cache and waiting for the disk take about equally long, so two threads halve the time.
+    Writing into the cache and waiting for the disk take about equally long, so each thread does one of them.
 
     Args:
         path: path of the file.

@@ -35,7 +35,7 @@ TEXTS = {
     "objects in objects": ('{"a": ' * 150 + "1" + "}" * 150, "nested too deeply"),
     "a million digits": (f'{{"a": {"9" * 10**6}}}', "a number of 1000000 digits"),
     "400 digits": (f'{{"a": -{"9" * 400}}}', "a number of 401 digits"),
-    "a key twice": ('{"a": {"b": 1, "b": 2}}', "the key 'b' is there twice"),
+    "a key twice": ('{"a": {"b": 1, "b": 2}}', "it has the key 'b' twice"),
     "half of a surrogate pair in a key": ('{"\\ud800": 1}', "surrogates not allowed"),
     "half of a surrogate pair in a value": ('{"a": ["\\uDFFF"]}', "surrogates not allowed"),
     "nothing": ("", "Expecting value"),
@@ -226,7 +226,7 @@ class TestSizes:
             "linear_num_key_heads": 2, "linear_num_value_heads": 2, "layer_types": ["full_attention"] * 2,
             "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0},
         }  # fmt: skip
-        with pytest.raises(CheckpointError, match=r"4000 experts in all layers .* has tensors for 3 at most"):
+        with pytest.raises(CheckpointError, match=r"4000 experts in all layers .* has tensors for at most 3"):
             plan_import({**config, "num_experts": 2000}, infos)
         with pytest.raises(CheckpointError, match="missing tensors"):
             plan_import({**config, "num_experts": 3}, infos)

@@ -96,7 +96,7 @@ class TestRefuses:
             ({"shape": ["2"]}, "'a' cannot have the shape"),
             ({"shape": [2**62, 4, 2]}, "'a' cannot have the shape"),  # 2**67 bytes, 8 modulo 2**64 with one more
             ({"shape": [2**63, 0], "data_offsets": [0, 0]}, "'a' cannot have the shape"),
-            ({"shape": [3]}, r"'a' needs 12 bytes, its data_offsets are \[0, 8\]"),
+            ({"shape": [3]}, r"'a' needs 12 bytes, but its data_offsets are \[0, 8\]"),
             ({"data_offsets": [8, 0]}, "'a' needs 8 bytes"),
             ({"data_offsets": [-8, 0]}, "'a' needs 8 bytes"),
             ({"data_offsets": [0, 8, 8]}, "data_offsets of tensor 'a' are not two integers"),
@@ -120,14 +120,14 @@ class TestRefuses:
         [
             ({"a": A, "b": {**B, "data_offsets": [7, 10]}}, 10, "'b' starts at byte 7 of the data and overlaps"),
             ({"a": A, "b": {**B, "data_offsets": [9, 12]}}, 12, "'b' starts at byte 9 of the data and leaves a hole"),
-            ({"a": A, "b": B}, 12, "take 11 bytes, the file holds 12"),
-            ({"a": A, "b": B}, 10, "take 11 bytes, the file holds 10"),
-            ({"a": A, "b": []}, 11, "'b' is not described by"),
-            ({"a": {"dtype": "F32", "shape": [2]}}, 8, "'a' is not described by"),
+            ({"a": A, "b": B}, 12, "take 11 bytes, but the file has 12"),
+            ({"a": A, "b": B}, 10, "take 11 bytes, but the file has 10"),
+            ({"a": A, "b": []}, 11, "'b' must be described by"),
+            ({"a": {"dtype": "F32", "shape": [2]}}, 8, "'a' must be described by"),
             ({"__metadata__": {"a": 1}}, 0, "__metadata__ must be an object whose values are text"),
             ({"__metadata__": []}, 0, "__metadata__ must be an object whose values are text"),
-            (b'{"a":1,"a":2}', 0, "the key 'a' is there twice"),
-            (b'{"a":{"dtype":"I8","dtype":"U8","shape":[],"data_offsets":[0,1]}}', 1, "the key 'dtype' is there twice"),
+            (b'{"a":1,"a":2}', 0, "it has the key 'a' twice"),
+            (b'{"a":{"dtype":"I8","dtype":"U8","shape":[],"data_offsets":[0,1]}}', 1, "it has the key 'dtype' twice"),
             (b'{"\\ud800":{"dtype":"I8","shape":[],"data_offsets":[0,1]}}', 1, "surrogates not allowed"),
             (b"[]", 0, "not a JSON object"),
             (b"null", 0, "not a JSON object"),
@@ -151,7 +151,7 @@ class TestRefuses:
     def test_a_length_that_lies(self, tmp_path: Path, length: int) -> None:
         path = tmp_path / "f"
         path.write_bytes(length.to_bytes(8, "little") + b"{}")
-        with pytest.raises(CheckpointError, match=f"header should have {length} bytes, the file has 10"):
+        with pytest.raises(CheckpointError, match=f"header should have {length} bytes, but the file has 10"):
             read_header(path)
 
     def test_a_directory_and_a_file_that_is_not_there(self, tmp_path: Path) -> None:

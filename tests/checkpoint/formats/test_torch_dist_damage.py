@@ -137,7 +137,7 @@ class TestDamage:
             m.state_dict_metadata["f32"].properties.dtype = torch.int32
 
         change_metadata(checkpoint, promise)
-        with pytest.raises(CheckpointError, match=r"'f32' is not the torch\.int32 \(3, 7\) promised"):
+        with pytest.raises(CheckpointError, match=r"'f32' is not torch\.int32 \(3, 7\), as \.metadata says"):
             TorchDistReader(checkpoint).read("f32")
 
     def test_data_of_another_shape_than_promised_is_refused(self, checkpoint: Path) -> None:
@@ -146,7 +146,7 @@ class TestDamage:
             m.storage_data[one], m.storage_data[other] = m.storage_data[other], m.storage_data[one]
 
         change_metadata(checkpoint, promise)
-        with pytest.raises(CheckpointError, match=r"'transposed' is not the torch\.float32 \(4, 3\) promised"):
+        with pytest.raises(CheckpointError, match=r"'transposed' is not torch\.float32 \(4, 3\), as \.metadata says"):
             TorchDistReader(checkpoint).read("transposed")
 
     def test_chunks_that_lie_on_each_other_are_refused(self, checkpoint: Path) -> None:
@@ -172,7 +172,7 @@ class TestDamage:
             m.storage_data[_place("transposed", 2)] = m.storage_data[_place("f32", 2)]
 
         change_metadata(checkpoint, share)
-        with pytest.raises(CheckpointError, match=r"\.metadata.*'f32' and 'transposed' lie in the same bytes"):
+        with pytest.raises(CheckpointError, match=r"\.metadata.*'f32' and 'transposed' overlap"):
             TorchDistReader(checkpoint)
 
     @pytest.mark.parametrize("size", [(2**62, 2**62), (2**62, 4), (2**40, 2**40, 0)])
@@ -183,7 +183,7 @@ class TestDamage:
             entry.chunks[:] = [metadata.ChunkStorageMetadata(torch.Size([0] * len(size)), torch.Size(size))]
 
         change_metadata(checkpoint, lie)
-        with pytest.raises(CheckpointError, match=r"\.metadata.*'f32' cannot have a part of shape"):
+        with pytest.raises(CheckpointError, match=r"\.metadata.*'f32' cannot have a chunk of shape"):
             TorchDistReader(checkpoint)
 
     @pytest.mark.parametrize("index", [(), (0,), (5,)])
@@ -196,7 +196,7 @@ class TestDamage:
             entry.chunks[0].sizes = torch.Size([2**30, 7])
 
         change_metadata(checkpoint, lie)
-        with pytest.raises(CheckpointError, match=r"the data of 'f32' takes \d+ bytes, 30064771072 are promised"):
+        with pytest.raises(CheckpointError, match=r"the data of 'f32' has \d+ bytes, expected at least 30064771072"):
             TorchDistReader(checkpoint).read("f32", index)
 
     def test_more_axes_than_can_be_checked_are_refused(self, checkpoint: Path) -> None:
@@ -216,7 +216,7 @@ class TestDamage:
     @pytest.mark.parametrize(("field", "value"), [("offset", -1), ("length", -1), ("length", 1.5), ("offset", True)])
     def test_a_place_that_is_none_is_refused(self, checkpoint: Path, field: str, value: Any) -> None:
         change_metadata(checkpoint, lambda m: _move(m, "f32", **{field: value}))
-        with pytest.raises(CheckpointError, match=r"\.metadata.*the place of 'f32' is damaged"):
+        with pytest.raises(CheckpointError, match=r"\.metadata.*file, offset or length of 'f32' is invalid"):
             TorchDistReader(checkpoint)
 
     def test_data_that_torch_compressed_is_refused(self, checkpoint: Path) -> None:

@@ -301,12 +301,12 @@ class TestCommonState:
         (tmp_path / "common.pt").unlink()
         assert read_common_state(reader) == {}  # what the object holds
         reader.objects.remove("common_state/shard_0_1")
-        with pytest.raises(CheckpointError, match=r"holds neither common\.pt nor 'common_state"):
+        with pytest.raises(CheckpointError, match=r"has neither common\.pt nor the object 'common_state"):
             read_common_state(reader)
 
     @pytest.mark.parametrize("value", [[], {1: 2}, None, torch.ones(3)])
     def test_something_else_is_refused(self, tmp_path: Path, value: Any) -> None:
-        with pytest.raises(CheckpointError, match=r"common\.pt: the common state is not a dictionary with names"):
+        with pytest.raises(CheckpointError, match=r"common\.pt: the common state must be a dictionary with text keys"):
             read_common_state(self._reader(tmp_path, value))
 
     def test_tensors_cannot_take_more_than_the_file(self, tmp_path: Path) -> None:

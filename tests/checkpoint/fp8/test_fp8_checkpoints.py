@@ -127,7 +127,10 @@ class TestDetection:
         ("tensors", "message"),
         [
             ({}, "no weight is float8"),
-            ({"a.weight_scale": (1,)}, r"unknown float8 scheme: a\.weight is \(256, 384\) and .* is \(1,\)"),
+            (
+                {"a.weight_scale": (1,)},
+                r"unknown float8 scheme: a\.weight has the shape \(256, 384\) and .* has the shape \(1,\)",
+            ),
             ({"a.weight_scale": ()}, "unknown float8 scheme"),
             ({"a.weight_scale": (2, 3)}, "unknown float8 scheme"),
             ({"a.weight_scale": (2, 1, 3, 1)}, "unknown float8 scheme"),
@@ -148,7 +151,7 @@ class TestDetection:
             return TensorInfo(dtype=dtype, shape=shape)
 
         two = {"a.weight": F8, "b.weight": F8}
-        with pytest.raises(CheckpointError, match=r"unknown float8 scheme: b\.weight .*other weights"):
+        with pytest.raises(CheckpointError, match=r"unknown float8 scheme: b\.weight .*one layout for all weights"):
             scheme_of_tensors({**two, "a.weight_scale": scale(256, 1), "b.weight_scale": scale(256)})
         with pytest.raises(CheckpointError, match="all float32 or all bfloat16"):
             scheme_of_tensors({**two, "a.weight_scale": scale(256), "b.weight_scale": scale(256, dtype=torch.bfloat16)})
@@ -158,7 +161,7 @@ class TestDetection:
 
     def test_a_config_that_contradicts_the_headers_is_an_error(self) -> None:
         tensors = {"a.weight": F8, "a.weight_scale": TensorInfo(dtype=torch.float32, shape=(256, 1))}
-        with pytest.raises(CheckpointError, match="headers are those of a channelwise checkpoint, the config is block"):
+        with pytest.raises(CheckpointError, match="tensors have the format channelwise, but the config says block"):
             scheme_of_tensors(tensors, BLOCKWISE)
         with pytest.raises(CheckpointError, match="unknown quantization method 'fbgemm_fp8'"):
             scheme_of_tensors(tensors, {"quant_method": "fbgemm_fp8"})
@@ -298,7 +301,7 @@ class TestWholeCheckpoints:
                 lambda t: {**t, "model.layers.0.mlp.up_proj.weight": torch.full((384, 256), torch.inf)},
                 "up_proj.weight: inf",
             ),
-            (lambda t: {"lm_head.weight": t["lm_head.weight"]}, "no weight that the blockwise scheme quantizes"),
+            (lambda t: {"lm_head.weight": t["lm_head.weight"]}, "a weight that the blockwise scheme quantizes"),
             (lambda t: {**t, "a.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, "quantized already: a.weight"),
         ],
     )
@@ -331,7 +334,9 @@ class TestWholeCheckpoints:
                 stream.write(b"\x01")
 
         monkeypatch.setattr(read_back, "to_disk", damaging)
-        with pytest.raises(CheckpointError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' reads back other values"):
+        with pytest.raises(
+            CheckpointError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' has other values on the disk"
+        ):
             quantize_checkpoint(dense, tmp_path / "out", "blockwise")
         assert not (tmp_path / "out").exists()
 
