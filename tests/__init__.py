@@ -7,11 +7,10 @@ What tests share:
 
 | where | what |
 |---|---|
-| `conftest.py` | fixtures: pools of ranks, megatron-core in this process |
+| `conftest.py` | fixtures: pools of ranks, megatron-core in this process, checkpoints and what imports make of them |
 | `support.py` | memory full of NaN, stock models, the command line, a child process with little memory |
 | `qwen3_5.py` | sizes of small Qwen3.5 models, and checkpoints with them |
 | `families.py` | small checkpoints of every family, written by transformers |
-| `checkpoint/conftest.py` | fixtures: checkpoints and what an import makes of them, once for a worker |
 | `checkpoint/support.py` | what checkpoints hold, changes of them, what a comparison says of them |
 | `checkpoint/layouts.py` | models on the ranks of a parallel layout, loaded and saved by megatron-core |
 | `distributed/jobs.py`, `distributed/optimizer_states.py` | training on ranks, and the states of optimizers |

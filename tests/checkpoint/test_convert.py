@@ -21,8 +21,8 @@ from megatron_fp32.checkpoint.formats.section import to_disk
 from megatron_fp32.checkpoint.formats.torch_dist_writer import DataFile
 from megatron_fp32.checkpoint.jobs import read_back
 from megatron_fp32.errors import CheckpointError
-from tests.checkpoint.conftest import Source
 from tests.checkpoint.support import A_LOG, NORM, assets, resave, rewrite, stored_tensors, tree
+from tests.conftest import Source
 from tests.qwen3_5 import EVEN, write_small
 
 _GATE, _UP = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"

@@ -21,9 +21,9 @@ from megatron_fp32.checkpoint.plan import plan_import
 from megatron_fp32.models import provider
 from megatron_fp32.models.live import LiveTensors
 from megatron_fp32.testing.ranks import RankPool
-from tests.checkpoint.conftest import Families
 from tests.checkpoint.layouts import ONE_RANK, Layout, build, load, logits, on_ranks, pass_through
 from tests.checkpoint.support import assert_parity, stored_tensors
+from tests.conftest import Families
 from tests.families import CASES, Case, case, config_json, fuse
 
 ONE_OF_EACH = tuple(

@@ -32,8 +32,8 @@ from megatron_fp32.optimizer import native_fp32
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
 from megatron_fp32.testing.training import Batch, Trainer, TrainerConfig
-from tests.checkpoint.conftest import Source
 from tests.checkpoint.support import bits, stored_tensors
+from tests.conftest import Source
 from tests.distributed import jobs
 from tests.families import case
 

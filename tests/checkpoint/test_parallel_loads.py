@@ -19,9 +19,9 @@ from megatron_fp32.checkpoint.convert import export_checkpoint
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.models import provider
 from megatron_fp32.testing.ranks import RankPool
-from tests.checkpoint.conftest import Families
 from tests.checkpoint.layouts import KNOWS_COMMON_STATE, STRICTNESS, Layout, build, load, logits, on_ranks, pass_through
 from tests.checkpoint.support import assert_parity, stored_tensors
+from tests.conftest import Families
 from tests.families import Case, case
 from tests.support import STOCK
 

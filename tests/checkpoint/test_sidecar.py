@@ -13,8 +13,8 @@ from megatron_fp32.checkpoint.formats.digests import digest
 from megatron_fp32.checkpoint.sidecar import find_sidecar
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.weights.restore import is_exact_in
-from tests.checkpoint.conftest import Source
 from tests.checkpoint.support import stored_tensors
+from tests.conftest import Source
 from tests.families import case
 
 

@@ -17,9 +17,9 @@ from megatron_fp32.config import Fp32Config
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.testing.qwen3_5 import load_qwen3_5
 from megatron_fp32.testing.ranks import RankPool
-from tests.checkpoint.conftest import Source
 from tests.checkpoint.layouts import Layout, build, load, logits, on_ranks, pass_through, save
 from tests.checkpoint.support import A_LOG, NORM, stored_tensors
+from tests.conftest import Source
 from tests.qwen3_5 import EVEN
 
 _TIED_EVEN = {**EVEN, "tie_word_embeddings": True}

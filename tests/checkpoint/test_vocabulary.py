@@ -21,8 +21,8 @@ from megatron_fp32.checkpoint.fp8 import named_scheme
 from megatron_fp32.cli import main
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.weights.vocabulary import CutRows
-from tests.checkpoint.conftest import Families
 from tests.checkpoint.support import resave, statuses_of, stored_tensors, the_only
+from tests.conftest import Families
 from tests.families import case, config_json
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"

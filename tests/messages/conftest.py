@@ -7,19 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fp32.checkpoint.convert import import_checkpoint
+from tests.conftest import Families
 from tests.families import case
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return case("Qwen3").write(tmp_path_factory.mktemp("messages") / "hf")
+@pytest.fixture
+def original(families: Families) -> Path:
+    return families(case("Qwen3"))[0]
 
 
-@pytest.fixture(scope="module")
-def converted(original: Path) -> Path:
-    import_checkpoint(original, original.parent / "megatron")
-    return original.parent / "megatron"
+@pytest.fixture
+def converted(families: Families) -> Path:
+    return families(case("Qwen3"))[1]
 
 
 @pytest.fixture

@@ -17,13 +17,13 @@ from megatron_fp32.testing.ranks import RankPool
 from megatron_fp32.weights.model_map import map_model
 from megatron_fp32.weights.spec import TensorSpec
 from tests.checkpoint.layouts import Layout, build, on_ranks
+from tests.conftest import Families
 from tests.families import case, config_json
 
 
 @pytest.fixture
-def hf(tmp_path: Path) -> Path:
-    case("Qwen3.5").write(tmp_path / "hf")
-    return tmp_path / "hf"
+def hf(families: Families) -> Path:
+    return families(case("Qwen3.5"))[0]
 
 
 @pytest.fixture

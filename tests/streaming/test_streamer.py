@@ -26,10 +26,10 @@ from megatron_fp32.models.provider import cpu_overrides
 from megatron_fp32.streaming import HuggingFaceDirectory, StreamError, Upload, WeightStreamer
 from megatron_fp32.testing.ranks import RankPool
 from megatron_fp32.testing.training import Batch, Trainer, TrainerConfig
-from tests.checkpoint.conftest import Families
 from tests.checkpoint.layouts import Layout, build, load, on_ranks, save
 from tests.checkpoint.support import stored_tensors
 from tests.checkpoint.test_parallel_loads import EP2, LOADS, PP2, TP4, _for_four, _for_two, _id
+from tests.conftest import Families
 from tests.families import Case, case
 
 Ranks = Callable[[int], RankPool]

@@ -19,7 +19,6 @@ from megatron_fp32.checkpoint.convert import export_checkpoint
 from megatron_fp32.checkpoint.formats.huggingface import INDEX
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.weights.tensors import TensorInfo
-from tests.checkpoint.conftest import Families
 from tests.checkpoint.support import (
     A_LOG,
     NORM,
@@ -32,6 +31,7 @@ from tests.checkpoint.support import (
     the_only,
     without,
 )
+from tests.conftest import Families
 from tests.families import case
 
 

@@ -16,8 +16,8 @@ from megatron_fp32.checkpoint.compare.findings import VerifyReport
 from megatron_fp32.checkpoint.compare.verify import verify_checkpoints
 from megatron_fp32.checkpoint.convert import import_checkpoint
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
-from tests.checkpoint.conftest import Families
 from tests.checkpoint.support import Tensors, altered, statuses_of, stored_tensors, the_only, without_start
+from tests.conftest import Families
 from tests.families import case, config_json, fuse, fuse_all_but_mtp, transpose_experts, unfuse
 
 EXPERTS = "model.layers.1.mlp.experts."

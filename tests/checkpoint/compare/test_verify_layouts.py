@@ -19,8 +19,8 @@ from megatron_fp32.checkpoint.compare.verify import verify_checkpoints
 from megatron_fp32.weights.mapping import TensorMapping, concat_rows, rename, split_rows, zero_centred
 from megatron_fp32.weights.model_map import map_model
 from megatron_fp32.weights.tensors import TensorInfo
-from tests.checkpoint.conftest import Families
 from tests.checkpoint.support import Changes, Tensors, altered, statuses_of, stored_tensors, the_only, without_start
+from tests.conftest import Families
 from tests.families import case, config_json, unfuse
 
 

@@ -22,7 +22,6 @@ from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
 from megatron_fp32.testing.training import Batch, Trainer, load_model
 from megatron_fp32.weights.tensors import TensorInfo
-from tests.checkpoint.conftest import Families
 from tests.checkpoint.support import (
     NORM,
     altered,
@@ -36,6 +35,7 @@ from tests.checkpoint.support import (
     the_only,
     without,
 )
+from tests.conftest import Families
 from tests.families import CASES, Case, case
 
 

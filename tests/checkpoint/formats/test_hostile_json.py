@@ -25,7 +25,7 @@ from megatron_fp32.checkpoint.sidecar import find_sidecar
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.models.provider import read_hf_config
 from megatron_fp32.weights.tensors import TensorInfo
-from tests.checkpoint.conftest import Source
+from tests.conftest import Source
 from tests.families import case, config_json
 
 DEEP = "[" * 200_000

@@ -17,8 +17,8 @@ from megatron_fp32.checkpoint.formats.safetensors_file import read_header
 from megatron_fp32.checkpoint.formats.safetensors_writer import HuggingFaceWriter, SafetensorsFile
 from megatron_fp32.errors import CheckpointError
 from megatron_fp32.weights.tensors import DTYPE_NAMES, DTYPES, TensorInfo, info_of
-from tests.checkpoint.conftest import Source
 from tests.checkpoint.support import bits, stored_tensors
+from tests.conftest import Source
 
 
 def _random(dtype: torch.dtype, *shape: int) -> Tensor:

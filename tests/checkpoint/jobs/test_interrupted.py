@@ -28,7 +28,7 @@ from megatron_fp32.checkpoint.jobs.run import Part, run_job
 from megatron_fp32.checkpoint.jobs.staging import Staging, open_staging
 from megatron_fp32.checkpoint.quantize import quantize_checkpoint
 from megatron_fp32.errors import CheckpointError
-from tests.checkpoint.conftest import Source
+from tests.conftest import Source
 
 SMALL = 4000
 """Bytes of a file, so that a tiny checkpoint has many."""

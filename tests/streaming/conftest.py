@@ -1,1 +1,0 @@
-from tests.checkpoint.conftest import families as families
