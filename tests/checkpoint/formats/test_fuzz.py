@@ -276,7 +276,7 @@ def test_a_listing(tmp_path: Path, mutate: Mutation) -> None:
     listing = {"version": 2, "tensors": {"a": entry, "b": entry}, "carried": {"c": entry}, "left_out": ["d"]}
     path = tmp_path / "source.json"
     path.write_bytes(mutate(json.dumps(listing).encode()))
-    found = outcome(lambda: find_sidecar(tmp_path, tmp_path), str(path), "holds no hf_source")
+    found = outcome(lambda: find_sidecar(tmp_path, tmp_path), str(path), "does not hold hf_source")
     for tensor in () if found is None else (*found.tensors.values(), *found.carried.values()):
         assert all(type(size) is int and size >= 0 for size in tensor.info.shape)
         assert len(bytes.fromhex(tensor.digest)) == 16
