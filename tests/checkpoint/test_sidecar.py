@@ -104,7 +104,7 @@ def test_without_a_sidecar_the_message_names_the_option(tmp_path: Path) -> None:
     (tmp_path / ".metadata").touch()
     with pytest.raises(CheckpointError, match=r"no hf_source in or next to.*source=DIR"):
         find_sidecar(tmp_path)
-    with pytest.raises(CheckpointError, match="holds no hf_source"):
+    with pytest.raises(CheckpointError, match="does not hold hf_source"):
         find_sidecar(tmp_path, tmp_path)
 
 
