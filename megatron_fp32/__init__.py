@@ -31,6 +31,8 @@ if _typing.TYPE_CHECKING:
     from megatron_fp32.output_layer.layer import Fp32OutputLayer as Fp32OutputLayer
     from megatron_fp32.output_layer.layer import to_fp32_output_layer as to_fp32_output_layer
     from megatron_fp32.output_layer.logprobs_processor import logprobs_processor as logprobs_processor
+    from megatron_fp32.streaming import HuggingFaceDirectory as HuggingFaceDirectory
+    from megatron_fp32.streaming import WeightStreamer as WeightStreamer
     from megatron_fp32.weights.fp8.scheme import Fp8Scheme as Fp8Scheme
     from megatron_fp32.weights.fp8.scheme import named_scheme as named_scheme
 
@@ -43,8 +45,10 @@ _MODULES = {
     "Fp32GatedDeltaNet": "gated_delta_net.layer",
     "Fp32OutputLayer": "output_layer.layer",
     "Fp8Scheme": "weights.fp8.scheme",
+    "HuggingFaceDirectory": "streaming",
     "LogitsTransform": "ops.logprobs",
     "VocabParallel": "ops.logprobs",
+    "WeightStreamer": "streaming",
     "add_fp32_arguments": "models.flags",
     "apply_fp32": "apply",
     "check_fp32": "check",

@@ -126,6 +126,14 @@ class PreWrapHook:
     def __init__(self, config: Fp32Config, weights: Weights) -> None:
         self.optimizer_repairs: OptimizerRepairs | None = None
         self._config, self._weights = config, weights
+        self.__name__ = "megatron_fp32_pre_wrap_hook"
+
+    def __copy__(self) -> PreWrapHook:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreWrapHook:
+        """Itself, as a function is: frameworks copy their configurations, and the handle must stay reachable."""
+        return self
 
     def __call__(self, chunks: list[Any]) -> list[Any]:
         """Apply `apply_fp32` to the model chunks of this rank, log the report, and return the chunks."""

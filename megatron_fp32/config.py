@@ -101,7 +101,7 @@ class Fp32Config:
         if fields.get("fused_loss") is False:
             fields["fused_loss"] = "off"
         names = fields.get("gated_delta_net")
-        if isinstance(names, Sequence) and not isinstance(names, str):
+        if isinstance(names, Sequence) and not isinstance(names, str | bytes):
             fields["gated_delta_net"] = tuple(names)
         return cls(**fields)
 

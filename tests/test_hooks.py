@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -126,3 +127,11 @@ class TestHooks:
         return gpt.GPTModelBuilder(config).build_distributed_models(
             groups, wrap_with_ddp=False, data_parallel_random_init=False
         )
+
+
+def test_a_copied_configuration_has_the_same_hook() -> None:
+    """Megatron's training copies its model configurations; the handle of the repairs must stay reachable."""
+    hook = apply.pre_wrap_hook(weights="initialized")
+    assert copy.deepcopy({"hooks": [hook]})["hooks"][0] is hook
+    assert copy.copy(hook) is hook
+    assert hook.__name__ == "megatron_fp32_pre_wrap_hook"

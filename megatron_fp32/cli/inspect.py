@@ -36,13 +36,14 @@ def command(
         from megatron_fp32.cli import inspect_text
 
         found = inspect_checkpoint(local(directory), source=source)
-        if plots is not None and plot is not None:
-            plots.plot_dtypes(found).savefig(plot)
     listed = {n: i for n, i in sorted(found.tensors.items()) if fnmatchcase(n, match or "*")}
     is_listing = tensors or match is not None
     if as_json:
         print_json({**found.as_json(), **({"listed": inspect_text.as_json(listed)} if is_listing else {})}, indent=1)
-        return
-    inspect_text.print_inspection(found)
-    if is_listing:
-        inspect_text.print_tensors(listed)
+    else:
+        inspect_text.print_inspection(found)
+        if is_listing:
+            inspect_text.print_tensors(listed)
+    with errors_exit(2):
+        if plots is not None and plot is not None:
+            plots.plot_dtypes(found).savefig(plot)

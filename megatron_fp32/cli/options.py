@@ -43,7 +43,7 @@ class HuggingFaceSource(ExistingDirectory):
         """The directory as a Path, or a HubId where no file has that name and huggingface_hub is installed."""
         if isinstance(value, HubId):
             return value
-        if not os.path.lexists(value):
+        if not os.path.lexists(value) and not _looks_local(str(value)):
             found = parse_hub_id(str(value))
             if found is not None and why_not_fetched() is None:
                 return found
@@ -53,6 +53,11 @@ class HuggingFaceSource(ExistingDirectory):
         """Also how to install what downloads it."""
         hint, reason = hub_hint(value), why_not_fetched()
         return f"{hint}. Or let this command download it: {reason}" if hint and reason else hint
+
+
+def _looks_local(text: str) -> bool:
+    """Probably a mistyped path, not a Hub id: it ends with a slash, or the directory that it begins with exists."""
+    return "://" not in text and (text.endswith("/") or os.path.isdir(text.split("/")[0]))
 
 
 EXISTING = ExistingDirectory()

@@ -6,6 +6,7 @@ and no setting of matplotlib changes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +26,9 @@ with remedy_named():
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
+FORMATS = (".pdf", ".png", ".svg")
+"""What the name of a plot ends with."""
+
 SEVERAL = "several"
 """Legend of a cell whose tensors have more than one dtype, such as experts of one layer."""
 
@@ -42,12 +46,17 @@ _OF_STATUS = {"only_a": "A", "only_b": "B", "shape": "S", "dtype": "D"}
 
 
 def check_file(file: Path) -> None:
-    """Raise ValueError for a file that matplotlib cannot write: another format, or a directory that does not exist."""
-    known = sorted(Figure().canvas.get_supported_filetypes())
-    if file.suffix.removeprefix(".").lower() not in known:
-        raise ValueError(f"{file}: the name of a plot must end with one of {', '.join(known)}")
-    if not file.absolute().parent.is_dir():
-        raise ValueError(f"{file} cannot be written: there is no directory {file.absolute().parent}")
+    """Raise ValueError for a file that cannot be written: another format, or a directory where no file can be made.
+
+    Of matplotlib's formats only those are taken that need no other program.
+    """
+    if file.suffix.lower() not in FORMATS:
+        raise ValueError(f"{file}: the name of a plot must end with one of {', '.join(FORMATS)}")
+    directory = file.absolute().parent
+    if not directory.is_dir():
+        raise ValueError(f"{file} cannot be written: there is no directory {directory}")
+    if not os.access(directory, os.W_OK) or (file.is_symlink() and not file.exists()):
+        raise ValueError(f"{file} cannot be written: no file can be made there")
 
 
 def plot_dtypes(found: Inspection) -> Figure:

@@ -69,11 +69,13 @@ def command(
         report = verify_checkpoints(
             *directories, source=source, text_only=text_only, vocab_size=vocab_size, progress=tell
         )
-        if plots is not None and plot is not None:
-            plots.plot_differences(report).savefig(plot)
     agrees = report.agrees(values_only=values_only)
     if as_json:
         print_json({"agrees": agrees, "values_only": values_only, **report.as_json()}, indent=1)
     else:
         print_report(report, agrees=agrees, limit=limit)
+    # After the report: a comparison may have taken hours.
+    with errors_exit(2):
+        if plots is not None and plot is not None:
+            plots.plot_differences(report).savefig(plot)
     sys.exit(0 if agrees else 1)

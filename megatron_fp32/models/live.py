@@ -87,7 +87,10 @@ class LiveTensors:
     def __init__(self, chunks: nn.Module | Sequence[nn.Module], *, group: dist.ProcessGroup | None) -> None:
         self._chunks, self._group = chunks, group
         self._rank = 0 if group is None else dist.get_rank(group)
-        self._own = _own_pieces(chunks)
+        entries = sharded_tensors(chunks)
+        self._own = _own_pieces(entries)
+        # A data-parallel replica has no piece that others read, but has a device.
+        self._device = entries[0].data.device if entries else torch.device("cpu")
         pieces = [piece for piece, _ in self._own]
         everyone: list[list[Piece]] = [pieces]
         if group is not None:
@@ -99,7 +102,7 @@ class LiveTensors:
                 self._places.setdefault(piece.name, []).append((rank, at, piece))
         self.tensors: Mapping[str, TensorInfo] = {name: found[0][2].info for name, found in self._places.items()}
         """Every tensor of the model, with its global shape, which includes padding rows of the vocabulary."""
-        self._check_complete()
+        self._check_complete({entry.key for entry in entries})
 
     def holds(self, spec: TensorSpec) -> bool:
         """Whether this rank sends values of a tensor, or of an element of a stack; see `ModelMap.subset`."""
@@ -111,7 +114,7 @@ class LiveTensors:
         Raises:
             ValueError: when the tensors of this rank have changed since the constructor.
         """
-        own = _own_pieces(self._chunks)
+        own = _own_pieces(sharded_tensors(self._chunks))
         if [piece for piece, _ in own] != [piece for piece, _ in self._own]:
             raise ValueError("tensors, shapes or dtypes of the model have changed since LiveTensors was made")
         self._own = own
@@ -148,14 +151,20 @@ class LiveTensors:
         """
         if self._group is None:
             return self.read(name, index)
-        whole = self._empty(name, index) if self._rank == to else None
-        for rank, at, box in self._boxes(name, index):
+        boxes = list(self._boxes(name, index))
+        whole, buffers = None, {}
+        if self._rank == to:
+            # Before the first message: a rank that runs out of memory in between would leave messages over.
+            whole = self._empty(name, index)
+            foreign = [box for rank, _, box in boxes if rank != to]
+            buffers = {whole[box].shape: torch.empty_like(whole[box]).contiguous() for box in foreign}
+        for rank, at, box in boxes:
             if rank == self._rank and whole is not None:
                 whole[box] = self._inside(at, index)
             elif rank == self._rank:
                 dist.send(_as_bytes(self._inside(at, index).contiguous()), group=self._group, group_dst=to)
             elif whole is not None:
-                values = torch.empty_like(whole[box], memory_format=torch.contiguous_format)
+                values = buffers[whole[box].shape]
                 dist.recv(_as_bytes(values), group=self._group, group_src=rank)
                 whole[box] = values
         return whole
@@ -169,7 +178,7 @@ class LiveTensors:
 
     def _empty(self, name: str, index: Shape) -> Tensor:
         info = self.tensors[name]
-        return torch.empty(info.shape[len(index) :], dtype=info.dtype, device=self._device())
+        return torch.empty(info.shape[len(index) :], dtype=info.dtype, device=self._device)
 
     def _inside(self, which: int, index: Shape) -> Tensor:
         """The values of element `index` in piece `which` of this rank."""
@@ -178,11 +187,8 @@ class LiveTensors:
             tuple(i - start for i, start in zip(index, piece.offset, strict=False))
         ]
 
-    def _device(self) -> torch.device:
-        return self._own[0][1].device if self._own else torch.device("cpu")
-
-    def _check_complete(self) -> None:
-        wrong = []
+    def _check_complete(self, present: set[str]) -> None:
+        wrong = [f"{name} (held by no rank of the group)" for name in sorted(present - self.tensors.keys())]
         for name, places in self._places.items():
             held, expected = sum(math.prod(piece.shape) for _, _, piece in places), math.prod(self.tensors[name].shape)
             if held != expected:
@@ -204,8 +210,9 @@ def _piece_of(entry: ShardedTensor) -> Piece:
     )
 
 
-def _own_pieces(chunks: nn.Module | Sequence[nn.Module]) -> list[tuple[Piece, Tensor]]:
-    return [(_piece_of(entry), entry.data) for entry in sharded_tensors(chunks) if is_main_replica(entry.replica_id)]
+def _own_pieces(entries: Sequence[ShardedTensor]) -> list[tuple[Piece, Tensor]]:
+    """Pieces that this rank gives to the others: of replicas, the first one gives."""
+    return [(_piece_of(entry), entry.data) for entry in entries if is_main_replica(entry.replica_id)]
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -234,7 +234,15 @@ class ModelProvider:
         self._model, self._fp32, self._overrides = model, fp32, overrides
         self._max_sequence_length, self._vocab_divisible_by = max_sequence_length, vocab_divisible_by
         # Decided for the whole model, because a pipeline stage without such a layer must save and load like the others.
+        self.__name__ = "megatron_fp32_model_provider"
         self._keeps_parameters = bool(fp32.gated_delta_net) and LINEAR in model.layer_types
+
+    def __copy__(self) -> ModelProvider:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelProvider:
+        """Itself, as a function is: frameworks copy their configurations, and the handle must stay reachable."""
+        return self
 
     def __call__(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_fp32.checkpoint.formats.digests import compare, digest
 from megatron_fp32.checkpoint.formats.huggingface import HuggingFaceReader
 from megatron_fp32.checkpoint.formats.safetensors_writer import HuggingFaceWriter
+from megatron_fp32.checkpoint.formats.section import to_disk
 from megatron_fp32.checkpoint.fp8.write import write_configs
 from megatron_fp32.checkpoint.jobs.staging import Staging, check_output, open_staging
 from megatron_fp32.checkpoint.quantization_entries import remove_quantization_entries
@@ -101,6 +102,8 @@ class HuggingFaceDirectory:
         for name in self._upload.sidecar.carried:
             self.write(name, self._carried.read(name))
         self._writer.finish()
+        for path in self._staging.output.glob("*.safetensors"):
+            to_disk(path)
         with HuggingFaceReader(self._staging.output) as reader:
             for name, expected in self._digests.items():
                 compare(digest(reader.read(name)), expected, self._staging.output, name)

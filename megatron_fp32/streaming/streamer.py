@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from megatron_fp32.checkpoint.sidecar import Sidecar, find_sidecar
 from megatron_fp32.errors import CheckpointError, listing
 from megatron_fp32.models.live import LiveTensors, make_current
+from megatron_fp32.streaming.ranks import Ranks, Reception
 from megatron_fp32.streaming.sinks import Sink, Upload
 from megatron_fp32.streaming.units import Contents, contents, sent_tensors
 from megatron_fp32.validation import check_choice, check_count, check_flag, check_path
@@ -22,11 +22,6 @@ from megatron_fp32.weights.fp8.scheme import Fp8Scheme, named_scheme
 from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.model_map import map_trained_model
 from megatron_fp32.weights.restore import Dtypes, Restorer, decide_dtypes, must_be_read
-from megatron_fp32.weights.tensors import TensorInfo
-
-
-class StreamError(RuntimeError):
-    """A push failed on the sending rank; raised on the other ranks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,25 +40,6 @@ class Receipt:
     """Of it, putting tensors together from their shards."""
     sink_seconds: float
     """Of it, in the sink. 0 on ranks that do not send."""
-
-
-class _Received:
-    """The live tensors as one rank gets them: reading makes the other ranks send."""
-
-    def __init__(self, live: LiveTensors, sender: int) -> None:
-        self._live, self._sender = live, sender
-        self.seconds = 0.0
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return self._live.tensors
-
-    def read(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
-        start = time.monotonic()
-        tensor = self._live.gather(name, index, to=self._sender)
-        self.seconds += time.monotonic() - start
-        assert tensor is not None
-        return tensor
 
 
 class WeightStreamer:
@@ -110,31 +86,47 @@ class WeightStreamer:
             raise TypeError(f"fp8 must be an Fp8Scheme, the name of a format or None, got {fp8!r}")
         self._scheme = named_scheme(fp8) if isinstance(fp8, str) else fp8
         self._chunks, self._dtype, self._allow_rounded = model, dtype, allow_rounded
-        self._group = group if group is not None or not dist.is_initialized() else dist.group.WORLD
-        self._rank = 0 if self._group is None else dist.get_rank(self._group)
-        size = 1 if self._group is None else dist.get_world_size(self._group)
-        if sender >= size:
-            raise ValueError(f"sender must be a rank of the group of {size} ranks, got {sender}")
+        self._ranks = Ranks(group if group is not None or not dist.is_initialized() else dist.group.WORLD)
+        if sender >= self._ranks.size:
+            raise ValueError(f"sender must be a rank of the group of {self._ranks.size} ranks, got {sender}")
         self._sender = sender
-        self._sidecar: Sidecar = find_sidecar(source, source)
-        make_current(model)
-        self._live = LiveTensors(model, group=self._group)
-        self._map = map_trained_model(self._sidecar.hf_config, self._sidecar.infos, self._live.tensors)
-        self._sidecar.check_shapes(self._map.hf_shapes)
-        self._restorer = Restorer(_Received(self._live, sender), self._sidecar.originals())
+        with self._ranks.together():
+            self._sidecar: Sidecar = find_sidecar(source, source)
+            originals = self._sidecar.originals()
+            make_current(model)
+        with self._ranks.together():
+            self._live = LiveTensors(model, group=self._ranks.group)
+            self._map = map_trained_model(self._sidecar.hf_config, self._sidecar.infos, self._live.tensors)
+            self._sidecar.check_shapes(self._map.hf_shapes)
+        self._reception = Reception(self._live, sender)
+        self._restorer = Restorer(self._reception, originals)
 
     @property
     def is_sender(self) -> bool:
         """Whether this rank puts the tensors together."""
-        return self._rank == self._sender
+        return self._ranks.rank == self._sender
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every tensor, on the sending rank; nothing on the others, which send their shards.
 
         Every rank iterates to the end. A tensor may be a view of a parameter: copy what you keep.
+
+        Raises:
+            StreamError: at the end, on the other ranks, when the sending rank failed.
         """
         dtypes, _ = self._prepare()
-        return self._tensors(dtypes)
+        return self._iterate(dtypes)
+
+    def _iterate(self, dtypes: Dtypes) -> Generator[tuple[str, Tensor], None, None]:
+        error: BaseException | None = None
+        try:
+            yield from self._tensors(dtypes)
+        except GeneratorExit:
+            self._ranks.agree(None, self._sender)
+            raise
+        except BaseException as failure:
+            error = failure
+        self._ranks.agree(error, self._sender)
 
     def push(self, sink: Sink, *, version: int) -> Receipt:
         """Send every tensor of this moment to a sink. Every rank calls it; the sink of the sending rank is used.
@@ -147,26 +139,26 @@ class WeightStreamer:
             StreamError: on the other ranks, when the sending rank failed. The sending rank raises what failed.
         """
         check_count("version", version, least=0)
-        start, waited, spent = time.monotonic(), self._received.seconds, 0.0
+        start, waited, spent = time.monotonic(), self._reception.seconds, 0.0
         dtypes, sent = self._prepare()
         error: BaseException | None = None
         if self.is_sender:
             upload = Upload(version=version, tensors=sent.sent, fp8=self._scheme, sidecar=self._sidecar)
             error = _error_of(sink, lambda: sink.begin(upload))
-        self._agree(error)
+        self._ranks.agree(error, self._sender)
         if self.is_sender:
             error, spent = self._feed(sink, dtypes)
         else:
             for _ in self._tensors(dtypes):
                 pass
-        self._agree(error)
+        self._ranks.agree(error, self._sender)
         return Receipt(
             version=version,
             tensors=len(sent.sent),
             nbytes=sent.nbytes,
             widened=dtypes.widened if self._dtype == "trained" else (),
             seconds=time.monotonic() - start,
-            gather_seconds=self._received.seconds - waited,
+            gather_seconds=self._reception.seconds - waited,
             sink_seconds=spent,
         )
 
@@ -188,65 +180,50 @@ class WeightStreamer:
         tensors.close()  # after an error of the sink: the other ranks send to the end
         return error, spent
 
-    @property
-    def _received(self) -> _Received:
-        source = self._restorer.source
-        assert isinstance(source, _Received)
-        return source
-
     def _prepare(self) -> tuple[Dtypes, Contents]:
         """Bring the parameters up to date, and decide what will be sent."""
-        make_current(self._chunks)
-        self._live.refresh()
+        with self._ranks.together():
+            make_current(self._chunks)
+            self._live.refresh()
         found: Dtypes | None = None
         error: BaseException | None = None
+        looked_at = [m for m in self._map.mappings if must_be_read(m, self._live.tensors, self._sidecar)]
         if self.is_sender:
-            found = decide_dtypes(self._map.mappings, self._restorer, self._sidecar, self._dtype)
-            if found.rounded and not self._allow_rounded:
-                error = CheckpointError(
-                    "the model holds fewer bits of these tensors than the source: "
-                    f"{listing(list(found.rounded))}. Pass allow_rounded=True to send them"
-                )
+            with self._reception.of(looked_at):
+                try:
+                    found = self._decide_dtypes()
+                except BaseException as failure:
+                    error = failure
         else:
-            for mapping in self._map.mappings:
-                if must_be_read(mapping, self._live.tensors, self._sidecar):
-                    self._send(mapping)
-        self._agree(error)
-        shared: list[Any] = [found]
-        if self._group is not None:
-            dist.broadcast_object_list(shared, group=self._group, group_src=self._sender)
-        return shared[0], contents(self._map.mappings, shared[0].infos, self._scheme)
+            for mapping in looked_at:
+                self._send(mapping)
+        self._ranks.agree(error, self._sender)
+        dtypes: Dtypes = self._ranks.share(found, self._sender)
+        return dtypes, contents(self._map.mappings, dtypes.infos, self._scheme)
+
+    def _decide_dtypes(self) -> Dtypes:
+        found = decide_dtypes(self._map.mappings, self._restorer, self._sidecar, self._dtype)
+        if found.rounded and not self._allow_rounded:
+            raise CheckpointError(
+                "the model holds fewer bits of these tensors than the source: "
+                f"{listing(list(found.rounded))}. Pass allow_rounded=True to send them"
+            )
+        return found
 
     def _tensors(self, dtypes: Dtypes) -> Generator[tuple[str, Tensor], None, None]:
-        mappings = iter(self._map.mappings)
-        for mapping in mappings:
-            if not self.is_sender:
+        if not self.is_sender:
+            for mapping in self._map.mappings:
                 self._send(mapping)
-                continue
-            try:
+            return
+        with self._reception.of(self._map.mappings):
+            for mapping in self._map.mappings:
                 for spec, tensor in zip(mapping.hf, self._restorer.restore(mapping).hf, strict=True):
                     info = dtypes.infos[spec.name]
-                    yield from sent_tensors(spec, info, tensor.to(info.dtype), self._scheme)
-            except BaseException:
-                # The consumer has stopped, or a weight cannot be quantized: the other ranks send to the end.
-                for left in mappings:
-                    for spec in left.megatron:
-                        self._received.read(spec.name, spec.index)
-                raise
+                    yield from sent_tensors(mapping, spec, info, tensor.to(info.dtype), self._scheme)
 
     def _send(self, mapping: TensorMapping) -> None:
         for spec in mapping.megatron:
             self._live.gather(spec.name, spec.index, to=self._sender)
-
-    def _agree(self, error: BaseException | None) -> None:
-        """Raise on every rank when the sending rank has an error."""
-        shared: list[Any] = [None if error is None else f"{type(error).__name__}: {error}"]
-        if self._group is not None:
-            dist.broadcast_object_list(shared, group=self._group, group_src=self._sender)
-        if error is not None:
-            raise error
-        if shared[0] is not None:
-            raise StreamError(f"rank {self._sender}, which sends, failed: {shared[0]}")
 
 
 def _error_of(sink: Sink, action: Callable[[], None]) -> BaseException | None:
@@ -254,6 +231,9 @@ def _error_of(sink: Sink, action: Callable[[], None]) -> BaseException | None:
     try:
         action()
     except BaseException as error:
-        sink.abort(error)
+        try:
+            sink.abort(error)
+        except BaseException as another:
+            error.add_note(f"The sink failed again when it heard of this: {type(another).__name__}: {another}")
         return error
     return None

@@ -46,12 +46,14 @@ def contents(mappings: Sequence[TensorMapping], infos: Mapping[str, TensorInfo],
         CheckpointError: see `fp8_infos`.
     """
     model: dict[str, TensorInfo] = {}
+    whole: dict[str, TensorInfo] = {}
     for mapping in mappings:
         for spec in mapping.hf:
-            model.update(_of_spec(spec, infos[spec.name]))
+            whole[spec.name] = _upright(infos[spec.name], mapping)
+            model.update(_of_spec(spec, whole[spec.name]))
     if scheme is None:
         return Contents(model=model, sent=model)
-    fp8_infos(infos, scheme)  # refuses what cannot be quantized
+    fp8_infos(whole, scheme)  # refuses what cannot be quantized
     return Contents(
         model=model,
         sent={n: i for name, info in model.items() for n, i in fp8_infos_of_tensor(name, info, scheme).items()},
@@ -66,12 +68,21 @@ def _of_spec(spec: TensorSpec, info: TensorInfo) -> dict[str, TensorInfo]:
     return {part.name: TensorInfo(dtype=info.dtype, shape=part.shape) for part in parts}
 
 
+def _upright(info: TensorInfo, mapping: TensorMapping) -> TensorInfo:
+    """A stack of transposed experts as the stack of the experts, whose rows are outputs."""
+    if mapping.rule != "transposed":
+        return info
+    *stack, columns, rows = info.shape
+    return TensorInfo(dtype=info.dtype, shape=(*stack, rows, columns))
+
+
 def sent_tensors(
-    spec: TensorSpec, info: TensorInfo, tensor: Tensor, scheme: Fp8Scheme | None
+    mapping: TensorMapping, spec: TensorSpec, info: TensorInfo, tensor: Tensor, scheme: Fp8Scheme | None
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and values of what one Hugging Face tensor, or an element of a stack of experts, is sent as.
 
     Args:
+        mapping: of the tensor. Experts that Hugging Face stores transposed are sent as separate experts are stored.
         spec: the tensor.
         info: of the whole tensor that `spec.name` names.
         tensor: its values, in `info.dtype`.
@@ -80,6 +91,8 @@ def sent_tensors(
     Raises:
         ValueError: for infinite or NaN weights that are to be quantized, with the name and the place of the first.
     """
+    if mapping.rule == "transposed":
+        info, tensor = _upright(info, mapping), tensor.t().contiguous()
     parts = [part for part in expert_parts(spec.name, info.shape) if spec.index == (part.expert,)]
     named = [(part.name, tensor[part.start : part.stop]) for part in parts] or [(spec.name, tensor)]
     for name, values in named:

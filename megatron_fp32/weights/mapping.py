@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ class TensorMapping:
     rule: ValueRule = "same"
 
     def __post_init__(self) -> None:
+        if self.rule not in get_args(ValueRule):
+            raise ValueError(f"rule must be one of {get_args(ValueRule)}, got {self.rule!r}")
+        if not all(0 <= run.hf < len(self.hf) and 0 <= run.megatron < len(self.megatron) for run in self.runs):
+            raise ValueError(f"a run of {self.hf[0]} names a tensor that the mapping does not have")
         axis = -1 if self.rule == "transposed" else 0
         for at, spec in enumerate(self.hf):
             _check_filled(spec, spec.shape[axis], [(r.hf_start, r.rows) for r in self.runs if r.hf == at])

@@ -26,6 +26,8 @@ class Restored:
 
     hf: tuple[Tensor, ...]
     """In the order of `TensorMapping.hf`, in Megatron's dtype. An original has its own dtype."""
+    is_original: bool
+    """The tensors are the originals that the import kept, with all of their bits."""
     above_vocabulary: Mapping[str, Tensor]
     """For each Megatron tensor, its rows above the vocabulary, [rows, hidden]. No Hugging Face tensor has them."""
 
@@ -56,19 +58,21 @@ class Restorer:
             if spec.name in PADDED_VOCABULARY and tensor.shape[0] > spec.shape[0]:
                 tensor, above[spec.name] = tensor[: spec.shape[0]], tensor[spec.shape[0] :]
             tensors.append(tensor)
-        exact = _exact_hf_tensors(mapping, tensors, self.originals if originals is None else originals)
-        return Restored(hf=exact, above_vocabulary=above)
+        known = self.originals if originals is None else originals
+        exact, is_original = _exact_hf_tensors(mapping, tensors, known)
+        return Restored(hf=exact, is_original=is_original, above_vocabulary=above)
 
 
 def _exact_hf_tensors(
     mapping: TensorMapping, megatron: Sequence[Tensor], originals: Mapping[str, Tensor]
-) -> tuple[Tensor, ...]:
+) -> tuple[tuple[Tensor, ...], bool]:
+    """The Hugging Face tensors, on the device of the Megatron tensors, and whether they are the originals."""
     names = [spec.name for spec in mapping.hf]
     if not mapping.invertible and all(name in originals for name in names):
         imported = mapping.to_megatron([originals[name].to(megatron[0].device) for name in names])
         if all(_same_values(a, b) for a, b in zip(imported, megatron, strict=True)):
-            return tuple(originals[name] for name in names)
-    return mapping.to_hf(megatron)
+            return tuple(originals[name].to(megatron[0].device) for name in names), True
+    return mapping.to_hf(megatron), False
 
 
 def _same_values(a: Tensor, b: Tensor) -> bool:
@@ -115,9 +119,10 @@ def decide_dtypes(
         infos.update({name: info for name, info in sources.items() if name not in widened})
         if not must_be_read(mapping, restorer.source.tensors, record):
             continue
-        for (name, info), tensor in zip(sources.items(), restorer.restore(mapping).hf, strict=True):
-            is_original = tensor.dtype == info.dtype and tensor is restorer.originals.get(name)
-            if is_original or (torch.float32 in stored and is_exact_in(tensor, info.dtype)):
+        restored = restorer.restore(mapping)
+        for (name, info), tensor in zip(sources.items(), restored.hf, strict=True):
+            is_kept = restored.is_original and tensor.dtype == info.dtype
+            if is_kept or (torch.float32 in stored and is_exact_in(tensor, info.dtype)):
                 continue
             if stored == {torch.float32}:
                 # One element of a stack widens the whole stack.

@@ -126,6 +126,15 @@ def test_every_command_that_reads_a_hugging_face_checkpoint(hub: Hub, tmp_path: 
         assert (result.exit_code, len(hub.calls)) == (0, 1), (command, result.output)
 
 
+@pytest.mark.parametrize("name", ["models/qwen3-4B", "models/qwen3-4B@v1", "other/qwen/"])
+def test_a_mistyped_path_is_not_looked_up_on_the_hub(hub: Hub, tmp_path: Path, name: str) -> None:
+    write_small(Path("models/qwen3-4b"))
+    result = run_command("import", name, tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert "does not exist" in result.stderr
+    assert hub.calls == []
+
+
 @pytest.mark.parametrize("kind", ["directory", "file", "dangling link"])
 def test_what_exists_here_wins(hub: Hub, tmp_path: Path, kind: str) -> None:
     path = Path("Qwen/Qwen3-0.6B")

@@ -198,6 +198,19 @@ class TestDifferences:
         assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / "out.pdf").read_bytes().startswith(b"%PDF")
 
+    def test_a_plot_that_fails_does_not_take_the_report_with_it(
+        self, pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fails(*_: object) -> None:
+            raise OSError(28, "No space left on device", "out.png")
+
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", fails)
+        for command in (["verify", *pair], ["inspect", pair[0]]):
+            result = run_command(*command, "--plot", tmp_path / "out.png")
+            assert result.exit_code == 2
+            assert result.stdout == run_command(*command).stdout
+            assert "out.png" in result.stderr
+
 
 class TestRefused:
     """Before anything is read: the directories hold no checkpoint, and nothing is said of that."""
@@ -223,8 +236,14 @@ class TestRefused:
     def test_another_format(self, command: list[str], file: str) -> None:
         result = run_command(*command, "--plot", file)
         assert (result.exit_code, result.stdout) == (2, "")
-        assert f"{file}: the name of a plot must end with one of " in result.stderr
+        assert f"{file}: the name of a plot must end with one of .pdf, .png, .svg" in result.stderr
         assert "png" in result.stderr
+
+    def test_a_link_that_leads_nowhere(self, command: list[str]) -> None:
+        Path("out.png").symlink_to("no/such.png")
+        result = run_command(*command, "--plot", "out.png")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "out.png cannot be written: no file can be made there" in result.stderr
 
     def test_a_directory_that_does_not_exist(self, command: list[str], tmp_path: Path) -> None:
         result = run_command(*command, "--plot", "no/such/out.png")

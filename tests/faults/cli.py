@@ -17,7 +17,7 @@ COMMANDS = [
     Mutant(
         name="fetch from the Hub although there is a directory",
         file="cli/options.py",
-        old="        if not os.path.lexists(value):\n",
+        old="        if not os.path.lexists(value) and not _looks_local(str(value)):\n",
         new="        if True:\n",
         test=f"{CLI}/test_hub.py::test_what_exists_here_wins",
     ),

@@ -57,7 +57,8 @@ for name in megatron_fp32.__all__:
         assert isinstance(error, ImportError)
         failed.append(name)
 assert failed == [
-    "Fp32GatedDeltaNet", "Fp32OutputLayer", "apply_fp32", "check_fp32", "install_optimizer_repairs",
+    "Fp32GatedDeltaNet", "Fp32OutputLayer", "HuggingFaceDirectory", "WeightStreamer", "apply_fp32",
+    "check_fp32", "install_optimizer_repairs",
     "logprobs_processor", "model_provider", "pre_wrap_hook", "to_fp32_output_layer",
 ], failed
 from megatron_fp32.testing import cpu

@@ -22,6 +22,7 @@ from megatron_fp32 import (
     verify_checkpoints,
 )
 from megatron_fp32.checkpoint.formats.digests import digest
+from megatron_fp32.models.live import LiveTensors
 from megatron_fp32.models.provider import cpu_overrides
 from megatron_fp32.streaming import HuggingFaceDirectory, StreamError, Upload, WeightStreamer
 from megatron_fp32.testing.ranks import RankPool
@@ -64,11 +65,13 @@ class Kept:
         self.calls.append(f"abort {error}")
 
 
-def expected(hf: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
+def expected(hf: Path, *, transposed: bool = False) -> dict[str, tuple[str, tuple[int, ...], str]]:
     """What a checkpoint holds, fused experts taken apart by their definition in transformers."""
     found = {}
     for file in sorted(hf.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
+            if transposed and ".experts." in name:
+                tensor = tensor.transpose(1, 2)
             found |= {n: (str(t.dtype), tuple(t.shape), digest(t)) for n, t in apart(name, tensor).items()}
     return found
 
@@ -130,6 +133,19 @@ def test_an_untrained_model_gives_the_bytes_of_its_source(
     assert not any(others)
     converted = {n: e for n, e in expected(hf).items() if case.mtp or not n.startswith("mtp.")}
     assert sent == converted
+
+
+@pytest.mark.parametrize("fp8", [None, "channelwise"])
+def test_experts_that_are_stored_transposed_are_sent_as_separate_experts_are_stored(
+    ranks: Ranks, families: Families, fp8: str | None
+) -> None:
+    hf, imported = families(case("Qwen3-VL-MoE, as released"))
+    _, sent = ranks(2).run(on_ranks, Layout(tensor=2), push, hf, imported, None, mtp=False, fp8=fp8)
+    text = {n: e for n, e in expected(hf, transposed=True).items() if not n.startswith("model.visual.")}
+    if fp8 is None:
+        assert sent == text
+    else:
+        assert {n: e[1] for n, e in sent.items() if n in text} == {n: e[1] for n, e in text.items()}
 
 
 @pytest.mark.parametrize(("layout", "case"), SOME, ids=_id)
@@ -200,21 +216,28 @@ class Fails(Kept):
             raise OSError("the engine has gone")
 
     def finish(self) -> None:
-        if self._moment == "finish":
+        if self._moment in ("finish", "abort"):
             raise OSError("the engine says no")
         super().finish()
+
+    def abort(self, error: BaseException) -> None:
+        super().abort(error)
+        if self._moment == "abort":
+            raise ConnectionError("the engine cannot be told")
 
 
 def failing(hf: Path, imported: Path, *, layout: Layout) -> list[str]:
     """A push fails at every moment, and the next one works, on all ranks."""
     streamer = WeightStreamer(live(hf, imported, layout, mtp=True, train=False), source=imported)
     messages = []
-    for moment in ("begin", "write", "finish"):
+    for moment in ("begin", "write", "finish", "abort"):
         sink = Fails(moment)
         expects = OSError if streamer.is_sender else StreamError
         with pytest.raises(expects, match="engine") as caught:
             streamer.push(sink, version=1)
         messages.append(str(caught.value))
+        if moment == "abort" and streamer.is_sender:
+            assert "ConnectionError: the engine cannot be told" in caught.value.__notes__[0]
         assert [call.split()[0] for call in sink.calls[-1:]] == (["abort"] if streamer.is_sender else [])
     after = Kept()
     streamer.push(after, version=2)
@@ -235,7 +258,7 @@ def test_a_push_that_fails_ends_on_every_rank_and_the_next_one_works(
 ) -> None:
     hf, imported = families(case("Qwen3.5"))
     sender, other = ranks(2).run(on_ranks, Layout(tensor=2), failing, hf, imported)
-    assert sender == ["no engine there", "the engine has gone", "the engine says no"]
+    assert sender == ["no engine there", "the engine has gone", "the engine says no", "the engine says no"]
     assert other == [f"rank 0, which sends, failed: OSError: {message}" for message in sender]
 
 
@@ -255,6 +278,81 @@ def test_a_weight_that_cannot_be_quantized_ends_the_push(ranks: Ranks, families:
     hf, imported = families(case("Qwen3"))
     for message in ranks(2).run(on_ranks, Layout(tensor=2), not_finite, hf, imported):
         assert "layers.0.mlp.down_proj.weight" in message
+
+
+def interrupted(hf: Path, imported: Path, *, layout: Layout) -> None:
+    """The sending rank runs out of memory in the middle of a tensor; the next push has every byte."""
+    streamer = WeightStreamer(live(hf, imported, layout, mtp=True, train=False), source=imported)
+    whole = Kept()
+    streamer.push(whole, version=1)
+    for calls in (1, 5, 12):
+        with pytest.MonkeyPatch.context() as patch:
+            empty, left = LiveTensors._empty, [calls]
+
+            def exhausted(self: Any, name: str, index: Any, left: list[int] = left, empty: Any = empty) -> Tensor:
+                left[0] -= 1
+                if left[0] == 0:
+                    raise MemoryError("no room for a tensor")
+                return empty(self, name, index)
+
+            patch.setattr(LiveTensors, "_empty", exhausted)
+            with pytest.raises(MemoryError if streamer.is_sender else StreamError, match="no room for a tensor"):
+                streamer.push(Kept(), version=2)
+    again = Kept()
+    streamer.push(again, version=3)
+    assert again.tensors == whole.tensors
+
+
+def test_a_sender_without_memory_leaves_no_shard_over(ranks: Ranks, families: Families) -> None:
+    hf, imported = families(case("Qwen3.5"))
+    ranks(2).run(on_ranks, Layout(tensor=2), interrupted, hf, imported)
+
+
+def on_one_rank_alone(hf: Path, imported: Path, *, layout: Layout) -> list[str]:
+    """What only one rank finds out is raised on both."""
+    chunks = live(hf, imported, layout, mtp=True, train=False)
+    second = dist.get_rank() == 1
+    with pytest.raises(CheckpointError if second else StreamError) as no_source:
+        WeightStreamer(chunks, source=imported / "elsewhere" if second else imported)
+    streamer = WeightStreamer(chunks, source=imported)
+    if second:
+        sharded = chunks[0].decoder.layers[0].mlp.linear_fc2.weight
+        sharded.data = sharded.data.double()
+    with pytest.raises(ValueError if second else StreamError) as changed:
+        streamer.push(Kept(), version=1)
+    return [str(no_source.value), str(changed.value)]
+
+
+def test_what_one_rank_alone_finds_wrong_is_raised_on_all(ranks: Ranks, families: Families) -> None:
+    hf, imported = families(case("Qwen3.5"))
+    first, second = ranks(2).run(on_ranks, Layout(tensor=2), on_one_rank_alone, hf, imported)
+    assert first[0] == f"rank 1 failed: CheckpointError: {second[0]}"
+    assert first[1] == f"rank 1 failed: ValueError: {second[1]}"
+    assert "have changed since LiveTensors was made" in second[1]
+
+
+def from_a_replica(hf: Path, imported: Path, *, layout: Layout) -> Any:
+    """The second data-parallel rank gives no piece and sends; iteration tells the other rank of an error."""
+    chunks = live(hf, imported, layout, mtp=False, train=False)
+    streamer = WeightStreamer(chunks, source=imported, fp8="channelwise", sender=1)
+    sent = {name: digest(tensor) for name, tensor in streamer}
+    with torch.no_grad():
+        chunks[0].decoder.layers[0].mlp.linear_fc2.weight[0, 0] = torch.inf
+    with pytest.raises(ValueError if streamer.is_sender else StreamError, match=r"down_proj\.weight"):
+        for _ in streamer:
+            pass
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    if streamer.is_sender:
+        with pytest.raises(ValueError, match="held by no rank of the group"):
+            LiveTensors(chunks, group=alone)
+    return sent
+
+
+def test_a_replica_can_send(ranks: Ranks, families: Families) -> None:
+    hf, imported = families(case("Qwen3"))
+    nothing, sent = ranks(2).run(on_ranks, Layout(), from_a_replica, hf, imported)
+    assert nothing == {}
+    assert set(expected(hf)) <= set(sent)
 
 
 @pytest.mark.usefixtures("megatron")

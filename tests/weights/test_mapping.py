@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import pytest
@@ -260,6 +261,14 @@ class TestRefuses:
         made = tuple(RowRun(hf=0, hf_start=a, megatron=0, megatron_start=b, rows=n) for a, b, n in runs)
         with pytest.raises(ValueError, match=message):
             TensorMapping(hf=(spec,), megatron=(spec,), runs=made)
+
+    def test_a_tensor_or_a_rule_that_is_not_there(self) -> None:
+        spec = TensorSpec(name="a", shape=(3, 2))
+        run = RowRun(hf=0, hf_start=0, megatron=0, megatron_start=0, rows=3)
+        with pytest.raises(ValueError, match="names a tensor that the mapping does not have"):
+            TensorMapping(hf=(spec,), megatron=(spec,), runs=(run, dataclasses.replace(run, hf=1)))
+        with pytest.raises(ValueError, match=r"rule must be one of \('same', 'transposed', 'minus_one'\), got 'other'"):
+            TensorMapping(hf=(spec,), megatron=(spec,), runs=(run,), rule="other")  # type: ignore[arg-type]
 
     def test_copies_with_other_bits(self) -> None:
         mapping = shared(["a", "b"], "c", (2,))
