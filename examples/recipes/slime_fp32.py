@@ -7,7 +7,7 @@ Launch: the two `--custom-...` lines and the `--sglang-...` line are added to a 
 `scripts/run-qwen3.5-35B-A3B-sft.sh` or `scripts/run-qwen3-4B.sh`:
 
     ray job submit --address http://127.0.0.1:8265 \\
-        --runtime-env-json '{"env_vars": {"PYTHONPATH": "/root/Megatron-LM/:path/to/this/folder"}}' \\
+        --runtime-env-json '{"env_vars": {"PYTHONPATH": "path/to/Megatron-LM:path/to/this/folder"}}' \\
         -- python3 train.py \\
         --custom-model-provider-path slime_fp32.model_provider \\
         --custom-megatron-before-train-step-hook-path slime_fp32.check_before_step \\
@@ -16,7 +16,7 @@ Launch: the two `--custom-...` lines and the `--sglang-...` line are added to a 
 
 Convert the Hugging Face weights with the same provider, so that `A_log` is not rounded on the way:
 
-    PYTHONPATH=/root/Megatron-LM:path/to/this/folder python tools/convert_hf_to_torch_dist.py ${MODEL_ARGS[@]} \\
+    PYTHONPATH=path/to/Megatron-LM:path/to/this/folder python tools/convert_hf_to_torch_dist.py ${MODEL_ARGS[@]} \\
         --hf-checkpoint HF_DIR --save TORCH_DIST --custom-model-provider-path slime_fp32.model_provider
 
 Save and resume with slime's own `--save`, `--save-interval` and `--load`.
