@@ -1,4 +1,4 @@
-"""The error that readers and converters of checkpoints raise, and helpers for its messages."""
+"""The errors of the package, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read or converted. The message names the file and the tensors."""
+
+
+class TransferError(RuntimeError):
+    """Weights did not reach an inference engine. The engine has no version until a later push succeeds."""
 
 
 def summary(error: BaseException, limit: int = 200) -> str:

@@ -90,7 +90,8 @@ class LiveTensors:
         entries = sharded_tensors(chunks)
         self._own = _own_pieces(entries)
         # A data-parallel replica has no piece that others read, but has a device.
-        self._device = entries[0].data.device if entries else torch.device("cpu")
+        self.device = entries[0].data.device if entries else torch.device("cpu")
+        """Of the tensors that `read` and `gather` return."""
         pieces = [piece for piece, _ in self._own]
         everyone: list[list[Piece]] = [pieces]
         if group is not None:
@@ -178,7 +179,7 @@ class LiveTensors:
 
     def _empty(self, name: str, index: Shape) -> Tensor:
         info = self.tensors[name]
-        return torch.empty(info.shape[len(index) :], dtype=info.dtype, device=self._device)
+        return torch.empty(info.shape[len(index) :], dtype=info.dtype, device=self.device)
 
     def _inside(self, which: int, index: Shape) -> Tensor:
         """The values of element `index` in piece `which` of this rank."""

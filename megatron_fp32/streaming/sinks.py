@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_fp32.checkpoint.formats.digests import compare, digest
@@ -34,6 +35,26 @@ class Upload:
     fp8: Fp8Scheme | None
     sidecar: Sidecar
     """Of the import that the run began with: config, tokenizer and tensors that were not converted."""
+    device: torch.device
+    """Of the tensors."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineReceipt:
+    """What a push did in one engine."""
+
+    engine: str
+    """Its URL, or what it is."""
+    version: int
+    channel: str
+    """How the bytes crossed: "gloo", "nccl" or "ipc"."""
+    seconds: Mapping[str, float]
+    """"connect", "send" (on the sending rank, waiting included), "load" (after the last byte was sent), "pause" (from the
+    pause of the engine to its end)."""
+    workers: tuple[Mapping[str, Any], ...]
+    """Of every worker: tensors, bytes, seconds of receiving and loading, and the peak of its memory beyond the model."""
+    rounded: tuple[str, ...]
+    """Tensors that were sent in fp32, and that the engine keeps in fewer bits."""
 
 
 class Sink(Protocol):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_fp32.checkpoint.fp8.detect import detect_scheme
 from megatron_fp32.checkpoint.sidecar import Sidecar, find_sidecar
 from megatron_fp32.errors import CheckpointError, listing
 from megatron_fp32.models.live import LiveTensors, make_current
 from megatron_fp32.streaming.ranks import Ranks, Reception
-from megatron_fp32.streaming.sinks import Sink, Upload
+from megatron_fp32.streaming.several import SeveralSinks
+from megatron_fp32.streaming.sinks import EngineReceipt, Sink, Upload
 from megatron_fp32.streaming.units import Contents, contents, sent_tensors
 from megatron_fp32.validation import check_choice, check_count, check_flag, check_path
 from megatron_fp32.weights.choices import ExportDtype
@@ -22,6 +25,10 @@ from megatron_fp32.weights.fp8.scheme import Fp8Scheme, named_scheme
 from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.model_map import map_trained_model
 from megatron_fp32.weights.restore import Dtypes, Restorer, decide_dtypes, must_be_read
+
+logger = logging.getLogger(__name__)
+
+LIKE_ENGINE = "like:engine"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,10 @@ class Receipt:
     """Of it, putting tensors together from their shards."""
     sink_seconds: float
     """Of it, in the sink. 0 on ranks that do not send."""
+    engines: tuple[EngineReceipt, ...]
+    """Of the engines that have the version."""
+    failed: Mapping[str, str]
+    """Sinks that do not have the version, and why. A push whose sinks all fail raises instead."""
 
 
 class WeightStreamer:
@@ -54,7 +65,8 @@ class WeightStreamer:
     Args:
         model: the chunks of this rank, as DistributedDataParallel, Float16Module or nothing wraps them.
         source: directory that the import made, which knows names, dtypes and exact originals.
-        fp8: quantize on the sending rank: a scheme, or the name of a format.
+        fp8: quantize on the sending rank: a scheme, the name of a format, "like:engine" for the format of the engine's
+            model, or "like:" and a directory for the format of that model.
         dtype: `"source"` rounds what was trained in fp32 from a 16-bit source; `"trained"` sends it as F32.
         allow_rounded: send tensors although the model holds fewer bits of them than the source did.
         group: all ranks that hold the model, replicas included; None for the default group, or for one process
@@ -84,7 +96,8 @@ class WeightStreamer:
         check_count("sender", sender, least=0)
         if fp8 is not None and not isinstance(fp8, Fp8Scheme | str):
             raise TypeError(f"fp8 must be an Fp8Scheme, the name of a format or None, got {fp8!r}")
-        self._scheme = named_scheme(fp8) if isinstance(fp8, str) else fp8
+        self._like_engine = fp8 == LIKE_ENGINE
+        self._scheme = None if self._like_engine else _scheme(fp8)
         self._chunks, self._dtype, self._allow_rounded = model, dtype, allow_rounded
         self._ranks = Ranks(group if group is not None or not dist.is_initialized() else dist.group.WORLD)
         if sender >= self._ranks.size:
@@ -114,13 +127,15 @@ class WeightStreamer:
         Raises:
             StreamError: at the end, on the other ranks, when the sending rank failed.
         """
-        dtypes, _ = self._prepare()
+        if self._like_engine:
+            raise ValueError(f"fp8={LIKE_ENGINE!r} needs an engine: call push, or name a format")
+        dtypes, _ = self._prepare(self._scheme)
         return self._iterate(dtypes)
 
     def _iterate(self, dtypes: Dtypes) -> Generator[tuple[str, Tensor], None, None]:
         error: BaseException | None = None
         try:
-            yield from self._tensors(dtypes)
+            yield from self._tensors(dtypes, self._scheme)
         except GeneratorExit:
             self._ranks.agree(None, self._sender)
             raise
@@ -128,31 +143,37 @@ class WeightStreamer:
             error = failure
         self._ranks.agree(error, self._sender)
 
-    def push(self, sink: Sink, *, version: int) -> Receipt:
+    def push(self, sink: Sink | Sequence[Sink], *, version: int) -> Receipt:
         """Send every tensor of this moment to a sink. Every rank calls it; the sink of the sending rank is used.
 
         Args:
-            sink: see `Sink`.
+            sink: see `Sink`. Of several sinks, the others go on when one of them fails.
             version: of the weights, which the sink announces.
 
         Raises:
             StreamError: on the other ranks, when the sending rank failed. The sending rank raises what failed.
         """
         check_count("version", version, least=0)
-        start, waited, spent = time.monotonic(), self._reception.seconds, 0.0
-        dtypes, sent = self._prepare()
+        start, waited = time.monotonic(), self._reception.seconds
+        sinks = SeveralSinks(sink if isinstance(sink, Sequence) else [sink])
+        scheme = self._asked_scheme(sinks) if self._like_engine else self._scheme
+        dtypes, sent = self._prepare(scheme)
         error: BaseException | None = None
         if self.is_sender:
-            upload = Upload(version=version, tensors=sent.sent, fp8=self._scheme, sidecar=self._sidecar)
-            error = _error_of(sink, lambda: sink.begin(upload))
+            upload = Upload(
+                version=version, tensors=sent.sent, fp8=scheme, sidecar=self._sidecar, device=self._live.device
+            )
+            error = _error_of(sinks, lambda: sinks.begin(upload))
         self._ranks.agree(error, self._sender)
+        spent = 0.0
         if self.is_sender:
-            error, spent = self._feed(sink, dtypes)
+            error, spent = self._feed(sinks, dtypes, scheme)
         else:
-            for _ in self._tensors(dtypes):
+            for _ in self._tensors(dtypes, scheme):
                 pass
         self._ranks.agree(error, self._sender)
-        return Receipt(
+        engines, failed = self._ranks.share((sinks.receipts, sinks.failed), self._sender)
+        receipt = Receipt(
             version=version,
             tensors=len(sent.sent),
             nbytes=sent.nbytes,
@@ -160,11 +181,31 @@ class WeightStreamer:
             seconds=time.monotonic() - start,
             gather_seconds=self._reception.seconds - waited,
             sink_seconds=spent,
+            engines=engines,
+            failed=failed,
         )
+        if self.is_sender:
+            logger.info("%s", receipt)
+        return receipt
 
-    def _feed(self, sink: Sink, dtypes: Dtypes) -> tuple[BaseException | None, float]:
+    def _asked_scheme(self, sinks: SeveralSinks) -> Fp8Scheme | None:
+        """What the engines want, on all ranks."""
+        error: BaseException | None = None
+        found: Fp8Scheme | None = None
+        if self.is_sender:
+            try:
+                found = sinks.scheme(self._live.device)
+            except BaseException as failure:
+                error = failure
+        self._ranks.agree(error, self._sender)
+        scheme: Fp8Scheme | None = self._ranks.share(found, self._sender)
+        return scheme
+
+    def _feed(
+        self, sink: Sink, dtypes: Dtypes, scheme: Fp8Scheme | None
+    ) -> tuple[BaseException | None, float]:
         """Give every tensor to the sink; what went wrong, and the seconds in the sink."""
-        tensors, spent = self._tensors(dtypes), 0.0
+        tensors, spent = self._tensors(dtypes, scheme), 0.0
 
         def everything() -> None:
             nonlocal spent
@@ -180,7 +221,7 @@ class WeightStreamer:
         tensors.close()  # after an error of the sink: the other ranks send to the end
         return error, spent
 
-    def _prepare(self) -> tuple[Dtypes, Contents]:
+    def _prepare(self, scheme: Fp8Scheme | None) -> tuple[Dtypes, Contents]:
         """Bring the parameters up to date, and decide what will be sent."""
         with self._ranks.together():
             make_current(self._chunks)
@@ -199,7 +240,7 @@ class WeightStreamer:
                 self._send(mapping)
         self._ranks.agree(error, self._sender)
         dtypes: Dtypes = self._ranks.share(found, self._sender)
-        return dtypes, contents(self._map.mappings, dtypes.infos, self._scheme)
+        return dtypes, contents(self._map.mappings, dtypes.infos, scheme)
 
     def _decide_dtypes(self) -> Dtypes:
         found = decide_dtypes(self._map.mappings, self._restorer, self._sidecar, self._dtype)
@@ -210,7 +251,7 @@ class WeightStreamer:
             )
         return found
 
-    def _tensors(self, dtypes: Dtypes) -> Generator[tuple[str, Tensor], None, None]:
+    def _tensors(self, dtypes: Dtypes, scheme: Fp8Scheme | None) -> Generator[tuple[str, Tensor], None, None]:
         if not self.is_sender:
             for mapping in self._map.mappings:
                 self._send(mapping)
@@ -219,11 +260,18 @@ class WeightStreamer:
             for mapping in self._map.mappings:
                 for spec, tensor in zip(mapping.hf, self._restorer.restore(mapping).hf, strict=True):
                     info = dtypes.infos[spec.name]
-                    yield from sent_tensors(mapping, spec, info, tensor.to(info.dtype), self._scheme)
+                    yield from sent_tensors(mapping, spec, info, tensor.to(info.dtype), scheme)
 
     def _send(self, mapping: TensorMapping) -> None:
         for spec in mapping.megatron:
             self._live.gather(spec.name, spec.index, to=self._sender)
+
+
+def _scheme(fp8: Fp8Scheme | str | None) -> Fp8Scheme | None:
+    """A scheme by the name of its format, or like that of a model's directory."""
+    if not isinstance(fp8, str):
+        return fp8
+    return detect_scheme(fp8.removeprefix("like:")) if fp8.startswith("like:") else named_scheme(fp8)
 
 
 def _error_of(sink: Sink, action: Callable[[], None]) -> BaseException | None:

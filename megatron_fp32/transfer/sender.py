@@ -1,0 +1,251 @@
+"""The trainer's end: a connection to the workers of one engine, and a push over it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_fp32.errors import TransferError
+from megatron_fp32.transfer.buckets import Bucket, plan_buckets
+from megatron_fp32.transfer.channels import GroupSender, IpcSender, Kind, SendChannel, broadcast, make_group
+from megatron_fp32.transfer.checksum import write_checksum
+from megatron_fp32.transfer.manifest import Manifest
+from megatron_fp32.transfer.rendezvous import Invitation, Messages, new_secret, open_store, wait_until
+
+HEARTBEAT_SECONDS = 1.0
+
+
+class Connection:
+    """The trainer's connection to all workers of one engine.
+
+    Args:
+        workers: of the engine, over all of its ranks.
+        listen: address of this machine on which the engine reaches the trainer.
+        device: of the trainer's tensors.
+        channel: how bytes cross; "auto" chooses from what the workers say of themselves.
+        timeout: seconds that this side waits for a worker.
+    """
+
+    def __init__(
+        self, *, workers: int, listen: str, device: torch.device, channel: Kind | str = "auto", timeout: float
+    ) -> None:
+        self.workers, self.device, self.timeout = workers, device, timeout
+        self._listen, self._requested = listen, channel
+        self._store, port, _ = open_store(listen, timeout)
+        secret = new_secret()
+        self.messages = Messages(self._store, secret)
+        self.invitation = Invitation(
+            address=listen, port=port, secret=secret, world_size=workers, timeout=timeout
+        )
+        self.hellos: list[Mapping[str, Any]] = []
+        self.kind: Kind | None = None
+        self.group: dist.ProcessGroup | None = None
+        self.pushes = 0
+        self._closed = threading.Event()
+        threading.Thread(target=self._beat, name="megatron_fp32 heartbeat", daemon=True).start()
+
+    def meet(self, check: Callable[[], None]) -> None:
+        """Wait for the workers, and open the channel together with them.
+
+        Args:
+            check: raises when the engine has refused the invitation.
+
+        Raises:
+            TransferError: when a worker does not come, or no channel reaches all of them.
+        """
+        self.hellos = [self.messages.get(f"hello/{rank}", self.timeout, check) for rank in range(self.workers)]
+        kind = choose_channel(self._requested, describe_device(self.device), self.hellos)
+        self.messages.put("channel", kind)
+        if kind != "ipc":
+            self.group = make_group(
+                kind, self.messages, "0", 0, self.workers + 1, address=self._listen, timeout=self.timeout
+            )
+            work = broadcast(self.group, torch.zeros(1, dtype=torch.uint8, device=self.device))
+            wait_until(work.is_completed, "the first broadcast to the engine", self.timeout, check)
+            work.wait()
+        self.kind = kind
+
+    def close(self) -> None:
+        """Let go of the group and the store. Workers that still wait get an error."""
+        self._closed.set()
+        group, self.group = self.group, None
+        if group is not None and self.kind == "nccl":
+            group.abort()
+        # The destructor of gloo's group waits for what is in flight.
+        threading.Thread(target=_drop, args=([group, self.messages, self._store],), daemon=True).start()
+        del group, self.messages, self._store
+
+    def _beat(self) -> None:
+        """Tell the engine that the trainer lives; see the lease in the engine's plugin."""
+        messages = self.messages
+        while not self._closed.wait(HEARTBEAT_SECONDS):
+            messages.count("beat", 1)
+
+
+def _drop(things: list[Any]) -> None:
+    things.clear()
+
+
+class Push:
+    """One push over a connection: `write` every tensor of the manifest in its order, then `finish`.
+
+    Args:
+        connection: which has met its workers.
+        manifest: of the push.
+        check: is called while this side waits; raises when the engine has failed.
+    """
+
+    def __init__(self, connection: Connection, manifest: Manifest, check: Callable[[], None]) -> None:
+        self._connection, self._manifest = connection, manifest
+        connection.pushes += 1
+        self.name = f"push/{connection.pushes}"
+        self.seconds = 0.0
+        self._messages = connection.messages
+        self._engine_check = check
+        self._buckets: list[Bucket] = plan_buckets(manifest.tensors, manifest.bucket_bytes)
+        self._at, self._place = 0, 0
+        self._sha256: dict[str, str] = {}
+        self._slot: Tensor | None = None
+        self._channel = self._open_channel()
+        self._messages.put_bytes(f"{self.name}/manifest", manifest.to_bytes())
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Copy a tensor into its bucket, and send the bucket when it is full."""
+        start = time.monotonic()
+        bucket = self._buckets[self._at]
+        place = bucket.places[self._place]
+        if place.name != name or tensor.dtype != place.info.dtype or tuple(tensor.shape) != place.info.torch_shape:
+            raise TransferError(
+                f"expected tensor {place.name!r} of {place.info}, got {name!r}: {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        if self._slot is None:
+            self._slot = self._channel.slot()
+        place.view(self._slot).copy_(tensor)
+        if self._manifest.sha256:
+            self._sha256[name] = sha256(tensor)
+        self._place += 1
+        if self._place == len(bucket.places):
+            self._send(bucket, self._slot)
+        self.seconds += time.monotonic() - start
+
+    def finish(self) -> None:
+        """Wait until every bucket has crossed, and say that this was all.
+
+        Raises:
+            TransferError: when tensors are missing.
+        """
+        start = time.monotonic()
+        if self._at != len(self._buckets):
+            raise TransferError(f"{self._buckets[self._at].places[self._place].name!r} was announced and not sent")
+        self._channel.flush()
+        self._messages.put_bytes(f"{self.name}/end", _json_digests(self._sha256))
+        self.seconds += time.monotonic() - start
+
+    def reports(self, timeout: float, check: Callable[[], None]) -> list[Mapping[str, Any]]:
+        """What every worker says of this push, which it has then loaded."""
+        ranks = range(self._connection.workers)
+        return [self._messages.get(f"{self.name}/report/{rank}", timeout, check) for rank in ranks]
+
+    def stop(self, error: BaseException) -> None:
+        """Tell the workers that nothing more will come."""
+        self._messages.put(f"{self.name}/stop", f"{type(error).__name__}: {error}")
+
+    def _send(self, bucket: Bucket, slot: Tensor) -> None:
+        payload, trailer = bucket.split(slot)
+        write_checksum(payload, trailer)
+        self._channel.send(bucket.nbytes)
+        self._slot, self._at, self._place = None, self._at + 1, 0
+
+    def _open_channel(self) -> SendChannel:
+        connection = self._connection
+        largest = max((bucket.nbytes for bucket in self._buckets), default=0)
+        # Zeros, because the bytes between two tensors belong to the checksum.
+        slots = [torch.zeros(largest, dtype=torch.uint8, device=connection.device) for _ in range(2)]
+        if connection.kind == "ipc":
+            return IpcSender(
+                self._messages, self.name, slots, connection.workers, timeout=connection.timeout, check=self._check
+            )
+        assert connection.group is not None
+        return GroupSender(connection.group, slots, timeout=connection.timeout, check=self._check)
+
+    def _check(self) -> None:
+        self._engine_check()
+        if self._messages.has(f"{self.name}/failed"):
+            raise TransferError(self._messages.get(f"{self.name}/failed", 1.0))
+
+
+def _json_digests(digests: Mapping[str, str]) -> bytes:
+    return "\n".join(f"{digest} {name}" for name, digest in digests.items()).encode()
+
+
+def sha256(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, in row-major order."""
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
+    return hashlib.sha256(data).hexdigest()
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Where a process and its tensors are."""
+    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else device.type
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return {
+        "machine": boot.read_text().strip() if boot.exists() else socket.gethostname(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "device": uuid,
+    }
+
+
+def choose_channel(requested: Kind | str, trainer: Mapping[str, Any], workers: Sequence[Mapping[str, Any]]) -> Kind:
+    """The channel that reaches all workers.
+
+    NCCL cannot connect two processes on one GPU, and CUDA IPC cannot leave the machine or connect a process with
+    itself.
+
+    Args:
+        requested: "gloo", "nccl", "ipc" or "auto".
+        trainer: what `describe_device` says of the sending rank.
+        workers: the same of every worker.
+
+    Raises:
+        TransferError: when no channel, or not the requested one, reaches all workers.
+    """
+    on_cpu = "cpu" in (trainer["device"], *(worker["device"] for worker in workers))
+    same_gpu = any(worker["device"] == trainer["device"] for worker in workers) and not on_cpu
+    same_machine = all(worker["machine"] == trainer["machine"] for worker in workers)
+    same_process = any((worker["machine"], worker["pid"]) == (trainer["machine"], trainer["pid"]) for worker in workers)
+    reasons: dict[Kind, str | None] = {
+        "gloo": None if on_cpu else "gloo sends CPU tensors, and every process has a GPU",
+        "nccl": "NCCL needs a GPU in every process"
+        if on_cpu
+        else "NCCL cannot connect two processes on one GPU"
+        if same_gpu
+        else None,
+        "ipc": "CUDA IPC needs a GPU in every process"
+        if on_cpu
+        else "CUDA IPC does not leave the machine"
+        if not same_machine
+        else "CUDA IPC cannot connect a process with itself: let the engine run in a process of its own "
+        "(VLLM_ENABLE_V1_MULTIPROCESSING=1)"
+        if same_process
+        else None,
+    }
+    if requested == "auto":
+        for kind in ("gloo", "nccl", "ipc"):
+            if reasons[kind] is None:
+                return kind
+        raise TransferError(f"no channel reaches all workers: {'; '.join(str(reason) for reason in reasons.values())}")
+    reason = reasons[requested]  # type: ignore[index]
+    if reason is not None:
+        raise TransferError(f"channel {requested!r} does not reach all workers: {reason}")
+    return requested  # type: ignore[return-value]
