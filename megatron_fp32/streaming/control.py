@@ -17,8 +17,13 @@ from megatron_fp32.errors import TransferError
 class Control(Protocol):
     """What a sink asks of an engine."""
 
-    name: str
-    url: str | None
+    @property
+    def name(self) -> str:
+        """How messages call the engine."""
+
+    @property
+    def url(self) -> str | None:
+        """Of its server; None for an engine in this process."""
 
     def workers(self) -> int:
         """Number of workers, over tensor, pipeline and data parallel ranks."""
@@ -137,7 +142,7 @@ class LlmControl:
     Nothing is paused: `generate` and a push are calls of one program.
     """
 
-    url = None
+    url: str | None = None
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
@@ -188,7 +193,8 @@ class Call:
     """A request that runs beside the sending of weights, in a thread."""
 
     def __init__(self, action: Callable[[], None]) -> None:
-        self._action, self._error = action, None
+        self._action = action
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -196,7 +202,7 @@ class Call:
         try:
             self._action()
         except BaseException as error:
-            self._error: BaseException | None = error
+            self._error = error
 
     def check(self) -> None:
         """Raise what the request has failed with, as soon as it has."""

@@ -201,9 +201,7 @@ class WeightStreamer:
         scheme: Fp8Scheme | None = self._ranks.share(found, self._sender)
         return scheme
 
-    def _feed(
-        self, sink: Sink, dtypes: Dtypes, scheme: Fp8Scheme | None
-    ) -> tuple[BaseException | None, float]:
+    def _feed(self, sink: Sink, dtypes: Dtypes, scheme: Fp8Scheme | None) -> tuple[BaseException | None, float]:
         """Give every tensor to the sink; what went wrong, and the seconds in the sink."""
         tensors, spent = self._tensors(dtypes, scheme), 0.0
 

@@ -10,7 +10,7 @@ import base64
 import collections
 import datetime
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -70,10 +70,10 @@ def make_group(
         options._timeout = datetime.timedelta(seconds=timeout)
         options._threads = 2
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-        return dist.ProcessGroupGloo(store, rank, size, options)
+        return cast(dist.ProcessGroup, dist.ProcessGroupGloo(store, rank, size, options))
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = datetime.timedelta(days=7)
-    return dist.ProcessGroupNCCL(store, rank, size, options)
+    return cast(dist.ProcessGroup, dist.ProcessGroupNCCL(store, rank, size, options))
 
 
 def broadcast(group: dist.ProcessGroup, buffer: Tensor) -> Any:
@@ -187,9 +187,7 @@ class IpcSender:
 class IpcReceiver:
     """Copies from the trainer's CUDA memory; see `ReceiveChannel`."""
 
-    def __init__(
-        self, messages: Messages, name: str, device: torch.device, *, timeout: float, check: Check
-    ) -> None:
+    def __init__(self, messages: Messages, name: str, device: torch.device, *, timeout: float, check: Check) -> None:
         self._messages, self._name, self._device = messages, name, device
         self._timeout, self._check = timeout, check
         shared = messages.get(f"{name}/slots", timeout, check)

@@ -199,7 +199,7 @@ class _Proofs:
             if not equal:
                 first, last = bucket.places[0].name, bucket.places[-1].name
                 raise TransferError(f"the checksum of the tensors from {first} to {last} is wrong: bytes have changed")
-        expected = dict(reversed(line.split(" ", 1)) for line in end.decode().splitlines())
+        expected = {name: found for found, _, name in (line.partition(" ") for line in end.decode().splitlines())}
         if self._manifest.sha256 and expected.keys() != self._manifest.tensors.keys():
             raise TransferError("the trainer has not sent the SHA-256 of every tensor")
         for name, digest in expected.items():

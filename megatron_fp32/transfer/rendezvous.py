@@ -46,7 +46,7 @@ class Messages:
         secret: see `Invitation`.
     """
 
-    def __init__(self, store: dist.Store, secret: str) -> None:
+    def __init__(self, store: Any, secret: str) -> None:
         self.store = dist.PrefixStore(secret, store)
 
     def put(self, name: str, value: Any) -> None:
@@ -108,8 +108,8 @@ def wait_until(
         poll = min(poll * 1.2, 0.02)
 
 
-def open_store(listen: str, timeout: float) -> tuple[dist.TCPStore, int, socket.socket]:
-    """A store whose server listens on this address alone: (store, port, the socket that belongs to the server).
+def open_store(listen: str, timeout: float) -> tuple[Any, int]:
+    """A store whose server listens on this address alone, and the server's port.
 
     Raises:
         ValueError: when the address is not one of this machine.
@@ -132,10 +132,10 @@ def open_store(listen: str, timeout: float) -> tuple[dist.TCPStore, int, socket.
         # The store closes this file descriptor; it must be the store's own.
         master_listen_fd=server.detach(),
     )
-    return store, port, server
+    return store, port
 
 
-def join_store(invitation: Invitation) -> dist.TCPStore:
+def join_store(invitation: Invitation) -> Any:
     """The trainer's store, from a worker of the engine.
 
     Raises:

@@ -41,12 +41,10 @@ class Connection:
     ) -> None:
         self.workers, self.device, self.timeout = workers, device, timeout
         self._listen, self._requested = listen, channel
-        self._store, port, _ = open_store(listen, timeout)
+        self._store, port = open_store(listen, timeout)
         secret = new_secret()
         self.messages = Messages(self._store, secret)
-        self.invitation = Invitation(
-            address=listen, port=port, secret=secret, world_size=workers, timeout=timeout
-        )
+        self.invitation = Invitation(address=listen, port=port, secret=secret, world_size=workers, timeout=timeout)
         self.hellos: list[Mapping[str, Any]] = []
         self.kind: Kind | None = None
         self.group: dist.ProcessGroup | None = None

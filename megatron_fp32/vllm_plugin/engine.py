@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import hmac
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -189,6 +189,7 @@ class _Loading:
 
     def __init__(self, engine: ReceivingEngine) -> None:
         self._model: nn.Module = engine.model
+        self._load_weights: Callable[[list[tuple[str, Tensor]]], set[str] | None] = engine.model.load_weights
         self._config = engine.model_config
         self._device = engine.device
         self._loaded = Loaded(self._model)
@@ -204,7 +205,7 @@ class _Loading:
             forget_packed_experts(self._model)
             initialize_layerwise_reload(self._model)
         with _half_models_allowed():
-            self._loaded.add(tensors, self._model.load_weights(tensors))
+            self._loaded.add(tensors, self._load_weights(tensors))
 
     def abandon(self) -> None:
         """Give the model its own tensors back: it can run, but some of its modules have new values.

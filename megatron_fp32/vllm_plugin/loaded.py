@@ -68,5 +68,9 @@ def forget_packed_experts(model: nn.Module) -> None:
     """
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None and type(method).__name__.startswith("Unquantized"):
-            method.moe_kernel = None
+        if (
+            method is not None
+            and getattr(method, "moe_kernel", None) is not None
+            and type(method).__name__.startswith("Unquantized")
+        ):
+            method.moe_kernel = None  # type: ignore[union-attr]
