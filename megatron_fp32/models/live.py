@@ -18,6 +18,7 @@ from megatron_fp32 import needs_megatron  # noqa: F401
 
 # isort: split
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -89,6 +90,7 @@ class LiveTensors:
         self._rank = 0 if group is None else dist.get_rank(group)
         entries = sharded_tensors(chunks)
         self._own = _own_pieces(entries)
+        self._addresses = _addresses(chunks)
         # A data-parallel replica has no piece that others read, but has a device.
         self.device = entries[0].data.device if entries else torch.device("cpu")
         """Of the tensors that `read` and `gather` return."""
@@ -103,6 +105,7 @@ class LiveTensors:
                 self._places.setdefault(piece.name, []).append((rank, at, piece))
         self.tensors: Mapping[str, TensorInfo] = {name: found[0][2].info for name, found in self._places.items()}
         """Every tensor of the model, with its global shape, which includes padding rows of the vocabulary."""
+        self._elements: dict[tuple[str, int], dict[Shape, list[tuple[int, int, Piece]]]] = {}
         self._check_complete({entry.key for entry in entries})
 
     def holds(self, spec: TensorSpec) -> bool:
@@ -115,10 +118,13 @@ class LiveTensors:
         Raises:
             ValueError: when the tensors of this rank have changed since the constructor.
         """
+        addresses = _addresses(self._chunks)
+        if addresses == self._addresses:
+            return
         own = _own_pieces(sharded_tensors(self._chunks))
         if [piece for piece, _ in own] != [piece for piece, _ in self._own]:
             raise ValueError("tensors, shapes or dtypes of the model have changed since LiveTensors was made")
-        self._own = own
+        self._own, self._addresses = own, addresses
 
     def read(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
         """A whole tensor, or one element of a stack, on every rank of the group.
@@ -142,6 +148,8 @@ class LiveTensors:
     def gather(self, name: str, index: tuple[int, ...] = (), *, to: int) -> Tensor | None:
         """Gather a whole tensor, or one element of a stack, on one rank. The result is None on the other ranks.
 
+        Where that rank has all of it, the result is a view of the parameter: do not change it.
+
         The ranks with values send them to that rank, point to point. Every rank of the group must call this in one
         order and with equal arguments.
 
@@ -153,6 +161,8 @@ class LiveTensors:
         if self._group is None:
             return self.read(name, index)
         boxes = list(self._boxes(name, index))
+        if len(boxes) == 1 and boxes[0][0] == to:
+            return self._inside(boxes[0][1], index) if self._rank == to else None
         whole, buffers = None, {}
         if self._rank == to:
             # Before the first message: a rank that runs out of memory in between would leave messages over.
@@ -172,10 +182,23 @@ class LiveTensors:
 
     def _boxes(self, name: str, index: Shape) -> Iterator[tuple[int, int, tuple[slice, ...]]]:
         """(rank, which of its pieces, place in the element) of every piece that has values of an element."""
-        for rank, at, piece in self._places[name]:
+        for rank, at, piece in self._holders(name, index):
             if piece.has(index):
                 sides = zip(piece.offset[len(index) :], piece.shape[len(index) :], strict=True)
                 yield rank, at, tuple(slice(start, start + size) for start, size in sides)
+
+    def _holders(self, name: str, index: Shape) -> list[tuple[int, int, Piece]]:
+        """The pieces that may have values of an element: a stack of experts has thousands, each with one element."""
+        places, axes = self._places[name], len(index)
+        if axes == 0:
+            return places
+        if (name, axes) not in self._elements:
+            found = self._elements.setdefault((name, axes), {})
+            for place in places:
+                lead = zip(place[2].offset[:axes], place[2].shape[:axes], strict=True)
+                for element in itertools.product(*(range(start, start + size) for start, size in lead)):
+                    found.setdefault(element, []).append(place)
+        return self._elements[name, axes].get(index, [])
 
     def _empty(self, name: str, index: Shape) -> Tensor:
         info = self.tensors[name]
@@ -214,6 +237,14 @@ def _piece_of(entry: ShardedTensor) -> Piece:
 def _own_pieces(entries: Sequence[ShardedTensor]) -> list[tuple[Piece, Tensor]]:
     """Pieces that this rank gives to the others: of replicas, the first one gives."""
     return [(_piece_of(entry), entry.data) for entry in entries if is_main_replica(entry.replica_id)]
+
+
+def _addresses(chunks: nn.Module | Sequence[nn.Module]) -> list[tuple[int, torch.dtype, torch.Size]]:
+    """Where the parameters and buffers of the chunks are, and what: views stay valid while this is the same."""
+    # DistributedDataParallel has a list under the name of `buffers`.
+    modules = [unwrap_model(chunk) for chunk in ([chunks] if isinstance(chunks, nn.Module) else chunks)]
+    tensors = itertools.chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules)
+    return [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors]
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
