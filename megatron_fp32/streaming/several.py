@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_fp32.errors import TransferError, summary
+from megatron_fp32.errors import summary
 from megatron_fp32.streaming.sinks import EngineReceipt, Sink, Upload
 from megatron_fp32.weights.fp8.scheme import Fp8Scheme
 

@@ -49,10 +49,10 @@ class EngineReceipt:
     channel: str
     """How the bytes crossed: "gloo", "nccl" or "ipc"."""
     seconds: Mapping[str, float]
-    """"connect", "send" (on the sending rank, waiting included), "load" (after the last byte was sent), "pause" (from the
-    pause of the engine to its end)."""
+    """"connect", "send" (on the sending rank, waiting included), "load" (after the last byte was sent), "pause" (as long
+    as the engine was paused)."""
     workers: tuple[Mapping[str, Any], ...]
-    """Of every worker: tensors, bytes, seconds of receiving and loading, and the peak of its memory beyond the model."""
+    """Of every worker: tensors, bytes, seconds of receiving and loading, and its peak memory beyond the model."""
     rounded: tuple[str, ...]
     """Tensors that were sent in fp32, and that the engine keeps in fewer bits."""
 

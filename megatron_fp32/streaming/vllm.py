@@ -40,8 +40,7 @@ class VllmOptions:
     """How `VllmSink` sends, and what becomes of the requests of the engine."""
 
     channel: Channel = "auto"
-    """How the bytes cross. "auto" takes gloo for engines on CPUs, NCCL between GPUs, and CUDA IPC where both sides share
-    a GPU."""
+    """How the bytes cross. "auto" takes gloo for engines on CPUs, NCCL between GPUs, and CUDA IPC on a shared GPU."""
     in_flight: InFlight = "keep"
     """What becomes of requests that run: "keep" lets them continue with the KV cache of the old weights, "recompute"
     computes that cache again with the new ones, "wait" lets them end before the push, "abort" ends them."""
@@ -163,6 +162,7 @@ class VllmSink:
             tensors=upload.tensors,
             bucket_bytes=options.bucket_bytes,
             sha256=options.sha256,
+            carried=tuple(upload.sidecar.carried),
         )
         info = {
             "push": connection.pushes + 1,
@@ -210,7 +210,7 @@ class VllmSink:
         self._done()
 
     def abort(self, error: BaseException) -> None:
-        """End the push on the engine's side. It stays paused and without a version, unless its model was not touched."""
+        """End the push in the engine. It stays paused and has no version, unless its model was not touched."""
         if self._owner != threading.get_ident():
             return  # this push was refused because another one runs
         connection, push, call = self._connection, self._push, self._call

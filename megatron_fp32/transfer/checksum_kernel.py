@@ -23,13 +23,13 @@ _PLACE, _FIRST, _SECOND = (tl.constexpr(_signed(word)) for word in (PLACE, FIRST
 
 
 @triton.jit
-def _shifted(words, bits: tl.constexpr):
+def _shifted(words, bits: tl.constexpr):  # type: ignore[no-untyped-def]
     # Triton shifts int64 with the sign: the mask makes it a shift of unsigned words.
     return (words >> bits) & ((1 << (64 - bits)) - 1)
 
 
 @triton.jit
-def _add_checksum(words, out, count, step, BLOCK: tl.constexpr):
+def _add_checksum(words, out, count, step, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     start = tl.program_id(0).to(tl.int64) * BLOCK
     total = tl.zeros([BLOCK], dtype=tl.int64)
     while start < count:

@@ -32,11 +32,14 @@ class Manifest:
     """Both sides plan the same buckets with it; see `plan_buckets`."""
     sha256: bool
     """Whether both sides also compute SHA-256 of every tensor."""
+    carried: tuple[str, ...] = ()
+    """Tensors of the checkpoint that the trainer does not have, such as a vision tower. The engine keeps its own."""
 
     def to_bytes(self) -> bytes:
         """A compressed JSON text."""
         tensors = [[name, DTYPE_NAMES[info.dtype], list(info.shape)] for name, info in self.tensors.items()]
-        fields = {"version": self.version, "bucket_bytes": self.bucket_bytes, "sha256": self.sha256}
+        fields: dict[str, Any] = {"version": self.version, "bucket_bytes": self.bucket_bytes, "sha256": self.sha256}
+        fields["carried"] = list(self.carried)
         return zlib.compress(json.dumps(fields | {"tensors": tensors}).encode(), level=1)
 
     @classmethod
@@ -58,6 +61,7 @@ class Manifest:
                 tensors=tensors,
                 bucket_bytes=_count(fields["bucket_bytes"]),
                 sha256=fields["sha256"] is True,
+                carried=tuple(str(name) for name in fields["carried"]),
             )
         except (zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
             raise TransferError(f"this is not a manifest: {type(error).__name__}: {error}") from error

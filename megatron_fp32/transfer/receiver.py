@@ -23,6 +23,7 @@ from megatron_fp32.transfer.sender import describe_device, sha256
 
 Stage = Literal["device", "host"]
 Load = Callable[[list[tuple[str, Tensor]]], None]
+Finish = Callable[[Manifest], dict[str, Any]]
 
 
 class Receiver:
@@ -60,7 +61,7 @@ class Receiver:
                 work.wait()
             self._kind = kind
 
-    def receive(self, push: int, load: Load, finish: Callable[[], dict[str, Any]], *, stage: Stage) -> None:
+    def receive(self, push: int, load: Load, finish: Finish, *, stage: Stage) -> None:
         """Receive a push, check it, and load it.
 
         Args:
@@ -92,7 +93,7 @@ class Receiver:
         if group is not None:
             threading.Thread(target=list.clear, args=([group],), daemon=True).start()
 
-    def _receive(self, name: str, load: Load, finish: Callable[[], dict[str, Any]], stage: Stage) -> dict[str, Any]:
+    def _receive(self, name: str, load: Load, finish: Finish, stage: Stage) -> dict[str, Any]:
         check = self._check(name)
         timeout = self.invitation.timeout
         manifest = Manifest.from_bytes(self.messages.get_bytes(f"{name}/manifest", timeout, check))
@@ -115,7 +116,7 @@ class Receiver:
         if stage == "device":
             proofs.compare(self.messages.get_bytes(f"{name}/end", timeout, check))
         with seconds.of("load"):
-            facts = finish()
+            facts = finish(manifest)
         nbytes = sum(info.nbytes for info in manifest.tensors.values())
         return {"rank": self._rank, "tensors": len(manifest.tensors), "nbytes": nbytes, **seconds.spent, **facts}
 

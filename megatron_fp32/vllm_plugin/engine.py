@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 import megatron_fp32
 from megatron_fp32.errors import TransferError, listing
+from megatron_fp32.transfer.manifest import Manifest
 from megatron_fp32.transfer.receiver import Receiver, Stage
 from megatron_fp32.transfer.rendezvous import Invitation, is_loopback
 from megatron_fp32.vllm_plugin.lease import Lease
@@ -222,7 +223,7 @@ class _Loading:
                 info.load_numel = 0
         finalize_layerwise_reload(self._model, self._config)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, manifest: Manifest) -> dict[str, Any]:
         """Complete the model.
 
         Raises:
@@ -230,7 +231,7 @@ class _Loading:
         """
         if not self.touched:
             raise TransferError("the push has no tensors")
-        missing = self._loaded.missing()
+        missing = self._loaded.missing(manifest)
         if missing:
             raise TransferError(f"these parameters of the engine's model have got no tensor: {listing(missing)}")
         finalize_layerwise_reload(self._model, self._config)

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from megatron_fp32.transfer.manifest import Manifest
+
 
 class Loaded:
     """What `load_weights` has loaded, over all buckets of a push.
@@ -35,29 +37,30 @@ class Loaded:
             self._done |= set(loaded)
         self._sent_in_fp32 += [name for name, tensor in tensors if tensor.dtype == torch.float32]
 
-    def missing(self) -> list[str]:
+    def missing(self, manifest: Manifest) -> list[str]:
         """Parameters without a tensor.
 
         A quantized model makes further parameters from those that were loaded, and names them differently afterwards,
-        so that only the names that come from a checkpoint count.
+        so that only the names that come from a checkpoint count. What the trainer does not have, such as a vision
+        tower, the engine has loaded from its own directory.
         """
         if not self._exact:
             return []
-        return sorted(name for name in self._expected.keys() - self._done if name.endswith((".weight", ".bias")))
+        kept = {self._root(name) for name in manifest.carried} - {self._root(name) for name in manifest.tensors}
+        missing = (name for name in self._expected.keys() - self._done if name.endswith((".weight", ".bias")))
+        return sorted(name for name in missing if name.partition(".")[0] not in kept)
 
     def rounded(self) -> list[str]:
         """Tensors that were sent in fp32, and that vLLM keeps in fewer bits."""
-        names = self._sent_in_fp32
-        if self._mapper is not None:
-            mapped = {name: self._mapper._map_name(name) or name for name in names}
-        else:
-            mapped = {name: name for name in names}
-        found = []
-        for name, own in mapped.items():
-            dtype = self._expected.get(own)
-            if dtype is not None and dtype.itemsize < 4:
-                found.append(name)
-        return found
+        dtypes = {name: self._expected.get(self._own_name(name)) for name in self._sent_in_fp32}
+        return [name for name, dtype in dtypes.items() if dtype is not None and dtype.itemsize < 4]
+
+    def _own_name(self, name: str) -> str:
+        """The engine's name for a tensor of a checkpoint."""
+        return name if self._mapper is None else self._mapper._map_name(name) or name
+
+    def _root(self, name: str) -> str:
+        return self._own_name(name).partition(".")[0]
 
 
 def forget_packed_experts(model: nn.Module) -> None:

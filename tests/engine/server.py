@@ -20,6 +20,8 @@ from typing import Any, Self
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv" / "engine"
+PYTHON = os.environ.get("ENGINE_PYTHON", str(ENVIRONMENT / "bin" / "python"))
+"""The interpreter that has vLLM. On a machine with a GPU it may be the trainer's own."""
 
 FP32_HEAD = ("--hf-overrides", json.dumps({"head_dtype": "float32"}))
 """Flags with which vLLM computes logits in fp32."""
@@ -71,9 +73,8 @@ class EngineServer:
         self._url = ""
 
     def __enter__(self) -> Self:
-        python = ENVIRONMENT / "bin" / "python"
-        if not python.exists():
-            raise FileNotFoundError(f"{python} does not exist: `make test-engine` builds the environment of the engine")
+        if not Path(PYTHON).exists():
+            raise FileNotFoundError(f"{PYTHON} does not exist: `make test-engine` builds the environment of the engine")
         with contextlib.ExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="engine-")))
             self._write_plugins(directory)
@@ -82,7 +83,7 @@ class EngineServer:
             self._url = f"http://127.0.0.1:{port}"
             with self.log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    [str(python), "-m", "vllm.entrypoints.openai.api_server", *self._arguments(port)],
+                    [PYTHON, "-m", "vllm.entrypoints.openai.api_server", *self._arguments(port)],
                     cwd=directory, env=self._variables(directory), stdin=subprocess.DEVNULL, stdout=log,
                     stderr=subprocess.STDOUT, start_new_session=True,
                 )  # fmt: skip
@@ -95,6 +96,11 @@ class EngineServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._cleanup.close()
+
+    @property
+    def url(self) -> str:
+        """Where the server listens."""
+        return self._url
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probs of all tokens but the first, each given the tokens before it. The floats are the engine's fp32."""
@@ -166,7 +172,9 @@ class EngineServer:
         cores = sorted(os.sched_getaffinity(0))
         return {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent / "site", directory, ROOT))),
+            "PYTHONPATH": os.pathsep.join(
+                [*map(str, (Path(__file__).parent / "site", directory, ROOT)), os.environ.get("PYTHONPATH", "")]
+            ),
             "VLLM_SERVER_DEV_MODE": "1",  # the routes that change weights
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(cores[i % len(cores)]) for i in range(self.tensor_parallel)),
