@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -210,13 +211,30 @@ class EngineServer:
         """End the server and the processes that it started."""
         assert self._process is not None
         group = self._process.pid  # the server leads a session
+        shared = _shared_memory(group)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGTERM)  # vLLM then frees its shared memory
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=10)
-        with contextlib.suppress(ProcessLookupError):
+            end = time.monotonic() + 15
+            while time.monotonic() < end:
+                self._process.poll()  # a child that nobody waited for still counts as alive
+                os.killpg(group, 0)
+                time.sleep(0.05)
             os.killpg(group, signal.SIGKILL)
         self._process.wait()
+        for path in shared:
+            path.unlink(missing_ok=True)
+
+
+def _shared_memory(session: int) -> set[Path]:
+    """Files of shared memory that ranks of a session have open. vLLM 0.32 leaves those of tensor parallelism behind."""
+    found: set[Path] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # the process ended, or belongs to another user
+            if os.getsid(int(maps.parent.name)) == session:
+                found |= {
+                    Path(f"/dev/shm/{name}") for name in re.findall(r"/dev/shm/(vllm_dist_\S+)", maps.read_text())
+                }
+    return found
 
 
 def _free_port() -> int:
