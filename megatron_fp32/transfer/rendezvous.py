@@ -22,7 +22,6 @@ from megatron_fp32.errors import TransferError
 
 MAX_MESSAGE_BYTES = 4 << 20
 """Of one value. The server of TCPStore refuses more than 8 MiB."""
-POLL_SECONDS = 0.001
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,7 @@ class Messages:
         parts = [data[start : start + MAX_MESSAGE_BYTES] for start in range(0, len(data), MAX_MESSAGE_BYTES)] or [b""]
         for at, part in enumerate(parts):
             # TCPStore does not tell an empty value from none.
-            self.store.set(f"{name}/{at}", b"+" + part)
+            self.store.set(f"{name}/{at}", b"+" + part)  # type: ignore[arg-type]
         self.store.set(name, str(len(parts)))
 
     def has(self, name: str) -> bool:
@@ -90,7 +89,7 @@ class Messages:
 
 
 def wait_until(
-    done: Callable[[], bool], what: str, timeout: float, check: Callable[[], None] = lambda: None, poll: float = 0.0005
+    done: Callable[[], bool], what: str, timeout: float, check: Callable[[], None] = lambda: None, poll: float = 0.00005
 ) -> None:
     """Wait until something is so.
 
@@ -105,7 +104,7 @@ def wait_until(
         if time.monotonic() - start > timeout:
             raise TransferError(f"waited {timeout:g} s for {what}")
         time.sleep(poll)
-        poll = min(poll * 1.2, 0.02)
+        poll = min(poll * 1.1, 0.01)
 
 
 def open_store(listen: str, timeout: float) -> tuple[Any, int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_fp32.errors import TransferError
 from megatron_fp32.transfer.buckets import Bucket, plan_buckets
-from megatron_fp32.transfer.channels import GroupSender, IpcSender, Kind, SendChannel, broadcast, make_group
+from megatron_fp32.transfer.channels import GroupSender, IpcSender, Kind, SendChannel, broadcast, make_group, share
 from megatron_fp32.transfer.checksum import write_checksum
 from megatron_fp32.transfer.manifest import Manifest
 from megatron_fp32.transfer.rendezvous import Invitation, Messages, new_secret, open_store, wait_until
@@ -49,6 +49,8 @@ class Connection:
         self.kind: Kind | None = None
         self.group: dist.ProcessGroup | None = None
         self.pushes = 0
+        self._slots: list[Tensor] = []
+        self._generation = 0
         self._closed = threading.Event()
         threading.Thread(target=self._beat, name="megatron_fp32 heartbeat", daemon=True).start()
 
@@ -73,10 +75,21 @@ class Connection:
             work.wait()
         self.kind = kind
 
+    def slots(self, nbytes: int) -> tuple[list[Tensor], int]:
+        """Two buffers of at least this size, and how often they were allocated: workers map them once."""
+        if not self._slots or self._slots[0].numel() < nbytes:
+            self._slots = []  # before there are others
+            # Zeros, because the bytes between two tensors belong to the checksum.
+            self._slots = [torch.zeros(nbytes, dtype=torch.uint8, device=self.device) for _ in range(2)]
+            self._generation += 1
+            if self.kind == "ipc":
+                share(self.messages, f"slots/{self._generation}", self._slots)
+        return self._slots, self._generation
+
     def close(self) -> None:
         """Let go of the group and the store. Workers that still wait get an error."""
         self._closed.set()
-        group, self.group = self.group, None
+        group, self.group, self._slots = self.group, None, []
         if group is not None and self.kind == "nccl":
             group.abort()
         # The destructor of gloo's group waits for what is in flight.
@@ -167,9 +180,9 @@ class Push:
     def _open_channel(self) -> SendChannel:
         connection = self._connection
         largest = max((bucket.nbytes for bucket in self._buckets), default=0)
-        # Zeros, because the bytes between two tensors belong to the checksum.
-        slots = [torch.zeros(largest, dtype=torch.uint8, device=connection.device) for _ in range(2)]
+        slots, generation = connection.slots(largest)
         if connection.kind == "ipc":
+            self._messages.put(f"{self.name}/slots", generation)
             return IpcSender(
                 self._messages, self.name, slots, connection.workers, timeout=connection.timeout, check=self._check
             )
