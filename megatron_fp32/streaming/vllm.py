@@ -151,12 +151,13 @@ class VllmSink:
             connection = self._connected(upload.device)
         self._paused_at, self._paused = time.monotonic(), True
         connection.messages.count("paused", 1)
-        self._control.pause("keep" if options.in_flight == "recompute" else options.in_flight)
-        if options.wake:
-            self._control.wake("weights")
-        self._start(connection)
-        if options.stage == "device":
-            self._control.name_version(INCOMPLETE)
+        with self._timed("begin"):
+            self._control.pause("keep" if options.in_flight == "recompute" else options.in_flight)
+            if options.wake:
+                self._control.wake("weights")
+            self._start(connection)
+            if options.stage == "device":
+                self._control.name_version(INCOMPLETE)
         manifest = Manifest(
             version=upload.version,
             tensors=upload.tensors,
@@ -191,12 +192,13 @@ class VllmSink:
         with self._timed("load"):
             self._call.join(options.timeout)
             reports = self._push.reports(options.timeout, self._call.check)
-        self._control.finish(str(self._upload.version))
-        if options.wake:
-            self._control.wake("kv_cache")
-        if options.prefix_cache == "reset" or options.in_flight == "recompute":
-            self._control.reset_caches(running=options.in_flight == "recompute")
-        self._control.resume()
+        with self._timed("end"):
+            self._control.finish(str(self._upload.version))
+            if options.wake:
+                self._control.wake("kv_cache")
+            if options.prefix_cache == "reset" or options.in_flight == "recompute":
+                self._control.reset_caches(running=options.in_flight == "recompute")
+            self._control.resume()
         self._connection.messages.count("paused", -1)
         self._spent |= {"send": self._push.seconds, "pause": time.monotonic() - self._paused_at}
         self.receipt = EngineReceipt(

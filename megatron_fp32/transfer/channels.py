@@ -156,8 +156,6 @@ class IpcSender:
         self._messages, self._name, self._slots, self._workers = messages, name, slots, workers
         self._timeout, self._check = timeout, check
         self._sent = 0
-        uuid = str(torch.cuda.get_device_properties(slots[0].device).uuid)
-        messages.put(f"{name}/slots", {"device": uuid, "handles": [_handle(slot) for slot in slots]})
 
     def slot(self) -> Tensor:
         """See `SendChannel`."""
@@ -187,12 +185,19 @@ class IpcSender:
 class IpcReceiver:
     """Copies from the trainer's CUDA memory; see `ReceiveChannel`."""
 
-    def __init__(self, messages: Messages, name: str, device: torch.device, *, timeout: float, check: Check) -> None:
+    def __init__(
+        self,
+        messages: Messages,
+        name: str,
+        slots: list[Tensor],
+        device: torch.device,
+        *,
+        timeout: float,
+        check: Check,
+    ) -> None:
+        self._slots = slots
         self._messages, self._name, self._device = messages, name, device
         self._timeout, self._check = timeout, check
-        shared = messages.get(f"{name}/slots", timeout, check)
-        source = device_with_uuid(shared["device"])
-        self._slots = [_open(handle, source) for handle in shared["handles"]]
         self._posted: collections.deque[int] = collections.deque()
         self._taken = 0
 
@@ -217,6 +222,23 @@ class IpcReceiver:
         self._taken += 1
         self._messages.count(f"{self._name}/taken", 1)
         return buffer
+
+
+def share(messages: Messages, name: str, slots: list[Tensor]) -> None:
+    """Let other processes of this machine map CUDA buffers. The handles are torch's own; nothing is pickled."""
+    uuid = str(torch.cuda.get_device_properties(slots[0].device).uuid)
+    messages.put(name, {"device": uuid, "handles": [_handle(slot) for slot in slots]})
+
+
+def open_shared(messages: Messages, name: str, *, timeout: float, check: Check) -> list[Tensor]:
+    """The buffers of `share`, in another process.
+
+    Raises:
+        TransferError: when this process does not see the GPU.
+    """
+    shared = messages.get(name, timeout, check)
+    source = device_with_uuid(shared["device"])
+    return [_open(handle, source) for handle in shared["handles"]]
 
 
 def _handle(slot: Tensor) -> list[Any]:

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from megatron_fp32.errors import TransferError
 from megatron_fp32.transfer.buckets import Bucket, plan_buckets
-from megatron_fp32.transfer.channels import GroupReceiver, IpcReceiver, Kind, ReceiveChannel, broadcast, make_group
+from megatron_fp32.transfer.channels import (
+    GroupReceiver,
+    IpcReceiver,
+    Kind,
+    ReceiveChannel,
+    broadcast,
+    make_group,
+    open_shared,
+)
 from megatron_fp32.transfer.checksum import checksums_equal
 from megatron_fp32.transfer.manifest import Manifest
 from megatron_fp32.transfer.rendezvous import Invitation, Messages, join_store, wait_until
@@ -43,6 +51,8 @@ class Receiver:
         self.messages = Messages(join_store(invitation), invitation.secret)
         self._group: dist.ProcessGroup | None = None
         self._kind: Kind | None = None
+        self._slots: list[Tensor] = []
+        self._generation = 0
 
     def meet(self) -> None:
         """Say hello, and open the channel together with the trainer and the other workers."""
@@ -87,7 +97,7 @@ class Receiver:
 
     def close(self) -> None:
         """Let go of the group."""
-        group, self._group = self._group, None
+        group, self._group, self._slots, self._generation = self._group, None, [], 0
         if group is not None and self._kind == "nccl":
             group.abort()
         if group is not None:
@@ -136,7 +146,12 @@ class Receiver:
     def _channel(self, name: str, check: Callable[[], None]) -> ReceiveChannel:
         timeout = self.invitation.timeout
         if self._kind == "ipc":
-            return IpcReceiver(self.messages, name, self._device, timeout=timeout, check=check)
+            generation = self.messages.get(f"{name}/slots", timeout, check)
+            if generation != self._generation:
+                self._slots = []
+                self._slots = open_shared(self.messages, f"slots/{generation}", timeout=timeout, check=check)
+                self._generation = generation
+            return IpcReceiver(self.messages, name, self._slots, self._device, timeout=timeout, check=check)
         if self._group is None:
             raise TransferError("the connection to the trainer is closed: the trainer must send a new invitation")
         return GroupReceiver(self._group, self._device, timeout=timeout, check=check)

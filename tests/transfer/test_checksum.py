@@ -10,21 +10,9 @@ from torch import Tensor
 
 from megatron_fp32.transfer.checksum import checksums_equal, write_checksum
 from tests.ops.interpreter import names_of, run_in_interpreter
+from tests.transfer.checksum_cases import definition
 
 KERNEL = "tests.transfer.checksum_cases"
-MASK = 2**64 - 1
-
-
-def definition(data: bytes) -> int:
-    """As the module's docstring says it."""
-    total = 0
-    for place in range(len(data) // 8):
-        word = int.from_bytes(data[8 * place : 8 * place + 8], "little")
-        mixed = (word ^ (place * 0x9E3779B97F4A7C15 & MASK)) * 0xBF58476D1CE4E5B9 & MASK
-        mixed ^= mixed >> 29
-        mixed = mixed * 0x94D049BB133111EB & MASK
-        total += mixed ^ mixed >> 32
-    return total & MASK
 
 
 def checksum(payload: Tensor) -> int:
