@@ -9,15 +9,17 @@ from __future__ import annotations
 import base64
 import collections
 import datetime
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fp32.errors import TransferError
-from megatron_fp32.transfer.rendezvous import Messages, wait_until
+from megatron_fp32.errors import TransferError, summary
+from megatron_fp32.transfer.rendezvous import Messages, settle, wait_until
 
 Kind = Literal["gloo", "nccl", "ipc"]
 KINDS: tuple[Kind, ...] = ("gloo", "nccl", "ipc")
@@ -49,22 +51,93 @@ class ReceiveChannel(Protocol):
         """The oldest bucket that was posted, uint8 [nbytes], in memory of the caller's own."""
 
 
-def make_group(
-    kind: Kind, messages: Messages, name: str, rank: int, size: int, *, address: str, timeout: float
-) -> dist.ProcessGroup:
-    """A process group of the trainer (rank 0) and the workers, beside torch's default group.
+class Group:
+    """A process group of the trainer (rank 0) and the workers, beside torch's default group; see `open_group`."""
+
+    def __init__(self, kind: Kind, group: dist.ProcessGroup) -> None:
+        self._kind = kind
+        self._group: dist.ProcessGroup | None = group
+
+    def broadcast(self, buffer: Tensor) -> Any:
+        """Start to send a buffer from the trainer to all workers.
+
+        Raises:
+            TransferError: when the group is closed, or has failed.
+        """
+        if self._group is None:
+            raise TransferError("the connection between the trainer and the engine is closed")
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        options.asyncOp = True
+        try:
+            return self._group.broadcast([buffer], options)
+        except RuntimeError as error:
+            raise TransferError(f"a broadcast of weights failed: {summary(error)}") from error
+
+    def close(self) -> None:
+        """Let go of the group without waiting for what is in flight."""
+        held, self._group = [self._group], None
+        if self._kind == "nccl" and held[0] is not None:
+            held[0].abort()
+        drop(held)
+
+
+def drop(things: list[Any]) -> None:
+    """Forget the last references to things in a thread: the destructor of gloo's group waits for what is in flight."""
+    threading.Thread(target=things.clear, name="megatron_fp32 close", daemon=True).start()
+
+
+def open_group(
+    kind: Kind,
+    messages: Messages,
+    rank: int,
+    workers: int,
+    device: torch.device,
+    *,
+    address: str,
+    timeout: float,
+    check: Check,
+) -> Group:
+    """Open a process group together with all of its members, and send a first byte over it.
 
     Args:
         kind: "gloo" or "nccl".
         messages: where the members meet.
-        name: of the group; a new one after every failure.
         rank: 0 for the trainer.
-        size: workers and the trainer.
+        workers: of the engine.
+        device: of the tensors that will be sent.
         address: of this process, on which gloo listens.
         timeout: seconds. NCCL gets more, because NCCL ends the process when its own time-out is over; `wait_until`
             keeps this one.
+        check: is called while this waits.
+
+    Raises:
+        TransferError: when the others do not come.
     """
-    store = dist.PrefixStore(f"group/{name}", messages.store)
+    answer: Future[Group] = Future()
+
+    def make() -> Group:
+        group = Group(kind, _make_group(kind, messages, rank, workers + 1, address=address, timeout=timeout))
+        work = group.broadcast(torch.zeros(1, dtype=torch.uint8, device=device))
+        wait_until(work.is_completed, "the first broadcast", timeout, check)
+        work.wait()
+        return group
+
+    # gloo's and NCCL's first steps wait for the others, and cannot be interrupted.
+    threading.Thread(target=settle, args=(make, answer), name="megatron_fp32 group", daemon=True).start()
+    wait_until(answer.done, f"all members of the {kind} group", timeout, check)
+    try:
+        return answer.result()
+    except TransferError:
+        raise
+    except RuntimeError as error:
+        raise TransferError(f"the trainer and the engine could not connect over {kind}: {summary(error)}") from error
+
+
+def _make_group(
+    kind: Kind, messages: Messages, rank: int, size: int, *, address: str, timeout: float
+) -> dist.ProcessGroup:
+    store = dist.PrefixStore("group", messages.store)
     if kind == "gloo":
         options = dist.ProcessGroupGloo._Options()
         options._timeout = datetime.timedelta(seconds=timeout)
@@ -74,14 +147,6 @@ def make_group(
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = datetime.timedelta(days=7)
     return cast(dist.ProcessGroup, dist.ProcessGroupNCCL(store, rank, size, options))
-
-
-def broadcast(group: dist.ProcessGroup, buffer: Tensor) -> Any:
-    """Start to send a buffer from the trainer to all workers."""
-    options = dist.BroadcastOptions()
-    options.rootRank = options.rootTensor = 0
-    options.asyncOp = True
-    return group.broadcast([buffer], options)
 
 
 class _Work:
@@ -95,13 +160,13 @@ class _Work:
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise TransferError(f"a broadcast of weights failed: {error}") from error
+            raise TransferError(f"a broadcast of weights failed: {summary(error)}") from error
 
 
 class GroupSender:
     """Sends over a process group; see `SendChannel`."""
 
-    def __init__(self, group: dist.ProcessGroup, slots: list[Tensor], *, timeout: float, check: Check) -> None:
+    def __init__(self, group: Group, slots: list[Tensor], *, timeout: float, check: Check) -> None:
         self._group, self._slots, self._timeout, self._check = group, slots, timeout, check
         self._works: list[_Work | None] = [None, None]
         self._at = 0
@@ -113,7 +178,7 @@ class GroupSender:
 
     def send(self, nbytes: int) -> None:
         """See `SendChannel`."""
-        work = broadcast(self._group, self._slots[self._at][:nbytes])
+        work = self._group.broadcast(self._slots[self._at][:nbytes])
         self._works[self._at] = _Work(work, self._timeout, self._check)
         self._at = 1 - self._at
 
@@ -131,20 +196,29 @@ class GroupSender:
 class GroupReceiver:
     """Receives over a process group; see `ReceiveChannel`."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, timeout: float, check: Check) -> None:
+    def __init__(self, group: Group, device: torch.device, *, timeout: float, check: Check) -> None:
         self._group, self._device, self._timeout, self._check = group, device, timeout, check
         self._posted: collections.deque[tuple[Tensor, _Work]] = collections.deque()
 
     def post(self, nbytes: int) -> None:
         """See `ReceiveChannel`."""
-        buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        self._posted.append((buffer, _Work(broadcast(self._group, buffer), self._timeout, self._check)))
+        buffer = _room(nbytes, self._device)
+        self._posted.append((buffer, _Work(self._group.broadcast(buffer), self._timeout, self._check)))
 
     def take(self) -> Tensor:
         """See `ReceiveChannel`."""
         buffer, work = self._posted.popleft()
         work.wait()
         return buffer
+
+
+def _room(nbytes: int, device: torch.device) -> Tensor:
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    except (RuntimeError, MemoryError) as error:
+        raise TransferError(
+            f"there is no memory for a bucket of {nbytes} bytes on {device}: {summary(error)}"
+        ) from error
 
 
 class IpcSender:
@@ -216,7 +290,7 @@ class IpcReceiver:
         )
         if nbytes > slot.numel():
             raise TransferError(f"a bucket of {nbytes} bytes was announced, and the trainer shares {slot.numel()}")
-        buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        buffer = _room(nbytes, self._device)
         buffer.copy_(slot[:nbytes])
         torch.cuda.current_stream(self._device).synchronize()
         self._taken += 1

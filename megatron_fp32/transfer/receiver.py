@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -13,20 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fp32.errors import TransferError
+from megatron_fp32.errors import TransferError, summary
 from megatron_fp32.transfer.buckets import Bucket, plan_buckets
 from megatron_fp32.transfer.channels import (
+    Group,
     GroupReceiver,
     IpcReceiver,
     Kind,
     ReceiveChannel,
-    broadcast,
-    make_group,
+    open_group,
     open_shared,
 )
 from megatron_fp32.transfer.checksum import checksums_equal
 from megatron_fp32.transfer.manifest import Manifest
-from megatron_fp32.transfer.rendezvous import Invitation, Messages, join_store, wait_until
+from megatron_fp32.transfer.rendezvous import LONG, Invitation, Messages, join_store
 from megatron_fp32.transfer.sender import describe_device, sha256
 
 Stage = Literal["device", "host"]
@@ -48,27 +48,37 @@ class Receiver:
         if not 0 <= rank < invitation.world_size:
             raise TransferError(f"this worker has rank {rank}, and the trainer expects {invitation.world_size} workers")
         self.invitation, self._rank, self._device, self._about = invitation, rank, device, about
-        self.messages = Messages(join_store(invitation), invitation.secret)
-        self._group: dist.ProcessGroup | None = None
+        self.messages = Messages(join_store(invitation), invitation.secret, timeout=invitation.timeout)
+        self._group: Group | None = None
         self._kind: Kind | None = None
         self._slots: list[Tensor] = []
         self._generation = 0
 
     def meet(self) -> None:
-        """Say hello, and open the channel together with the trainer and the other workers."""
-        timeout = self.invitation.timeout
-        with self._trainer_lives():
-            self.messages.put(f"hello/{self._rank}", self._about | describe_device(self._device))
-            kind: Kind = self.messages.get("channel", timeout)
+        """Say hello, and open the channel together with the trainer and the other workers.
+
+        Raises:
+            TransferError: when the trainer or another worker does not come, or gives up.
+        """
+        timeout, messages = self.invitation.timeout, self.messages
+
+        def check() -> None:
+            messages.raise_if("refused", "the trainer and the engine did not connect")
+
+        with self._told("refused"):
+            messages.put(f"hello/{self._rank}", self._about | describe_device(self._device))
+            kind: Kind = messages.get("channel", timeout, check)
             if kind != "ipc":
-                size = self.invitation.world_size + 1
-                address = own_address(self.invitation)
-                self._group = make_group(
-                    kind, self.messages, "0", self._rank + 1, size, address=address, timeout=timeout
+                self._group = open_group(
+                    kind,
+                    messages,
+                    self._rank + 1,
+                    self.invitation.world_size,
+                    self._device,
+                    address=own_address(self.invitation),
+                    timeout=timeout,
+                    check=check,
                 )
-                work = broadcast(self._group, torch.zeros(1, dtype=torch.uint8, device=self._device))
-                wait_until(work.is_completed, "the first broadcast of the trainer", timeout)
-                work.wait()
             self._kind = kind
 
     def receive(self, push: int, load: Load, finish: Finish, *, stage: Stage) -> None:
@@ -84,24 +94,30 @@ class Receiver:
         Raises:
             TransferError: when the push is not whole, with the reason. Other errors are those of `load` and `finish`.
         """
+        if self._kind is None:
+            raise TransferError("the connection to the trainer is closed: the trainer must send a new invitation")
         name = f"push/{push}"
-        try:
-            with self._trainer_lives():
-                report = self._receive(name, load, finish, stage)
-                self.messages.put(f"{name}/report/{self._rank}", report)
-        except BaseException as error:
-            with contextlib.suppress(Exception):  # the trainer may be gone, and this error is the one to raise
-                self.messages.put(f"{name}/failed", f"worker {self._rank}: {type(error).__name__}: {error}")
-            self.close()
-            raise
+        with self._told(f"{name}/failed"):
+            report = self._receive(name, load, finish, stage)
+            self.messages.put(f"{name}/report/{self._rank}", report)
 
     def close(self) -> None:
-        """Let go of the group."""
-        group, self._group, self._slots, self._generation = self._group, None, [], 0
-        if group is not None and self._kind == "nccl":
-            group.abort()
+        """Let go of the channel. A receiver that is closed needs a new invitation."""
+        group, self._group, self._kind, self._slots, self._generation = self._group, None, None, [], 0
         if group is not None:
-            threading.Thread(target=list.clear, args=([group],), daemon=True).start()
+            group.close()
+
+    @contextlib.contextmanager
+    def _told(self, name: str) -> Iterator[None]:
+        """Tell the trainer and the other workers of a failure, and let go of the channel."""
+        try:
+            with self._trainer_lives():
+                yield
+        except BaseException as error:
+            with contextlib.suppress(Exception):  # the trainer may be gone, and this error is the one to raise
+                self.messages.put(name, f"worker {self._rank}: {summary(error, LONG)}")
+            self.close()
+            raise
 
     def _receive(self, name: str, load: Load, finish: Finish, stage: Stage) -> dict[str, Any]:
         check = self._check(name)
@@ -110,25 +126,39 @@ class Receiver:
         buckets = plan_buckets(manifest.tensors, manifest.bucket_bytes)
         seconds = _Seconds()
         proofs = _Proofs(manifest)
-        arrivals = self._arrivals(buckets, self._channel(name, check), seconds)
+        arrivals = proofs.checked(self._arrivals(buckets, self._channel(name, check), seconds))
         if stage == "host":
-            held = [(bucket, _to_host(buffer)) for bucket, buffer in proofs.checked(arrivals)]
-            proofs.compare(self.messages.get_bytes(f"{name}/end", timeout, check))
-            arrivals = ((bucket, buffer.to(self._device)) for bucket, buffer in held)
-        else:
-            arrivals = proofs.checked(arrivals)
-        for at, (bucket, buffer) in enumerate(arrivals):
-            if at == 0:
+            arrivals = self._staged(arrivals, lambda: proofs.compare(self._end(name, check)))
+        touched = False
+        for bucket, buffer in arrivals:
+            if not touched:
                 self.messages.count(f"{name}/touched", 1)
+                touched = True
             with seconds.of("load"):
                 load([(place.name, place.view(buffer)) for place in bucket.places])
-            del buffer
+            del buffer  # before there is room for the next one
         if stage == "device":
-            proofs.compare(self.messages.get_bytes(f"{name}/end", timeout, check))
+            proofs.compare(self._end(name, check))
         with seconds.of("load"):
             facts = finish(manifest)
         nbytes = sum(info.nbytes for info in manifest.tensors.values())
         return {"rank": self._rank, "tensors": len(manifest.tensors), "nbytes": nbytes, **seconds.spent, **facts}
+
+    def _end(self, name: str, check: Callable[[], None]) -> Any:
+        return self.messages.get(f"{name}/end", self.invitation.timeout, check)
+
+    def _staged(
+        self, arrivals: Iterator[tuple[Bucket, Tensor]], compare: Callable[[], None]
+    ) -> Iterator[tuple[Bucket, Tensor]]:
+        """All buckets after the last one has come, from the host's memory."""
+        held: collections.deque[tuple[Bucket, Tensor]] = collections.deque()
+        for bucket, buffer in arrivals:
+            held.append((bucket, _to_host(buffer)))
+            del buffer
+        compare()
+        while held:
+            bucket, buffer = held.popleft()
+            yield bucket, buffer.to(self._device)
 
     def _arrivals(
         self, buckets: Sequence[Bucket], channel: ReceiveChannel, seconds: _Seconds
@@ -142,6 +172,7 @@ class Receiver:
                     channel.post(buckets[at + 1].nbytes)
                 buffer = channel.take()
             yield bucket, buffer
+            del buffer
 
     def _channel(self, name: str, check: Callable[[], None]) -> ReceiveChannel:
         timeout = self.invitation.timeout
@@ -152,16 +183,13 @@ class Receiver:
                 self._slots = open_shared(self.messages, f"slots/{generation}", timeout=timeout, check=check)
                 self._generation = generation
             return IpcReceiver(self.messages, name, self._slots, self._device, timeout=timeout, check=check)
-        if self._group is None:
-            raise TransferError("the connection to the trainer is closed: the trainer must send a new invitation")
+        assert self._group is not None
         return GroupReceiver(self._group, self._device, timeout=timeout, check=check)
 
     def _check(self, name: str) -> Callable[[], None]:
         def check() -> None:
-            if self.messages.has(f"{name}/stop"):
-                raise TransferError(f"the trainer has stopped this push: {self.messages.get(f'{name}/stop', 1.0)}")
-            if self.messages.has(f"{name}/failed"):
-                raise TransferError(f"another worker has failed: {self.messages.get(f'{name}/failed', 1.0)}")
+            self.messages.raise_if(f"{name}/stop", "the trainer has stopped this push")
+            self.messages.raise_if(f"{name}/failed", "another worker has failed")
 
         return check
 
@@ -209,14 +237,18 @@ class _Proofs:
             yield bucket, buffer
             del buffer
 
-    def compare(self, end: bytes) -> None:
-        """Raise when a checksum or a digest differs from the trainer's."""
+    def compare(self, expected: Any) -> None:
+        """Raise when a checksum or a digest differs from the trainer's.
+
+        Args:
+            expected: SHA-256 by the name of a tensor; empty when the manifest has none.
+        """
         for bucket, equal in zip(self._buckets, torch.stack(self._equal).tolist() if self._equal else [], strict=True):
             if not equal:
                 first, last = bucket.places[0].name, bucket.places[-1].name
                 raise TransferError(f"the checksum of the tensors from {first} to {last} is wrong: bytes have changed")
-        expected = {name: found for found, _, name in (line.partition(" ") for line in end.decode().splitlines())}
-        if self._manifest.sha256 and expected.keys() != self._manifest.tensors.keys():
+        names = self._manifest.tensors.keys() if self._manifest.sha256 else set()
+        if not isinstance(expected, dict) or expected.keys() != names:
             raise TransferError("the trainer has not sent the SHA-256 of every tensor")
         for name, digest in expected.items():
             if self._sha256.get(name) != digest:

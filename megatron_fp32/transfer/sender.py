@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -12,15 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fp32.errors import TransferError
+from megatron_fp32.errors import TransferError, summary
 from megatron_fp32.transfer.buckets import Bucket, plan_buckets
-from megatron_fp32.transfer.channels import GroupSender, IpcSender, Kind, SendChannel, broadcast, make_group, share
+from megatron_fp32.transfer.channels import (
+    KINDS,
+    Group,
+    GroupSender,
+    IpcSender,
+    Kind,
+    SendChannel,
+    drop,
+    open_group,
+    share,
+)
 from megatron_fp32.transfer.checksum import write_checksum
 from megatron_fp32.transfer.manifest import Manifest
-from megatron_fp32.transfer.rendezvous import Invitation, Messages, new_secret, open_store, wait_until
+from megatron_fp32.transfer.rendezvous import LONG, Invitation, Messages, new_secret, open_store
 
 HEARTBEAT_SECONDS = 1.0
 
@@ -43,11 +53,11 @@ class Connection:
         self._listen, self._requested = listen, channel
         self._store, port = open_store(listen, timeout)
         secret = new_secret()
-        self.messages = Messages(self._store, secret)
+        self.messages = Messages(self._store, secret, timeout=timeout)
         self.invitation = Invitation(address=listen, port=port, secret=secret, world_size=workers, timeout=timeout)
         self.hellos: list[Mapping[str, Any]] = []
         self.kind: Kind | None = None
-        self.group: dist.ProcessGroup | None = None
+        self.group: Group | None = None
         self.pushes = 0
         self._slots: list[Tensor] = []
         self._generation = 0
@@ -63,16 +73,32 @@ class Connection:
         Raises:
             TransferError: when a worker does not come, or no channel reaches all of them.
         """
+        try:
+            self._meet(check)
+        except BaseException as error:
+            with contextlib.suppress(Exception):  # this error is the one to raise
+                self.messages.put("refused", summary(error, LONG))
+            raise
+
+    def _meet(self, engine_check: Callable[[], None]) -> None:
+        def check() -> None:
+            engine_check()
+            self.messages.raise_if("refused", "the engine did not connect")
+
         self.hellos = [self.messages.get(f"hello/{rank}", self.timeout, check) for rank in range(self.workers)]
         kind = choose_channel(self._requested, describe_device(self.device), self.hellos)
         self.messages.put("channel", kind)
         if kind != "ipc":
-            self.group = make_group(
-                kind, self.messages, "0", 0, self.workers + 1, address=self._listen, timeout=self.timeout
+            self.group = open_group(
+                kind,
+                self.messages,
+                0,
+                self.workers,
+                self.device,
+                address=self._listen,
+                timeout=self.timeout,
+                check=check,
             )
-            work = broadcast(self.group, torch.zeros(1, dtype=torch.uint8, device=self.device))
-            wait_until(work.is_completed, "the first broadcast to the engine", self.timeout, check)
-            work.wait()
         self.kind = kind
 
     def slots(self, nbytes: int) -> tuple[list[Tensor], int]:
@@ -88,23 +114,23 @@ class Connection:
 
     def close(self) -> None:
         """Let go of the group and the store. Workers that still wait get an error."""
+        if self._closed.is_set():
+            return
         self._closed.set()
         group, self.group, self._slots = self.group, None, []
-        if group is not None and self.kind == "nccl":
-            group.abort()
-        # The destructor of gloo's group waits for what is in flight.
-        threading.Thread(target=_drop, args=([group, self.messages, self._store],), daemon=True).start()
-        del group, self.messages, self._store
+        if group is not None:
+            group.close()
+        things = [self.messages, self._store]
+        del self.messages, self._store
+        drop(things)
 
     def _beat(self) -> None:
         """Tell the engine that the trainer lives; see the lease in the engine's plugin."""
         messages = self.messages
         while not self._closed.wait(HEARTBEAT_SECONDS):
-            messages.count("beat", 1)
-
-
-def _drop(things: list[Any]) -> None:
-    things.clear()
+            # A process that was stopped for a while and goes on finds its time over.
+            with contextlib.suppress(TransferError):
+                messages.count("beat", 1)
 
 
 class Push:
@@ -131,8 +157,14 @@ class Push:
         self._messages.put_bytes(f"{self.name}/manifest", manifest.to_bytes())
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Copy a tensor into its bucket, and send the bucket when it is full."""
+        """Copy a tensor into its bucket, and send the bucket when it is full.
+
+        Raises:
+            TransferError: when the manifest has another tensor at this place, or a worker does not take a bucket.
+        """
         start = time.monotonic()
+        if self._at == len(self._buckets):
+            raise TransferError(f"expected no more tensors, got {name!r}: the manifest ends before it")
         bucket = self._buckets[self._at]
         place = bucket.places[self._place]
         if place.name != name or tensor.dtype != place.info.dtype or tuple(tensor.shape) != place.info.torch_shape:
@@ -141,7 +173,7 @@ class Push:
             )
         if self._slot is None:
             self._slot = self._channel.slot()
-        place.view(self._slot).copy_(tensor)
+        place.view(self._slot).copy_(tensor.detach())
         if self._manifest.sha256:
             self._sha256[name] = sha256(tensor)
         self._place += 1
@@ -157,19 +189,36 @@ class Push:
         """
         start = time.monotonic()
         if self._at != len(self._buckets):
-            raise TransferError(f"{self._buckets[self._at].places[self._place].name!r} was announced and not sent")
+            missing = self._buckets[self._at].places[self._place].name
+            raise TransferError(f"expected every tensor of the manifest, got none for {missing!r}")
         self._channel.flush()
-        self._messages.put_bytes(f"{self.name}/end", _json_digests(self._sha256))
+        self._messages.put(f"{self.name}/end", self._sha256)
         self.seconds += time.monotonic() - start
 
     def reports(self, timeout: float, check: Callable[[], None]) -> list[Mapping[str, Any]]:
-        """What every worker says of this push, which it has then loaded."""
-        ranks = range(self._connection.workers)
-        return [self._messages.get(f"{self.name}/report/{rank}", timeout, check) for rank in ranks]
+        """What every worker says of this push, which it has then loaded.
+
+        Args:
+            timeout: seconds for each worker.
+            check: is called while this waits.
+
+        Raises:
+            TransferError: when a worker has failed, or says nothing.
+        """
+
+        def both() -> None:
+            check()
+            self._check()
+
+        names = [f"{self.name}/report/{rank}" for rank in range(self._connection.workers)]
+        reports = [self._messages.get(name, timeout, both) for name in names]
+        for name in (f"{self.name}/manifest", f"{self.name}/end", *names):
+            self._messages.forget(name)
+        return reports
 
     def stop(self, error: BaseException) -> None:
         """Tell the workers that nothing more will come."""
-        self._messages.put(f"{self.name}/stop", f"{type(error).__name__}: {error}")
+        self._messages.put(f"{self.name}/stop", summary(error, LONG))
 
     def _send(self, bucket: Bucket, slot: Tensor) -> None:
         payload, trailer = bucket.split(slot)
@@ -186,17 +235,13 @@ class Push:
             return IpcSender(
                 self._messages, self.name, slots, connection.workers, timeout=connection.timeout, check=self._check
             )
-        assert connection.group is not None
+        if connection.group is None:
+            raise TransferError("the connection to the engine is closed, or has not met its workers")
         return GroupSender(connection.group, slots, timeout=connection.timeout, check=self._check)
 
     def _check(self) -> None:
         self._engine_check()
-        if self._messages.has(f"{self.name}/failed"):
-            raise TransferError(self._messages.get(f"{self.name}/failed", 1.0))
-
-
-def _json_digests(digests: Mapping[str, str]) -> bytes:
-    return "\n".join(f"{digest} {name}" for name, digest in digests.items()).encode()
+        self._messages.raise_if(f"{self.name}/failed", "the engine has failed")
 
 
 def sha256(tensor: Tensor) -> str:
@@ -230,11 +275,15 @@ def choose_channel(requested: Kind | str, trainer: Mapping[str, Any], workers: S
 
     Raises:
         TransferError: when no channel, or not the requested one, reaches all workers.
+        ValueError: for an unknown channel.
     """
-    on_cpu = "cpu" in (trainer["device"], *(worker["device"] for worker in workers))
-    same_gpu = any(worker["device"] == trainer["device"] for worker in workers) and not on_cpu
+    devices = [trainer["device"], *(worker["device"] for worker in workers)]
+    on_cpu = "cpu" in devices
+    same_gpu = len(set(devices)) < len(devices)
     same_machine = all(worker["machine"] == trainer["machine"] for worker in workers)
     same_process = any((worker["machine"], worker["pid"]) == (trainer["machine"], trainer["pid"]) for worker in workers)
+    if requested != "auto" and requested not in KINDS:
+        raise ValueError(f"channel must be one of {', '.join(KINDS)} and auto, got {requested!r}")
     reasons: dict[Kind, str | None] = {
         "gloo": None if on_cpu else "gloo sends CPU tensors, and every process has a GPU",
         "nccl": "NCCL needs a GPU in every process"
@@ -252,7 +301,7 @@ def choose_channel(requested: Kind | str, trainer: Mapping[str, Any], workers: S
         else None,
     }
     if requested == "auto":
-        for kind in ("gloo", "nccl", "ipc"):
+        for kind in KINDS:
             if reasons[kind] is None:
                 return kind
         raise TransferError(f"no channel reaches all workers: {'; '.join(str(reason) for reason in reasons.values())}")
