@@ -115,7 +115,9 @@ class Receiver:
                 yield
         except BaseException as error:
             with contextlib.suppress(Exception):  # the trainer may be gone, and this error is the one to raise
-                self.messages.put(name, f"worker {self._rank}: {summary(error, LONG)}")
+                # The first failure is the reason of all others.
+                if not self.messages.has(name):
+                    self.messages.put(name, f"worker {self._rank}: {summary(error, LONG)}")
             self.close()
             raise
 
