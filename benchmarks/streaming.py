@@ -27,6 +27,7 @@ from typing import Any
 
 import click
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -136,6 +137,37 @@ def copies(nbytes: int) -> Callable[[], None]:
     return copy
 
 
+def _bare_rank(rank: int, path: str, gpu: int, nbytes: int, repeats: int, seconds: Any) -> None:
+    torch.cuda.set_device(gpu if rank else 0)
+    dist.init_process_group("nccl", store=dist.FileStore(path, 2), rank=rank, world_size=2)
+    buffer = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+
+    def send() -> None:
+        for start in range(0, nbytes, len(buffer)):
+            part = buffer[: min(len(buffer), nbytes - start)]
+            dist.recv(part, 0) if rank else dist.send(part, 1)
+
+    send()
+    found = seconds_of(send, repeats)
+    if rank == 0:
+        seconds.put(found)
+    dist.destroy_process_group()
+
+
+def bare_nccl(root: Path, gpu: int, nbytes: int, repeats: int) -> list[float]:
+    """Send as many bytes from GPU 0 to another one over NCCL, 256 MiB at a time."""
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    arguments = (str(root / "store"), gpu, nbytes, repeats, queue)
+    ranks = [context.Process(target=_bare_rank, args=(rank, *arguments)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    found: list[float] = queue.get()
+    for rank in ranks:
+        rank.join()
+    return found
+
+
 def pushes(streamer: WeightStreamer, sink: VllmSink, repeats: int) -> list[dict[str, Any]]:
     """Phases of each push."""
     found = []
@@ -171,7 +203,7 @@ def rival_ipc(url: str, tensors: dict[str, Tensor], packed: bool) -> None:
     client = HTTPVLLMWeightSyncClient(url)
     client._post("pause?mode=keep")
     client.start_weight_update()
-    arguments = IPCTrainerSendWeightsArgs(send_mode="http", url=url, packed=packed)
+    arguments = IPCTrainerSendWeightsArgs(send_mode="http", url=url, packed=packed, packed_buffer_size_bytes=2 << 30)
     IPCWeightTransferEngine.trainer_send_weights(iter(tensors.items()), arguments)
     client.finish_weight_update()
     client._post("resume")
@@ -250,11 +282,14 @@ def main(
             for parameter in model.parameters():
                 parameter.normal_(std=0.02)
         results["copies"] = seconds_of(copies(nbytes), 4)
+        if engine_gpu:
+            results["bare nccl"] = bare_nccl(Path(root), engine_gpu, nbytes, 4)
         options = VllmOptions(channel=channel, bucket_bytes=bucket_mib << 20, timeout=120)  # type: ignore[arg-type]
         streamer = WeightStreamer(model, source=Path(root) / "imported", allow_rounded=True)
         with engine(hf, "megatron_fp32", engine_gpu) as server:
             sink = VllmSink(server.url, options=options)
             results["bf16"] = pushes(streamer, sink, repeats)
+            report(results)
             if sha256:
                 proof = VllmSink(server.url, options=VllmOptions(channel=channel, sha256=True))  # type: ignore[arg-type]
                 results["sha256"] = pushes(streamer, proof, 1)
@@ -270,6 +305,7 @@ def main(
                 sink = VllmSink(server.url, options=options)
                 like = WeightStreamer(model, source=Path(root) / "imported", fp8="like:engine", allow_rounded=True)
                 results["fp8"] = pushes(like, sink, repeats)
+                report(results)
                 sink.close()
         if rival:
             tensors = {name: tensor.clone() for name, tensor in streamer}

@@ -91,6 +91,8 @@ class LiveTensors:
         entries = sharded_tensors(chunks)
         self._own = _own_pieces(entries)
         self._addresses = _addresses(chunks)
+        self.generation = 0
+        """Grows when `refresh` finds tensors at other addresses: views of them are then no longer the model's."""
         # A data-parallel replica has no piece that others read, but has a device.
         self.device = entries[0].data.device if entries else torch.device("cpu")
         """Of the tensors that `read` and `gather` return."""
@@ -112,6 +114,10 @@ class LiveTensors:
         """Whether this rank sends values of a tensor, or of an element of a stack; see `ModelMap.subset`."""
         return any(rank == self._rank and piece.has(spec.index) for rank, _, piece in self._places.get(spec.name, ()))
 
+    def storages(self) -> frozenset[int]:
+        """Addresses of the storages that this rank's tensors lie in."""
+        return frozenset(values.untyped_storage().data_ptr() for _, values in self._own)
+
     def refresh(self) -> None:
         """Look up the parameters again, because their storage may have moved, for example by an offloading optimizer.
 
@@ -125,6 +131,7 @@ class LiveTensors:
         if [piece for piece, _ in own] != [piece for piece, _ in self._own]:
             raise ValueError("tensors, shapes or dtypes of the model have changed since LiveTensors was made")
         self._own, self._addresses = own, addresses
+        self.generation += 1
 
     def read(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
         """A whole tensor, or one element of a stack, on every rank of the group.
@@ -161,8 +168,11 @@ class LiveTensors:
         if self._group is None:
             return self.read(name, index)
         boxes = list(self._boxes(name, index))
-        if len(boxes) == 1 and boxes[0][0] == to:
-            return self._inside(boxes[0][1], index) if self._rank == to else None
+        if all(rank == to for rank, _, _ in boxes):
+            if self._rank != to:
+                return None
+            if (view := self._view(name, index, boxes)) is not None:
+                return view
         whole, buffers = None, {}
         if self._rank == to:
             # Before the first message: a rank that runs out of memory in between would leave messages over.
@@ -199,6 +209,22 @@ class LiveTensors:
                 for element in itertools.product(*(range(start, start + size) for start, size in lead)):
                     found.setdefault(element, []).append(place)
         return self._elements[name, axes].get(index, [])
+
+    def _view(self, name: str, index: Shape, boxes: Sequence[tuple[int, int, tuple[slice, ...]]]) -> Tensor | None:
+        """The element, if its boxes lie one behind the other in memory, as gate and up of a parameter do."""
+        ordered = sorted(boxes, key=lambda box: [side.start for side in box[2]])
+        first, *others = (self._inside(at, index) for _, at, _ in ordered)
+        if not others:
+            return first
+        shape = self.tensors[name].shape[len(index) :]
+        storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
+        for values in (first, *others):
+            together = values.untyped_storage().data_ptr() == storage and values.data_ptr() == end
+            if not together or not values.is_contiguous() or values.shape[1:] != shape[1:]:
+                return None
+            end += values.nbytes
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        return first.as_strided(shape, strides, first.storage_offset())
 
     def _empty(self, name: str, index: Shape) -> Tensor:
         info = self.tensors[name]

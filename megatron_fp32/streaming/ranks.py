@@ -32,6 +32,7 @@ class Ranks:
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
+        self._alone = self.size == 1
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -46,7 +47,7 @@ class Ranks:
         except Exception as failure:
             error = failure
         failed: list[str | None] = [_text(error)] * self.size
-        if self.group is not None:
+        if not self._alone:
             dist.all_gather_object(failed, _text(error), group=self.group)
         if error is not None:
             raise error
@@ -69,7 +70,7 @@ class Ranks:
     def share(self, value: Any, sender: int) -> Any:
         """The sending rank's value, on every rank."""
         shared = [value]
-        if self.group is not None:
+        if not self._alone:
             dist.broadcast_object_list(shared, group=self.group, group_src=sender)
         return shared[0]
 
@@ -109,6 +110,12 @@ class Reception:
                 spec = self._expected[0]
                 self._live.gather(spec.name, spec.index, to=self._sender)
                 self._expected.popleft()
+
+    def skip(self, mapping: TensorMapping) -> None:
+        """The tensors of this mapping are not read. The other ranks must have nothing of them to send."""
+        for spec in mapping.megatron:
+            assert self._expected[0] == spec
+            self._expected.popleft()
 
     def read(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
         """The tensor that the other ranks send next."""

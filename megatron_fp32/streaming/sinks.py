@@ -49,8 +49,8 @@ class EngineReceipt:
     channel: str
     """How the bytes crossed: "gloo", "nccl" or "ipc"."""
     seconds: Mapping[str, float]
-    """By phase: "connect", "begin" (pausing the engine), "send" (on the sending rank, with waiting), "load" (after the
-    last byte was sent), "end" (letting the engine go on), and "pause" (as long as the engine was paused)."""
+    """By phase: "connect", "begin" (pausing the engine), "send" (on the sending rank), "wait" (of it, for the engine),
+    "load" (after the last byte was sent), "end" (letting the engine go on); "pause": as long as it was paused."""
     workers: tuple[Mapping[str, Any], ...]
     """Of every worker: tensors, bytes, seconds of receiving and loading, and its peak memory beyond the model."""
     rounded: tuple[str, ...]

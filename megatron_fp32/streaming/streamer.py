@@ -113,6 +113,9 @@ class WeightStreamer:
             self._sidecar.check_shapes(self._map.hf_shapes)
         self._reception = Reception(self._live, sender)
         self._restorer = Restorer(self._reception, originals)
+        self._views: dict[int, list[tuple[str, Tensor]]] = {}
+        self._views_state: tuple[Fp8Scheme | None, int] | None = None
+        self._storages: frozenset[int] = frozenset()
 
     @property
     def is_sender(self) -> bool:
@@ -255,10 +258,39 @@ class WeightStreamer:
                 self._send(mapping)
             return
         with self._reception.of(self._map.mappings):
-            for mapping in self._map.mappings:
+            views = self._views_for(scheme)
+            for at, mapping in enumerate(self._map.mappings):
+                known = views.get(at)
+                if known is not None:
+                    self._reception.skip(mapping)
+                    yield from known
+                    continue
+                found: list[tuple[str, Tensor]] | None = []
                 for spec, tensor in zip(mapping.hf, self._restorer.restore(mapping).hf, strict=True):
                     info = dtypes.infos[spec.name]
-                    yield from sent_tensors(mapping, spec, info, tensor.to(info.dtype), scheme)
+                    for name, values in sent_tensors(mapping, spec, info, tensor.to(info.dtype), scheme):
+                        found = self._with_view(found, name, values)
+                        yield name, values
+                if found is not None:
+                    views[at] = found
+
+    def _views_for(self, scheme: Fp8Scheme | None) -> dict[int, list[tuple[str, Tensor]]]:
+        """Tensors that are views of parameters, by the place of their mapping: they are the same at every push.
+
+        Nothing is copied or received for them, and it takes longer to find a small one than to copy it.
+        """
+        state = (scheme, self._live.generation)
+        if self._views_state != state:
+            self._views_state, self._views = state, {}
+            self._storages = self._live.storages()
+        return self._views
+
+    def _with_view(
+        self, found: list[tuple[str, Tensor]] | None, name: str, values: Tensor
+    ) -> list[tuple[str, Tensor]] | None:
+        if found is None or values.untyped_storage().data_ptr() not in self._storages:
+            return None
+        return [*found, (name, values)]
 
     def _send(self, mapping: TensorMapping) -> None:
         for spec in mapping.megatron:

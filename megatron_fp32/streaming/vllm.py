@@ -149,29 +149,35 @@ class VllmSink:
         options = self.options
         with self._timed("connect"):
             connection = self._connected(upload.device)
-        self._paused_at, self._paused = time.monotonic(), True
-        connection.messages.count("paused", 1)
+        self._paused_at = time.monotonic()
+        # The engine is paused while the first buckets are filled.
+        number = connection.pushes + 1
+        self._call = Call(lambda: self._receive(connection, number))
+        self._push = Push(
+            connection,
+            Manifest(
+                version=upload.version,
+                tensors=upload.tensors,
+                bucket_bytes=options.bucket_bytes,
+                sha256=options.sha256,
+                carried=tuple(upload.sidecar.carried),
+            ),
+            check=self._call.check,
+        )
+
+    def _receive(self, connection: Connection, push: int) -> None:
+        """Pause the engine, and let it receive the push with this number."""
+        options = self.options
         with self._timed("begin"):
+            connection.messages.count("paused", 1)
+            self._paused = True
             self._control.pause("keep" if options.in_flight == "recompute" else options.in_flight)
             if options.wake:
                 self._control.wake("weights")
             self._start(connection)
             if options.stage == "device":
                 self._control.name_version(INCOMPLETE)
-        manifest = Manifest(
-            version=upload.version,
-            tensors=upload.tensors,
-            bucket_bytes=options.bucket_bytes,
-            sha256=options.sha256,
-            carried=tuple(upload.sidecar.carried),
-        )
-        info = {
-            "push": connection.pushes + 1,
-            "secret": connection.invitation.secret,
-            "stage": options.stage,
-        }
-        self._call = Call(lambda: self._control.update(info))
-        self._push = Push(connection, manifest, check=self._call.check)
+        self._control.update({"push": push, "secret": connection.invitation.secret, "stage": options.stage})
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put a tensor into its bucket, which leaves when it is full."""
@@ -200,7 +206,11 @@ class VllmSink:
                 self._control.reset_caches(running=options.in_flight == "recompute")
             self._control.resume()
         self._connection.messages.count("paused", -1)
-        self._spent |= {"send": self._push.seconds, "pause": time.monotonic() - self._paused_at}
+        self._spent |= {
+            "send": self._push.seconds,
+            "wait": self._push.waited,
+            "pause": time.monotonic() - self._paused_at,
+        }
         self.receipt = EngineReceipt(
             engine=self.name,
             version=self._upload.version,
@@ -242,7 +252,7 @@ class VllmSink:
             call.join(connection.timeout)
         except TransferError as end:
             logger.debug("the engine's update ended: %s", end)
-        return self.options.stage == "device" or connection.messages.count(f"{push.name}/touched") > 0
+        return connection.messages.count(f"{push.name}/touched") > 0
 
     def _done(self) -> None:
         self._push, self._call, self._owner = None, None, None

@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from megatron_fp32.transfer.manifest import Manifest
 from megatron_fp32.transfer.rendezvous import LONG, Invitation, Messages, new_secret, open_store
 
 HEARTBEAT_SECONDS = 1.0
+SMALL = 1 << 20
+"""Bytes below which the tensors of a bucket are copied together: a call for each would take longer than its copy."""
 
 
 class Connection:
@@ -61,6 +63,9 @@ class Connection:
         self.pushes = 0
         self._slots: list[Tensor] = []
         self._generation = 0
+        self._planned: tuple[int, int] | None = None
+        self._planned_tensors: Mapping[str, Any] = {}
+        self._targets: dict[tuple[int, int], list[Tensor]] = {}
         self._closed = threading.Event()
         threading.Thread(target=self._beat, name="megatron_fp32 heartbeat", daemon=True).start()
 
@@ -104,7 +109,7 @@ class Connection:
     def slots(self, nbytes: int) -> tuple[list[Tensor], int]:
         """Two buffers of at least this size, and how often they were allocated: workers map them once."""
         if not self._slots or self._slots[0].numel() < nbytes:
-            self._slots = []  # before there are others
+            self._slots, self._targets, self._planned = [], {}, None  # before there are others
             # Zeros, because the bytes between two tensors belong to the checksum.
             self._slots = [torch.zeros(nbytes, dtype=torch.uint8, device=self.device) for _ in range(2)]
             self._generation += 1
@@ -112,12 +117,29 @@ class Connection:
                 share(self.messages, f"slots/{self._generation}", self._slots)
         return self._slots, self._generation
 
+    def targets(self, manifest: Manifest, at: int, bucket: Bucket, slot: Tensor) -> list[Tensor]:
+        """Where the tensors of a bucket go in a slot. They are the same at every push of the same tensors.
+
+        Args:
+            manifest: of the push.
+            at: which of its buckets.
+            bucket: that bucket.
+            slot: one of `slots`.
+        """
+        plan = (self._generation, manifest.bucket_bytes)
+        if self._planned != plan or (at == 0 and self._planned_tensors != manifest.tensors):
+            self._planned, self._planned_tensors, self._targets = plan, manifest.tensors, {}
+        key = (at, slot.data_ptr())
+        if key not in self._targets:
+            self._targets[key] = [place.view(slot) for place in bucket.places]
+        return self._targets[key]
+
     def close(self) -> None:
         """Let go of the group and the store. Workers that still wait get an error."""
         if self._closed.is_set():
             return
         self._closed.set()
-        group, self.group, self._slots = self.group, None, []
+        group, self.group, self._slots, self._targets = self.group, None, [], {}
         if group is not None:
             group.close()
         things = [self.messages, self._store]
@@ -147,12 +169,17 @@ class Push:
         connection.pushes += 1
         self.name = f"push/{connection.pushes}"
         self.seconds = 0.0
+        """Spent here, in copying tensors into buckets and sending those."""
+        self.waited = 0.0
+        """Of it, waiting for workers."""
         self._messages = connection.messages
         self._engine_check = check
         self._buckets: list[Bucket] = plan_buckets(manifest.tensors, manifest.bucket_bytes)
         self._at, self._place = 0, 0
         self._sha256: dict[str, str] = {}
         self._slot: Tensor | None = None
+        self._targets: list[Tensor] = []
+        self._small: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._channel = self._open_channel()
         self._messages.put_bytes(f"{self.name}/manifest", manifest.to_bytes())
 
@@ -172,8 +199,15 @@ class Push:
                 f"expected tensor {place.name!r} of {place.info}, got {name!r}: {tensor.dtype} {tuple(tensor.shape)}"
             )
         if self._slot is None:
-            self._slot = self._channel.slot()
-        place.view(self._slot).copy_(tensor.detach())
+            with self._waiting():
+                self._slot = self._channel.slot()
+            self._targets = self._connection.targets(self._manifest, self._at, bucket, self._slot)
+        target = self._targets[self._place]
+        if tensor.nbytes < SMALL:
+            self._small[0].append(target)
+            self._small[1].append(tensor.detach())
+        else:
+            target.copy_(tensor.detach())
         if self._manifest.sha256:
             self._sha256[name] = sha256(tensor)
         self._place += 1
@@ -191,7 +225,8 @@ class Push:
         if self._at != len(self._buckets):
             missing = self._buckets[self._at].places[self._place].name
             raise TransferError(f"expected every tensor of the manifest, got none for {missing!r}")
-        self._channel.flush()
+        with self._waiting():
+            self._channel.flush()
         self._messages.put(f"{self.name}/end", self._sha256)
         self.seconds += time.monotonic() - start
 
@@ -221,10 +256,19 @@ class Push:
         self._messages.put(f"{self.name}/stop", summary(error, LONG))
 
     def _send(self, bucket: Bucket, slot: Tensor) -> None:
+        if self._small[0]:
+            torch._foreach_copy_(*self._small)
+            self._small = ([], [])
         payload, trailer = bucket.split(slot)
         write_checksum(payload, trailer)
         self._channel.send(bucket.nbytes)
         self._slot, self._at, self._place = None, self._at + 1, 0
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.waited += time.monotonic() - start
 
     def _open_channel(self) -> SendChannel:
         connection = self._connection

@@ -30,6 +30,7 @@ HYBRID: dict[str, Any] = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
 }  # fmt: skip
+SHARED: dict[str, Any] = {**EXPERTS, "shared_expert_intermediate_size": 256}
 IDS = [3, 141, 59, 26, 53, 58, 97, 93, 238, 462]
 BASE = (
     "--gpu-memory-utilization", "0.3", "--hf-overrides", json.dumps({"head_dtype": "float32"}),
@@ -81,7 +82,7 @@ def pushed(case: Case, root: Path, *, fp8: str | None, flags: Sequence[str]) -> 
     [
         pytest.param(sized("Qwen3, tied"), None, (), id="Qwen3, tied"),
         pytest.param(sized("Qwen3-MoE", **EXPERTS), "channelwise", (), id="Qwen3-MoE, channelwise"),
-        pytest.param(sized("Qwen3-Next", **HYBRID, **EXPERTS, shared_expert_intermediate_size=256), None, GDN, id="Qwen3-Next"),
+        pytest.param(sized("Qwen3-Next", **HYBRID, **SHARED), None, GDN, id="Qwen3-Next"),
     ],
 )  # fmt: skip
 def test_a_push_equals_a_fresh_load(model: Case, fp8: str | None, flags: tuple[str, ...], tmp_path: Path) -> None:
