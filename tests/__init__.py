@@ -18,6 +18,7 @@ What tests share:
 | `ops/logprobs_cases.py`, `ops/fp8_cases.py`, `ops/hostile_tokens.py` | inputs of operators, and what is true of them |
 | `ops/interpreter.py`, `ops/interpreted_*.py` | kernels in Triton's interpreter, each case a test |
 | `ops/live_bytes.py` | how much memory tensors take on the CPU |
+| `transfer/processes.py` | a trainer and workers in processes of their own, and what each does wrong |
 | `recipe_stubs/` | stand-ins for the programs of the recipes |
 | `groups.py` | which tests run in one worker |
 | `mutants.py`, `faults/` | `make mutants`: faults in the package that a test must notice |

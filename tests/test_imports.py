@@ -53,8 +53,11 @@ ALLOWED: dict[str, set[str]] = {
     "check": GROUND | {"config", "find_layers"} | LAYERS,
     # Building a model from a Hugging Face config, and reading its tensors.
     "models": GROUND | {"config", "apply", "check", "weights", "checkpoint"} | OPS | LAYERS,
+    # How weights cross to the processes of an engine, and what runs in vLLM's: no Megatron.
+    "transfer": {"validation", "errors", "extras", "needs_triton", "weights"},
+    "vllm_plugin": {"errors", "validation", "transfer"},
     # Tensors of a live model on their way to an engine or a directory.
-    "streaming": GROUND | {"models", "weights", "checkpoint"},
+    "streaming": GROUND | {"models", "weights", "checkpoint", "transfer"},
     # Training and ranks without a GPU.
     "testing": GROUND,
     # The command line.
@@ -69,7 +72,7 @@ EXCEPTIONS = {
 }
 """Imports that the rules below do not see, and why each of them stays."""
 
-WITHOUT_MEGATRON = [*OPS, "weights", "checkpoint", "config", "cli"]
+WITHOUT_MEGATRON = [*OPS, "weights", "checkpoint", "config", "cli", "transfer", "vllm_plugin"]
 """Rooms that can be read, tested and used where megatron-core is not installed."""
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PLACE, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+from megatron_fp32.transfer.checksum_words import FIRST, PLACE, SECOND
+
 _BLOCK = 1 << 17
 """Words that NumPy takes at a time: 1 MiB, which stays in a core's cache."""
 

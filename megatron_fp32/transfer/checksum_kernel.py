@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_fp32.transfer.checksum import FIRST, PLACE, SECOND
+from megatron_fp32.transfer.checksum_words import FIRST, PLACE, SECOND
 
 _BLOCK = 2048
 _PROGRAMS = 2048

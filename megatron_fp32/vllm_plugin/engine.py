@@ -24,7 +24,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-import megatron_fp32
+from megatron_fp32 import __version__
 from megatron_fp32.errors import TransferError, listing
 from megatron_fp32.transfer.manifest import Manifest
 from megatron_fp32.transfer.receiver import Receiver, Stage
@@ -177,7 +177,7 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         quantization = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
         return {
             "engine": f"vllm {vllm.__version__}",
-            "plugin": megatron_fp32.__version__,
+            "plugin": __version__,
             "model": str(self.model_config.model),
             "quantization": quantization if isinstance(quantization, dict) else None,
             "dtype": str(self.model_config.dtype),

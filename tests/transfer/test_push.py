@@ -120,7 +120,7 @@ def test_reports_end_with_the_failure_of_a_worker(connection: Connection) -> Non
     begun = push(connection)
     connection.messages.put(f"{begun.name}/failed", "worker 0: ValueError: no room")
     with pytest.raises(TransferError, match=r"^the engine has failed: worker 0: ValueError: no room$"):
-        begun.reports(60.0, lambda: None)
+        begun.reports(5.0, lambda: None)
 
 
 def test_a_push_leaves_no_manifest_in_the_store(connection: Connection) -> None:

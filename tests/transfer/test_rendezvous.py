@@ -192,6 +192,14 @@ class TestSecrets:
         other.close()
 
 
+def test_a_receiver_that_is_closed_waits_for_nothing(connection: Connection) -> None:
+    receiver = Receiver(connection.invitation, rank=0, device=torch.device("cpu"), about={})
+    receiver.close()
+    with pytest.raises(TransferError, match=r"is closed: the trainer must send a new invitation"):
+        receiver.receive(1, lambda tensors: None, lambda manifest: {}, stage="device")
+    assert not connection.messages.has("push/1/failed")
+
+
 def test_a_connection_may_be_closed_twice(connection: Connection) -> None:
     connection.close()
     connection.close()
