@@ -26,7 +26,7 @@ from megatron_fp32.transfer.channels import (
 )
 from megatron_fp32.transfer.checksum import checksums_equal
 from megatron_fp32.transfer.manifest import Manifest
-from megatron_fp32.transfer.rendezvous import LONG, Invitation, Messages, join_store
+from megatron_fp32.transfer.rendezvous import LONG, Invitation, Messages, join_store, wait_until
 from megatron_fp32.transfer.sender import describe_device, sha256
 
 Stage = Literal["device", "host"]
@@ -130,7 +130,12 @@ class Receiver:
         proofs = _Proofs(manifest)
         arrivals = proofs.checked(self._arrivals(buckets, self._channel(name, check), seconds))
         if stage == "host":
-            arrivals = self._staged(arrivals, lambda: proofs.compare(self._end(name, check)))
+
+            def compare() -> None:
+                proofs.compare(self._end(name, check))
+                self._agree(name, check)
+
+            arrivals = self._staged(arrivals, compare)
         touched = False
         for bucket, buffer in arrivals:
             if not touched:
@@ -145,6 +150,17 @@ class Receiver:
             facts = finish(manifest)
         nbytes = sum(info.nbytes for info in manifest.tensors.values())
         return {"rank": self._rank, "tensors": len(manifest.tensors), "nbytes": nbytes, **seconds.spent, **facts}
+
+    def _agree(self, name: str, check: Callable[[], None]) -> None:
+        """Wait until the push has been found whole by all workers: the model of each is touched, or of none."""
+        whole = f"{name}/whole"
+        self.messages.count(whole, 1)
+        wait_until(
+            lambda: self.messages.count(whole) >= self.invitation.world_size,
+            "the other workers to find the push whole",
+            self.invitation.timeout,
+            check,
+        )
 
     def _end(self, name: str, check: Callable[[], None]) -> Any:
         return self.messages.get(f"{name}/end", self.invitation.timeout, check)

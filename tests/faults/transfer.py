@@ -6,6 +6,13 @@ from faults.mutant import Mutant
 
 TRANSFER = [
     Mutant(
+        name="load a staged push that another worker has found broken",
+        file="transfer/receiver.py",
+        old="                self._agree(name, check)\n",
+        new="",
+        test="tests/transfer/test_failures.py::test_a_staged_push_touches_all_models_or_none",
+    ),
+    Mutant(
         name="hold the last bucket while the next one comes",
         file="transfer/receiver.py",
         old="            del buffer  # before there is room for the next one\n",

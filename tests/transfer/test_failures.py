@@ -51,7 +51,7 @@ def test_a_trainer_is_stopped(at: int) -> None:
 
 @pytest.mark.parametrize("stage", ["device", "host"])
 def test_a_worker_is_killed(stage: str) -> None:
-    # In the stage "host" everything has been sent by then: nobody knows but by the time-out.
+    # In the stage "host" everything has been sent by then: the trainer knows only by the time-out.
     patience = PATIENCE if stage == "host" else 20.0
     plan = Plan(workers=2, fault="worker killed", tensors="even", stage=stage, timeout=patience)
     outcomes = run(plan)
@@ -116,6 +116,16 @@ def test_a_bit_flips(stage: str) -> None:
     assert refused(errors)
     assert any("the checksum of the tensors from t3 to t3 is wrong" in error for error in errors.values())
     assert "the checksum of the tensors from t3 to t3 is wrong" in errors["trainer"]
+
+
+def test_a_staged_push_touches_all_models_or_none() -> None:
+    outcomes = run(Plan(workers=2, fault="worker got other bytes", tensors="even", stage="host", culprit=1))
+    other = outcomes["worker 0"]
+    assert other is not None
+    assert other.error == "TransferError: another worker has failed: worker 1: TransferError: bytes have changed" or (
+        other.error or ""
+    ).startswith("TransferError: the trainer has stopped this push")
+    assert other.pushes == [{}]
 
 
 @pytest.mark.parametrize(
