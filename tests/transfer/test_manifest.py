@@ -127,7 +127,8 @@ BOMBS = {
     "blank lines": lambda: bomb([b"[1, 256, false, 0, 1]\n"] + [b"\n" * (1 << 20)] * 200),
     "tensors": lambda: bomb([b"[1, 256, false, 0, 1000000]\n"] + [b'["w", "F32", [1]]\n' * 50_000] * 100),
     "long names": lambda: bomb(
-        [b"[1, 256, false, 0, 1000000]\n"] + [b'["%05d%s", "F32", [1]]\n' % (at, b"a" * 60_000) for at in range(6_000)]
+        b'["%05d%s", "F32", [1]]\n' % (at, b"a" * 60_000) if at else b"[1, 256, false, 0, 1000000]\n"
+        for at in range(8_000)
     ),
 }
 
