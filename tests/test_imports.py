@@ -42,6 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"validation", "errors", "ops.products"},
     # Files: no Megatron.
     "checkpoint": {"validation", "errors", "extras", "ops.fp8", "weights"},
+    # Buffers on their way from a trainer to an engine: no Megatron, no engine.
+    "transfer": {"validation", "errors", "extras", "needs_triton", "weights"},
     # The layers and optimizers of a model.
     "kept_parameters": GROUND | {"config"},
     "optimizer": GROUND | {"config", "kept_parameters"},
@@ -69,7 +71,7 @@ EXCEPTIONS = {
 }
 """Imports that the rules below do not see, and why each of them stays."""
 
-WITHOUT_MEGATRON = [*OPS, "weights", "checkpoint", "config", "cli"]
+WITHOUT_MEGATRON = [*OPS, "weights", "checkpoint", "transfer", "config", "cli"]
 """Rooms that can be read, tested and used where megatron-core is not installed."""
 
 
