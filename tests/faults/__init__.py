@@ -13,6 +13,7 @@ from faults.numerics import NUMERICS
 from faults.optimizers import OPTIMIZERS
 from faults.streaming import STREAMING
 from faults.tokens import TOKENS
+from faults.transfer import TRANSFER
 
 __all__ = ["MUTANTS", "Mutant"]
 
@@ -29,4 +30,5 @@ MUTANTS = [
     *COMMANDS,
     *MODELS,
     *STREAMING,
+    *TRANSFER,
 ]
