@@ -254,7 +254,7 @@ def engine(model: Path, backend: str, gpu: int, **environment: str) -> EngineSer
 @click.option("--fp8", default=None, help="Also push in this format.")
 @click.option("--engine-gpu", default=0, show_default=True)
 @click.option("--channel", default="auto", show_default=True)
-@click.option("--bucket-mib", default=256, show_default=True)
+@click.option("--bucket-mib", default=1024, show_default=True)
 @click.option("--repeats", default=4, show_default=True, help="The first one counts apart.")
 @click.option("--sha256", is_flag=True, help="Also push once with SHA-256 of every tensor on both sides.")
 @click.option("--rival", is_flag=True, help="Also measure vLLM's own senders.")

@@ -17,6 +17,7 @@ What tests share:
 | `output_layer/layers.py`, `gated_delta_net/layers.py`, `gpu/models.py` | layers and models, stock and fp32 |
 | `ops/logprobs_cases.py`, `ops/fp8_cases.py`, `ops/hostile_tokens.py` | inputs of operators, and what is true of them |
 | `ops/interpreter.py`, `ops/interpreted_*.py` | kernels in Triton's interpreter, each case a test |
+| `transfer/checksum_cases.py` | the checksum's kernel, in the interpreter and on a GPU |
 | `ops/live_bytes.py` | how much memory tensors take on the CPU |
 | `transfer/processes.py` | a trainer and workers in processes of their own, and what each does wrong |
 | `recipe_stubs/` | stand-ins for the programs of the recipes |

@@ -42,6 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"validation", "errors", "ops.products"},
     # Files: no Megatron.
     "checkpoint": {"validation", "errors", "extras", "ops.fp8", "weights"},
+    # Buffers on their way from a trainer to an engine: no Megatron, no engine.
+    "transfer": {"validation", "errors", "extras", "needs_triton", "weights"},
     # The layers and optimizers of a model.
     "kept_parameters": GROUND | {"config"},
     "optimizer": GROUND | {"config", "kept_parameters"},
@@ -53,8 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "check": GROUND | {"config", "find_layers"} | LAYERS,
     # Building a model from a Hugging Face config, and reading its tensors.
     "models": GROUND | {"config", "apply", "check", "weights", "checkpoint"} | OPS | LAYERS,
-    # How weights cross to the processes of an engine, and what runs in vLLM's: no Megatron.
-    "transfer": {"validation", "errors", "extras", "needs_triton", "weights"},
+    # What runs in the processes of vLLM: no Megatron.
     "vllm_plugin": {"errors", "validation", "transfer"},
     # Tensors of a live model on their way to an engine or a directory.
     "streaming": GROUND | {"models", "weights", "checkpoint", "transfer"},

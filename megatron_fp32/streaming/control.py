@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 import urllib.error
@@ -68,6 +67,7 @@ class HttpControl:
     def __init__(self, url: str, *, timeout: float, headers: Mapping[str, str] | None = None) -> None:
         self.name = self.url = url.rstrip("/")
         self._timeout, self._headers = timeout, dict(headers or {})
+        self._knows_versions = True
 
     def workers(self) -> int:
         """See `Control`."""
@@ -99,8 +99,12 @@ class HttpControl:
 
     def name_version(self, version: str) -> None:
         """See `Control`. vLLM 0.26 does not know versions."""
-        with contextlib.suppress(_NotFoundError):
+        if not self._knows_versions:
+            return
+        try:
             self._request("POST", "/update_weight_version", {"new_version": version})
+        except _NotFoundError:
+            self._knows_versions = False
 
     def reset_caches(self, *, running: bool) -> None:
         """See `Control`."""

@@ -49,7 +49,7 @@ class VllmOptions:
     stage: Literal["device", "host"] = "device"
     """"host" lets the engine receive and check everything in its host's memory before its model is touched. A push that
     fails then leaves the engine with the version that it had."""
-    bucket_bytes: int = 256 << 20
+    bucket_bytes: int = 1 << 30
     """Tensors travel in buffers of this size; the trainer and every worker have two of them. A larger tensor gets a
     buffer of its own size."""
     sha256: bool = False

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import megatron_fp32.needs_triton  # noqa: F401  # isort: skip
+import contextlib
+
+from megatron_fp32 import needs_triton  # noqa: F401
+
+# isort: split
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_fp32.transfer.checksum_words import FIRST, PLACE, SECOND
+from megatron_fp32.transfer.checksum_numpy import FIRST, PLACE, SECOND
 
 _BLOCK = 2048
 _PROGRAMS = 2048
@@ -29,7 +33,7 @@ def _shifted(words, bits: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add_checksum(words, out, count, step, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _checksum_kernel(words, out, count, step, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     start = tl.program_id(0).to(tl.int64) * BLOCK
     total = tl.zeros([BLOCK], dtype=tl.int64)
     while start < count:
@@ -50,5 +54,5 @@ def add_checksum(words: Tensor, out: Tensor) -> None:
     if count == 0:
         return
     programs = min(_PROGRAMS, triton.cdiv(count, _BLOCK))
-    with torch.cuda.device(words.device) if words.is_cuda else torch.no_grad():
-        _add_checksum[(programs,)](words, out, count, programs * _BLOCK, BLOCK=_BLOCK, num_warps=8)
+    with torch.cuda.device(words.device) if words.is_cuda else contextlib.nullcontext():
+        _checksum_kernel[(programs,)](words, out, count, programs * _BLOCK, BLOCK=_BLOCK, num_warps=8)

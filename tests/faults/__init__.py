@@ -14,6 +14,7 @@ from faults.optimizers import OPTIMIZERS
 from faults.streaming import STREAMING
 from faults.tokens import TOKENS
 from faults.transfer import TRANSFER
+from faults.wire import WIRE
 
 __all__ = ["MUTANTS", "Mutant"]
 
@@ -31,4 +32,5 @@ MUTANTS = [
     *MODELS,
     *STREAMING,
     *TRANSFER,
+    *WIRE,
 ]

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import megatron_fp32.ops
+import megatron_fp32.transfer
 from megatron_fp32.ops.fp8.scales import ScaleFormat
 from megatron_fp32.ops.logprobs.softmax import FIELDS, Mean
 from megatron_fp32.ops.logprobs.statistics import KeptLogits
@@ -31,12 +32,13 @@ WITHIN_A_TILE = {"_block_kernel": {"row_stride", "columns"}, "_row_kernel": {"ro
 
 
 def all_kernels() -> set[str]:
-    """Every function of `ops/` that is launched, by the convention that its name ends with `_kernel`."""
+    """Every function that is launched, by the convention that its name ends with `_kernel`."""
     found = set()
-    for module in pkgutil.walk_packages(megatron_fp32.ops.__path__, "megatron_fp32.ops."):
-        for name, value in vars(importlib.import_module(module.name)).items():
-            if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
-                found.add(name)
+    for package in (megatron_fp32.ops, megatron_fp32.transfer):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            for name, value in vars(importlib.import_module(module.name)).items():
+                if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
+                    found.add(name)
     return found
 
 
@@ -48,7 +50,9 @@ def call_every_host_function() -> None:
     from megatron_fp32.ops.products.project_triton import project_triton
     from megatron_fp32.ops.products.split_triton import split_triton
     from megatron_fp32.ops.products.weight_grad_triton import add_weight_grad
+    from megatron_fp32.transfer.checksum_kernel import add_checksum
 
+    add_checksum(torch.zeros(5000, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     x, w = torch.zeros(TOKENS, HIDDEN).bfloat16(), torch.zeros(COLUMNS, HIDDEN).bfloat16()
     raw, labels, vector = torch.zeros(TOKENS, 304)[:, :COLUMNS], torch.zeros(TOKENS).int(), torch.zeros(TOKENS)
     mean: Mean

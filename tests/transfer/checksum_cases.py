@@ -1,14 +1,13 @@
-"""Cases of the checksum's kernel, on whatever device `DEVICE` names: Triton's interpreter, or a GPU."""
+"""Cases of the checksum's kernel: on the CPU in Triton's interpreter, and on a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 
-SIZES = (8, 16, 2048 * 8, 2048 * 8 + 8, 100_008, 3 * 2048 * 8)
-
-
+SIZES = (8, 16, 2048 * 8 - 8, 2048 * 8, 2048 * 8 + 8, 100_008, 3 * 2048 * 8)
 MASK = 2**64 - 1
 
 
@@ -41,15 +40,42 @@ def one_program_takes_many_blocks(device: str = "cpu") -> None:
 
     payload = torch.randint(0, 256, (5 * 2048 * 8 + 24,), dtype=torch.uint8)
     found = torch.zeros(1, dtype=torch.int64, device=device)
-    before = checksum_kernel._PROGRAMS
-    checksum_kernel._PROGRAMS = 2
-    try:
+    with mock.patch.object(checksum_kernel, "_PROGRAMS", 2):
         checksum_kernel.add_checksum(payload.to(device).view(torch.int64), found)
-    finally:
-        checksum_kernel._PROGRAMS = before
     assert found.item() % 2**64 == definition(bytes(payload))
 
 
+def equals_numpy(device: str = "cpu") -> None:
+    """Larger than a block of NumPy's, and from an address that is no multiple of 16."""
+    from megatron_fp32.transfer.checksum import write_checksum
+    from megatron_fp32.transfer.checksum_kernel import add_checksum
+
+    memory = torch.randint(0, 256, ((1 << 20) + 24,), dtype=torch.uint8)
+    expected = torch.empty(8, dtype=torch.uint8)
+    write_checksum(memory[8:], expected)
+    found = torch.zeros(1, dtype=torch.int64, device=device)
+    add_checksum(memory.to(device)[8:].view(torch.int64), found)
+    assert found.item() == expected.view(torch.int64).item()
+
+
+def the_trailer_is_written_and_nothing_else(device: str = "cpu") -> None:
+    """As the sender writes it: into the buffer, behind the payload."""
+    from megatron_fp32.transfer.checksum_kernel import add_checksum
+
+    memory = torch.full((48,), 0x7F, dtype=torch.uint8, device=device)
+    trailer = memory[32:40].view(torch.int64).zero_()
+    add_checksum(memory[:32].view(torch.int64), trailer)
+    assert trailer.item() % 2**64 == definition(b"\x7f" * 32)
+    assert bytes(memory[:32].cpu()) == b"\x7f" * 32
+    assert bytes(memory[40:].cpu()) == b"\x7f" * 8
+
+
 CASES: dict[str, Callable[[], None]] = {
-    function.__name__: function for function in (equals_its_definition, one_program_takes_many_blocks)
+    function.__name__: function
+    for function in (
+        equals_its_definition,
+        one_program_takes_many_blocks,
+        equals_numpy,
+        the_trailer_is_written_and_nothing_else,
+    )
 }
