@@ -30,6 +30,9 @@ class Control(Protocol):
     def invite(self, info: Mapping[str, Any]) -> None:
         """Let every worker join the trainer."""
 
+    def is_paused(self) -> bool:
+        """Whether the engine answers no requests."""
+
     def pause(self, mode: str) -> None:
         """Answer no requests; `mode` says what becomes of those that run."""
 
@@ -44,6 +47,9 @@ class Control(Protocol):
 
     def finish(self, version: str) -> None:
         """End an update, whose weights have this version."""
+
+    def version(self) -> str | None:
+        """The version that answers carry; None where the engine knows no versions."""
 
     def name_version(self, version: str) -> None:
         """Change the version that answers carry, where the engine knows versions."""
@@ -77,6 +83,10 @@ class HttpControl:
         """See `Control`."""
         self._request("POST", "/init_weight_transfer_engine", {"init_info": info})
 
+    def is_paused(self) -> bool:
+        """See `Control`."""
+        return self._request("GET", "/is_paused").get("is_paused") is True
+
     def pause(self, mode: str) -> None:
         """See `Control`."""
         self._request("POST", f"/pause?{urllib.parse.urlencode({'mode': mode, 'clear_cache': 'false'})}")
@@ -96,6 +106,12 @@ class HttpControl:
     def finish(self, version: str) -> None:
         """See `Control`."""
         self._request("POST", "/finish_weight_update", {"weight_version": version})
+
+    def version(self) -> str | None:
+        """See `Control`. vLLM 0.26 does not know versions."""
+        with contextlib.suppress(_NotFoundError):
+            return str(self._request("GET", "/weight_info")["weight_version"])
+        return None
 
     def name_version(self, version: str) -> None:
         """See `Control`. vLLM 0.26 does not know versions."""
@@ -160,6 +176,10 @@ class LlmControl:
         """See `Control`."""
         self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": dict(info)})
 
+    def is_paused(self) -> bool:
+        """See `Control`."""
+        return False
+
     def pause(self, mode: str) -> None:
         """Nothing to do."""
 
@@ -178,6 +198,12 @@ class LlmControl:
         """See `Control`."""
         self._llm.collective_rpc("finish_weight_update")
         self.name_version(version)
+
+    def version(self) -> str | None:
+        """See `Control`. vLLM 0.26 does not know versions."""
+        if hasattr(self._llm.llm_engine, "get_weight_version"):
+            return str(self._llm.llm_engine.get_weight_version())
+        return None
 
     def name_version(self, version: str) -> None:
         """See `Control`. vLLM 0.26 does not know versions."""

@@ -114,11 +114,17 @@ class VllmSink:
         self._token = token if token is not None else os.environ.get(TOKEN)
         self._listen = listen
         self._connection: Connection | None = None
+        self._failed: Connection | None = None
+        """Of a push that has failed: its heartbeat tells the engine that this trainer lives, until the next push."""
         self._push: Push | None = None
         self._call: Call | None = None
         self._busy = threading.Lock()
         self._owner: int | None = None
         self._spent: dict[str, float] = {}
+        self._paused = False
+        """Whether this push has paused the engine, which answered requests before."""
+        self._named: str | None = None
+        """The version that this push has replaced by `INCOMPLETE`."""
         self.receipt: EngineReceipt | None = None
         """Of the last push that has succeeded."""
 
@@ -144,7 +150,7 @@ class VllmSink:
         """
         if not self._busy.acquire(blocking=False):
             raise TransferError(f"another push to {self.name} is not finished: a sink takes one at a time")
-        self._owner, self._paused = threading.get_ident(), False
+        self._owner, self._paused, self._named = threading.get_ident(), False, None
         self._upload, self._spent = upload, {}
         options = self.options
         with self._timed("connect"):
@@ -166,16 +172,21 @@ class VllmSink:
         )
 
     def _receive(self, connection: Connection, push: int) -> None:
-        """Pause the engine, and let it receive the push with this number."""
+        """Pause the engine, and let it receive the push with this number.
+
+        The update begins before the pause, so that an engine that refuses the push is not paused, and so that the
+        engine's lease knows of every pause.
+        """
         options = self.options
         with self._timed("begin"):
             connection.messages.count("paused", 1)
-            self._paused = True
+            self._start(connection, new=push == 1)
+            self._paused = not self._control.is_paused()
             self._control.pause("keep" if options.in_flight == "recompute" else options.in_flight)
             if options.wake:
                 self._control.wake("weights")
-            self._start(connection)
             if options.stage == "device":
+                self._named = self._control.version()
                 self._control.name_version(INCOMPLETE)
         self._control.update({"push": push, "secret": connection.invitation.secret, "stage": options.stage})
 
@@ -231,20 +242,30 @@ class VllmSink:
             if connection is not None and push is not None and call is not None:
                 push.stop(error)
                 touched = self._wait_for_end(connection, push, call)
-            if self._paused and not touched:
-                self._control.resume()
-                logger.warning("%s continues with the version that it had", self.name)
+            if not touched:
+                self._restore()
         finally:
-            self._connection = None
+            self._connection, self._failed = None, connection
             if connection is not None:
-                connection.close()
+                connection.stop_sending()
             self._done()
+
+    def _restore(self) -> None:
+        """Leave the engine as this push has found it: an engine with half of a model stays paused."""
+        if self._named is not None:
+            self._control.name_version(self._named)
+        if self._paused:
+            self._control.resume()
+            logger.warning("%s continues with the version that it had", self.name)
+        if self._connection is not None:
+            self._connection.messages.count("paused", -1)
 
     def close(self) -> None:
         """Leave the engine as it is."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
+        for connection in (self._connection, self._failed):
+            if connection is not None:
+                connection.close()
+        self._connection = self._failed = None
 
     def _wait_for_end(self, connection: Connection, push: Push, call: Call) -> bool:
         """Whether the engine's model was touched, which is known when its workers have stopped."""
@@ -258,12 +279,16 @@ class VllmSink:
         self._push, self._call, self._owner = None, None, None
         self._busy.release()
 
-    def _start(self, connection: Connection) -> None:
-        """Begin an update, also on an engine whose last trainer has died between beginning and sending."""
+    def _start(self, connection: Connection, *, new: bool) -> None:
+        """Begin an update, also on an engine whose last trainer has died between beginning and sending.
+
+        An engine accepts a new connection when no other trainer is in a push. Over an older connection, the update
+        that has begun may be another trainer's.
+        """
         try:
             self._control.start()
         except TransferError as error:
-            if "already" not in str(error):
+            if "already" not in str(error) or not new:
                 raise
             cancel = {"push": 0, "secret": connection.invitation.secret, "cancel": True}
             try:
@@ -286,13 +311,16 @@ class VllmSink:
         try:
             info = dataclasses.asdict(connection.invitation)
             info |= {"token": self._token, "lease": options.lease, "url": self._control.url}
+            info["version"] = self._control.version()
             call = Call(lambda: self._control.invite(info))
             connection.meet(call.check)
             call.join(options.timeout)
         except BaseException:
             connection.close()
             raise
-        self._connection = connection
+        self._connection, failed, self._failed = connection, self._failed, None
+        if failed is not None:
+            failed.close()
         return connection
 
     def _timed(self, what: str) -> _Timer:

@@ -134,14 +134,18 @@ class Connection:
             self._targets[key] = [place.view(slot) for place in bucket.places]
         return self._targets[key]
 
+    def stop_sending(self) -> None:
+        """Let go of the group and the buffers. The heart still beats."""
+        group, self.group, self._slots, self._targets = self.group, None, [], {}
+        if group is not None:
+            group.close()
+
     def close(self) -> None:
         """Let go of the group and the store. Workers that still wait get an error."""
         if self._closed.is_set():
             return
         self._closed.set()
-        group, self.group, self._slots, self._targets = self.group, None, [], {}
-        if group is not None:
-            group.close()
+        self.stop_sending()
         things = [self.messages, self._store]
         del self.messages, self._store
         drop(things)

@@ -50,6 +50,8 @@ class InitInfo(WeightTransferInitInfo):
     """Seconds after which the engine acts when the trainer is gone; 0 for never."""
     url: str | None = None
     """Of the engine, as the trainer reaches it."""
+    version: str | None = None
+    """Of the engine's weights before the first push over this connection; None where vLLM knows no versions."""
 
 
 @dataclasses.dataclass
@@ -75,6 +77,8 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._lease: Lease | None = None
         self._begun = False
         self._complete = False
+        self._half = False
+        """Whether the model holds a part of a push that has failed, of whichever trainer."""
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Accept an invitation, and join the trainer.
@@ -84,8 +88,9 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             RuntimeError: while the push of a trainer that lives has begun.
         """
         _check_token(init_info)
-        if self._begun and self._lease is not None and self._lease.trainer_lives():
+        if (self._begun or self._complete) and self._lease is not None and self._lease.trainer_lives():
             raise RuntimeError("another push has begun and is not finished: this engine takes one at a time")
+        before = self._lease
         self._leave()
         config = self.parallel_config
         invitation = Invitation(
@@ -98,7 +103,15 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         rank = config.data_parallel_index * config.world_size + config.rank
         self._receiver = Receiver(invitation, rank=rank, device=self.device, about=self._about())
         self._receiver.meet()
-        self._lease = Lease(invitation, seconds=init_info.lease, url=init_info.url if config.rank == 0 else None)
+        url = init_info.url if config.rank == 0 else None
+        self._lease = Lease(
+            invitation,
+            seconds=init_info.lease,
+            url=url,
+            version=init_info.version,
+            half=self._half,
+            before=before,
+        )
 
     def start_weight_update(self) -> None:
         """Begin a push. The model is touched when its first tensors are there.
@@ -108,6 +121,7 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """
         if self._receiver is None or self._lease is None:
             raise RuntimeError("no trainer has invited this engine: call init_weight_transfer_engine first")
+        self._lease.begin()
         self._begun, self._complete = True, False
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -138,10 +152,11 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         try:
             receiver.receive(update_info.push, loading.load, loading.finish, stage=update_info.stage)
         except BaseException:
-            lease.touched = lease.touched or loading.touched
+            self._half = lease.half = self._half or loading.touched
             loading.abandon()
             raise
-        self._complete, lease.touched = True, False
+        self._complete, self._half = True, False
+        lease.complete(str(loading.version))
 
     def finish_weight_update(self) -> None:
         """Give vLLM's word that the update is over.
@@ -168,7 +183,7 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self._receiver is not None:
             self._receiver.close()
         self._receiver, self._lease = None, None
-        self._begun = False
+        self._begun = self._complete = False
 
     def _about(self) -> dict[str, Any]:
         """What the trainer may want to know of this engine."""
@@ -195,6 +210,8 @@ class _Loading:
         self._device = engine.device
         self._loaded = Loaded(self._model)
         self.touched = False
+        self.version: int | None = None
+        """Of a push that is complete."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         self._before = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
@@ -235,6 +252,7 @@ class _Loading:
         if missing:
             raise TransferError(f"these parameters of the engine's model have got no tensor: {listing(missing)}")
         finalize_layerwise_reload(self._model, self._config)
+        self.version = manifest.version
         peak = torch.cuda.max_memory_allocated(self._device) - self._before if self._device.type == "cuda" else None
         return {"rounded": self._loaded.rounded(), "peak_bytes": peak}
 

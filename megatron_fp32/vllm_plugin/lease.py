@@ -5,6 +5,7 @@ A paused engine answers nobody. Its pause was set over HTTP, so it would stay fo
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -29,14 +30,28 @@ class Lease:
         invitation: of the trainer.
         seconds: 0 to only look at the heartbeat on request.
         url: of the engine; None in workers that do not act.
+        version: of the weights that the engine has, which an engine that continues names again; None for none.
+        half: whether the model holds a part of a push that has failed.
+        before: of the trainer before this one, which may have left the engine paused.
     """
 
-    def __init__(self, invitation: Invitation, *, seconds: float, url: str | None) -> None:
+    def __init__(
+        self,
+        invitation: Invitation,
+        *,
+        seconds: float,
+        url: str | None,
+        version: str | None,
+        half: bool,
+        before: Lease | None,
+    ) -> None:
         self._seconds, self._url = seconds, url
         self._messages = Messages(join_store(invitation), invitation.secret)
         self._ended = threading.Event()
-        self.touched = False
-        """Whether the model holds a part of a push that has failed."""
+        self._reading = threading.Lock()
+        self._paused = False
+        self._left_paused = before is not None and before.holds
+        self.version, self.half = version, half
         if seconds > 0 and url is not None:
             threading.Thread(target=self._watch, name="megatron_fp32 lease", daemon=True).start()
 
@@ -53,28 +68,43 @@ class Lease:
             return False
         return False
 
+    @property
+    def holds(self) -> bool:
+        """Whether a trainer, this one or one before it, keeps the engine from answering."""
+        return self._paused or self._left_paused or self.half
+
+    def complete(self, version: str) -> None:
+        """The engine has the whole of a push."""
+        self._left_paused, self.half, self.version = False, False, version
+
+    def begin(self) -> None:
+        """A push begins, and pauses the engine. The store may be gone before the watch reads this there."""
+        with self._reading:
+            self._paused = True
+
     def end(self) -> None:
         """Stop watching."""
         self._ended.set()
 
     def _watch(self) -> None:
-        last, since, paused = -1, time.monotonic(), False
+        last, since = -1, time.monotonic()
         while not self._ended.wait(min(1.0, self._seconds / 4)):
-            try:
-                beat = self._messages.count("beat")
-                paused = self._messages.count("paused") > 0
-            except (RuntimeError, TransferError):
-                beat = last  # the store is gone, and with it the trainer
+            with self._reading:
+                try:
+                    beat = self._messages.count("beat")
+                    self._paused = self._messages.count("paused") > 0
+                except (RuntimeError, TransferError):
+                    beat = last  # the store is gone, and with it the trainer
             if beat != last:
                 last, since = beat, time.monotonic()
-            elif not paused:
+            elif not self.holds:
                 since = time.monotonic()
             elif time.monotonic() - since > self._seconds:
                 self._act()
                 return
 
     def _act(self) -> None:
-        if self.touched:
+        if self.half:
             logger.error(
                 "the trainer has been gone for %g s and has left half of a model: this engine ends", self._seconds
             )
@@ -82,8 +112,16 @@ class Lease:
             return
         logger.warning("the trainer has been gone for %g s: this engine continues as it was", self._seconds)
         try:
-            request = urllib.request.Request(f"{self._url}/resume", method="POST")
-            with urllib.request.urlopen(request, timeout=self._seconds):
-                pass
+            if self.version is not None:
+                self._post("/update_weight_version", {"new_version": self.version})
+            self._post("/resume")
         except OSError as error:
-            logger.error("%s/resume failed: %s", self._url, error)
+            logger.error("this engine stays paused: %s: %s", self._url, error)
+
+    def _post(self, route: str, body: dict[str, str] | None = None) -> None:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"{self._url}{route}", data=data, headers={"Content-Type": "application/json"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=self._seconds):
+            pass
