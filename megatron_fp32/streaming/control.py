@@ -109,9 +109,11 @@ class HttpControl:
 
     def version(self) -> str | None:
         """See `Control`. vLLM 0.26 does not know versions."""
-        with contextlib.suppress(_NotFoundError):
-            return str(self._request("GET", "/weight_info")["weight_version"])
-        return None
+        try:
+            return str(self._request("GET", "/weight_info")["weight_version"]) if self._knows_versions else None
+        except _NotFoundError:
+            self._knows_versions = False
+            return None
 
     def name_version(self, version: str) -> None:
         """See `Control`. vLLM 0.26 does not know versions."""
