@@ -16,6 +16,7 @@ if _typing.TYPE_CHECKING:
     from megatron_fp32.checkpoint.quantize import quantize_checkpoint as quantize_checkpoint
     from megatron_fp32.config import Fp32Config as Fp32Config
     from megatron_fp32.errors import CheckpointError as CheckpointError
+    from megatron_fp32.errors import TransferError as TransferError
     from megatron_fp32.gated_delta_net.layer import Fp32GatedDeltaNet as Fp32GatedDeltaNet
     from megatron_fp32.kept_parameters.keep_in_fp32 import keep_in_fp32 as keep_in_fp32
     from megatron_fp32.models.flags import add_fp32_arguments as add_fp32_arguments
@@ -32,6 +33,8 @@ if _typing.TYPE_CHECKING:
     from megatron_fp32.output_layer.layer import to_fp32_output_layer as to_fp32_output_layer
     from megatron_fp32.output_layer.logprobs_processor import logprobs_processor as logprobs_processor
     from megatron_fp32.streaming import HuggingFaceDirectory as HuggingFaceDirectory
+    from megatron_fp32.streaming import VllmOptions as VllmOptions
+    from megatron_fp32.streaming import VllmSink as VllmSink
     from megatron_fp32.streaming import WeightStreamer as WeightStreamer
     from megatron_fp32.weights.fp8.scheme import Fp8Scheme as Fp8Scheme
     from megatron_fp32.weights.fp8.scheme import named_scheme as named_scheme
@@ -47,6 +50,9 @@ _MODULES = {
     "Fp8Scheme": "weights.fp8.scheme",
     "HuggingFaceDirectory": "streaming",
     "LogitsTransform": "ops.logprobs",
+    "TransferError": "errors",
+    "VllmOptions": "streaming",
+    "VllmSink": "streaming",
     "VocabParallel": "ops.logprobs",
     "WeightStreamer": "streaming",
     "add_fp32_arguments": "models.flags",
