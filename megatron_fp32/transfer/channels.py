@@ -160,6 +160,7 @@ class _Work:
         try:
             self._work.wait()
         except RuntimeError as error:
+            self._check()  # whoever fails says why before leaving the group
             raise TransferError(f"a broadcast of weights failed: {summary(error)}") from error
 
 
