@@ -68,7 +68,11 @@ class Sink(Protocol):
         """Get ready, or raise before anything is sent."""
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor. It may be a view of a parameter: copy it, or be done with it, before you return."""
+        """Take one tensor.
+
+        It does not change before the push ends. It may be a view of a parameter, which the next optimizer step changes:
+        copy what you keep longer. A tensor that is not a view takes memory for as long as you hold it.
+        """
 
     def finish(self) -> None:
         """Every announced tensor has come: make the version valid."""
