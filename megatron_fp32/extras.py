@@ -14,6 +14,7 @@ _REMEDIES = {
     "matplotlib": "pip install 'megatron_fp32[plot]'",
     "huggingface_hub": "pip install 'megatron_fp32[hub]'",
     "triton": "pip install triton; torch's wheels for CUDA on Linux bring it along",
+    "vllm": "pip install 'megatron_fp32[vllm]', in the environment of the engine",
     "transformer_engine": "pip install 'transformer-engine[pytorch]', or build the model with transformer_impl='local'",
 }
 """How to install each package, by the name that is imported."""

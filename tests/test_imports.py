@@ -16,7 +16,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "megatron_fp32"
 
-GROUND = {"errors", "validation", "extras", "needs_megatron", "needs_triton"}
+GROUND = {"errors", "validation", "extras", "needs_megatron", "needs_triton", "needs_vllm"}
 """Small modules that import nothing else of the package."""
 
 OPS = {"ops", "ops.products", "ops.logits", "ops.logprobs", "ops.fp8"}
@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "extras": set(),
     "needs_megatron": {"extras"},
     "needs_triton": {"extras"},
+    "needs_vllm": {"extras"},
     # Arithmetic on plain tensors and process groups.
     "ops": {"validation", "errors", "needs_triton"},  # first_order.py
     "ops.products": {"validation", "errors", "needs_triton", "ops"},
@@ -56,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     # Building a model from a Hugging Face config, and reading its tensors.
     "models": GROUND | {"config", "apply", "check", "weights", "checkpoint"} | OPS | LAYERS,
     # What runs in the processes of vLLM: no Megatron.
-    "vllm_plugin": {"errors", "validation", "transfer"},
+    "vllm_plugin": {"errors", "validation", "needs_vllm", "transfer"},
     # Tensors of a live model on their way to an engine or a directory.
     "streaming": GROUND | {"models", "weights", "checkpoint", "transfer"},
     # Training and ranks without a GPU.

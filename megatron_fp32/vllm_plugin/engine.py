@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import megatron_fp32.needs_vllm  # noqa: F401  # isort: skip
 import torch
 import vllm
 from torch import Tensor, nn

@@ -24,6 +24,7 @@ class TestMissingPackages:
         [
             ("megatron", 13, ("pip install 'megatron_fp32[megatron]'", "PYTHONPATH")),
             ("triton", 6, ("pip install triton",)),
+            ("vllm", 1, ("pip install 'megatron_fp32[vllm]'", "environment of the engine")),
         ],
     )
     def test_every_module(self, package: str, modules: int, remedies: tuple[str, ...]) -> None:
@@ -57,8 +58,8 @@ for name in megatron_fp32.__all__:
         assert isinstance(error, ImportError)
         failed.append(name)
 assert failed == [
-    "Fp32GatedDeltaNet", "Fp32OutputLayer", "HuggingFaceDirectory", "WeightStreamer", "apply_fp32",
-    "check_fp32", "install_optimizer_repairs",
+    "Fp32GatedDeltaNet", "Fp32OutputLayer", "HuggingFaceDirectory", "VllmOptions", "VllmSink", "WeightStreamer",
+    "apply_fp32", "check_fp32", "install_optimizer_repairs",
     "logprobs_processor", "model_provider", "pre_wrap_hook", "to_fp32_output_layer",
 ], failed
 from megatron_fp32.testing import cpu
