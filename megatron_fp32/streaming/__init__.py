@@ -4,6 +4,7 @@ from megatron_fp32.streaming.ranks import StreamError
 from megatron_fp32.streaming.sinks import EngineReceipt, HuggingFaceDirectory, Sink, Upload
 from megatron_fp32.streaming.streamer import Receipt, WeightStreamer
 from megatron_fp32.streaming.vllm import VllmOptions, VllmSink
+from megatron_fp32.streaming.vllm_source import VllmWeightSource
 
 __all__ = [
     "EngineReceipt",
@@ -14,5 +15,6 @@ __all__ = [
     "Upload",
     "VllmOptions",
     "VllmSink",
+    "VllmWeightSource",
     "WeightStreamer",
 ]

@@ -25,6 +25,7 @@ from megatron_fp32.weights.fp8.scheme import Fp8Scheme, named_scheme
 from megatron_fp32.weights.mapping import TensorMapping
 from megatron_fp32.weights.model_map import map_trained_model
 from megatron_fp32.weights.restore import Dtypes, Restorer, decide_dtypes, must_be_read
+from megatron_fp32.weights.tensors import TensorInfo
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,16 @@ class WeightStreamer:
     def is_sender(self) -> bool:
         """Whether this rank puts the tensors together."""
         return self._ranks.rank == self._sender
+
+    def contents(self) -> Mapping[str, TensorInfo]:
+        """Dtype and shape of every tensor that iteration yields, in its order. Every rank calls it.
+
+        A parameter that is trained in fp32 is sent in 16 bits while its values are exact in 16 bits, so that the result
+        can differ after a step.
+        """
+        if self._like_engine:
+            raise ValueError(f"fp8={LIKE_ENGINE!r} needs an engine: call push, or name a format")
+        return self._prepare(self._scheme)[1].sent
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every tensor, on the sending rank; nothing on the others, which send their shards.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_fp32.checkpoint.formats.digests import digest
-from megatron_fp32.streaming import WeightStreamer
+from megatron_fp32.streaming import VllmWeightSource, WeightStreamer
 from megatron_fp32.testing.ranks import RankPool
 from tests.checkpoint.layouts import Layout, build, load, on_ranks
 from tests.checkpoint.test_parallel_loads import _for_two
@@ -44,6 +44,24 @@ def changed_and_pushed(hf: Path, imported: Path, *, layout: Layout, mtp: bool) -
             change(parameters)
         found += [sent(streamer), sent(WeightStreamer(chunks, source=imported))]
     return found
+
+
+def described_and_sent(hf: Path, imported: Path, *, layout: Layout, fp8: str | None) -> tuple[list[Any], list[Any]]:
+    """What vLLM's sender would announce, and what it would send."""
+    chunks = build(hf, layout, mtp=False)
+    load(chunks, imported)
+    source = VllmWeightSource(WeightStreamer(chunks, source=imported, fp8=fp8))
+    assert source.held_names() is None
+    announced = [(one.name, one.dtype, one.shape) for one in source.metadata()]
+    return announced, [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source]
+
+
+@pytest.mark.parametrize("fp8", [None, "channelwise"])
+def test_a_source_for_vllm_announces_what_it_sends(ranks: Ranks, families: Families, fp8: str | None) -> None:
+    hf, imported = families(case("Qwen3, tied"))
+    sender, other = ranks(2).run(on_ranks, Layout(pipeline=2), described_and_sent, hf, imported, fp8=fp8)
+    assert sender[0] == sender[1] == other[0]
+    assert not other[1]
 
 
 def sent(streamer: WeightStreamer) -> list[tuple[str, str]]:
