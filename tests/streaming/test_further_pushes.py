@@ -59,7 +59,7 @@ def described_and_sent(hf: Path, imported: Path, *, layout: Layout, fp8: str | N
 @pytest.mark.parametrize("fp8", [None, "channelwise"])
 def test_a_source_for_vllm_announces_what_it_sends(ranks: Ranks, families: Families, fp8: str | None) -> None:
     hf, imported = families(case("Qwen3, tied"))
-    sender, other = ranks(2).run(on_ranks, Layout(pipeline=2), described_and_sent, hf, imported, fp8=fp8)
+    sender, other = ranks(2).run(on_ranks, Layout(tensor=2), described_and_sent, hf, imported, fp8=fp8)
     assert sender[0] == sender[1] == other[0]
     assert not other[1]
 
