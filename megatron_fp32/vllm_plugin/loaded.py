@@ -41,8 +41,8 @@ class Loaded:
     def missing(self, manifest: Manifest) -> list[str]:
         """Parameters without a tensor, and tensors that are missing of those that vLLM puts into one parameter.
 
-        vLLM says that it has loaded `qkv_proj.weight` when one of three tensors has come, and fills the other parts with
-        what the memory holds.
+        vLLM says that it has loaded `qkv_proj.weight` when one of three tensors has come, and fills the other parts
+        with what the memory holds.
 
         A quantized model makes further parameters from those that were loaded, and names them differently afterwards,
         so that only the names that come from a checkpoint count. What the trainer does not have, such as a vision
