@@ -185,10 +185,12 @@ class VllmSink:
             self._control.pause("keep" if options.in_flight == "recompute" else options.in_flight)
             if options.wake:
                 self._control.wake("weights")
+            version = self._control.version()
             if options.stage == "device":
-                self._named = self._control.version()
+                self._named = version
                 self._control.name_version(INCOMPLETE)
-        self._control.update({"push": push, "secret": connection.invitation.secret, "stage": options.stage})
+        info = {"push": push, "secret": connection.invitation.secret, "stage": options.stage, "version": version}
+        self._control.update(info)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put a tensor into its bucket, which leaves when it is full."""
@@ -311,7 +313,6 @@ class VllmSink:
         try:
             info = dataclasses.asdict(connection.invitation)
             info |= {"token": self._token, "lease": options.lease, "url": self._control.url}
-            info["version"] = self._control.version()
             call = Call(lambda: self._control.invite(info))
             connection.meet(call.check)
             call.join(options.timeout)

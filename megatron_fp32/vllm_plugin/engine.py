@@ -51,8 +51,6 @@ class InitInfo(WeightTransferInitInfo):
     """Seconds after which the engine acts when the trainer is gone; 0 for never."""
     url: str | None = None
     """Of the engine, as the trainer reaches it."""
-    version: str | None = None
-    """Of the engine's weights before the first push over this connection; None where vLLM knows no versions."""
 
 
 @dataclasses.dataclass
@@ -64,6 +62,8 @@ class UpdateInfo(WeightTransferUpdateInfo):
     """Of the invitation, so that another trainer cannot end or replace a push."""
     stage: Stage = "device"
     cancel: bool = False
+    version: str | None = None
+    """Of the engine's weights before the push; None where vLLM knows no versions."""
 
 
 class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -78,6 +78,8 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._lease: Lease | None = None
         self._begun = False
         self._complete = False
+        self._version = "default"
+        """Of the last push that was complete. vLLM gives this name to weights that it has loaded itself."""
         self._half = False
         """Whether the model holds a part of a push that has failed, of whichever trainer."""
 
@@ -109,7 +111,7 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             invitation,
             seconds=init_info.lease,
             url=url,
-            version=init_info.version,
+            version=self._version,
             half=self._half,
             before=before,
         )
@@ -144,11 +146,12 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         receiver, lease = self._receiver, self._lease
         if receiver is None or lease is None:
             raise RuntimeError("no trainer has invited this engine: call init_weight_transfer_engine first")
+        self._begun = False  # vLLM forgets an update that raises
         if not hmac.compare_digest(update_info.secret, receiver.invitation.secret) and lease.trainer_lives():
-            raise RuntimeError("the push of another trainer has begun: this engine takes one at a time")
-        self._begun = False
+            raise RuntimeError("another trainer has connected to this engine since: this push is refused")
         if update_info.cancel:
             raise TransferError("the push was given up")
+        lease.version = update_info.version or lease.version
         loading = _Loading(self)
         try:
             receiver.receive(update_info.push, loading.load, loading.finish, stage=update_info.stage)
@@ -156,8 +159,8 @@ class ReceivingEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._half = lease.half = self._half or loading.touched
             loading.abandon()
             raise
-        self._complete, self._half = True, False
-        lease.complete(str(loading.version))
+        self._complete, self._half, self._version = True, False, str(loading.version)
+        lease.complete(self._version)
 
     def finish_weight_update(self) -> None:
         """Give vLLM's word that the update is over.

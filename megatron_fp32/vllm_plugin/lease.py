@@ -5,6 +5,7 @@ A paused engine answers nobody. Its pause was set over HTTP, so it would stay fo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -30,7 +31,7 @@ class Lease:
         invitation: of the trainer.
         seconds: 0 to only look at the heartbeat on request.
         url: of the engine; None in workers that do not act.
-        version: of the weights that the engine has, which an engine that continues names again; None for none.
+        version: of the weights that the engine has, which an engine that continues names again.
         half: whether the model holds a part of a push that has failed.
         before: of the trainer before this one, which may have left the engine paused.
     """
@@ -41,7 +42,7 @@ class Lease:
         *,
         seconds: float,
         url: str | None,
-        version: str | None,
+        version: str,
         half: bool,
         before: Lease | None,
     ) -> None:
@@ -111,12 +112,12 @@ class Lease:
             os.kill(os.getpid(), signal.SIGTERM)
             return
         logger.warning("the trainer has been gone for %g s: this engine continues as it was", self._seconds)
+        with contextlib.suppress(OSError):  # vLLM 0.26 does not know versions
+            self._post("/update_weight_version", {"new_version": self.version})
         try:
-            if self.version is not None:
-                self._post("/update_weight_version", {"new_version": self.version})
             self._post("/resume")
         except OSError as error:
-            logger.error("this engine stays paused: %s: %s", self._url, error)
+            logger.error("%s/resume failed, and this engine stays paused: %s", self._url, error)
 
     def _post(self, route: str, body: dict[str, str] | None = None) -> None:
         data = None if body is None else json.dumps(body).encode()
