@@ -65,7 +65,8 @@ def engine(python: str, model: Path, log: Path) -> Iterator[str]:
     with log.open("wb") as out:
         server = subprocess.Popen(
             [python, "-m", "vllm.entrypoints.openai.api_server", *flags],
-            env={**os.environ, **variables}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, cwd=log.parent,
+            env={**os.environ, **variables}, stdout=out, stderr=subprocess.STDOUT, cwd=log.parent,
+            start_new_session=True,
         )  # fmt: skip
     try:
         url = f"http://127.0.0.1:{port}"
@@ -96,8 +97,9 @@ def wait_for(server: subprocess.Popen[bytes], url: str, log: Path, timeout: floa
 def sample(url: str, prompts: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Answers [b, ANSWER] and the sampler's log-probs of their tokens, at temperature 1."""
     body = {
-        "model": "model", "prompt": prompts.tolist(), "max_tokens": ANSWER, "temperature": 1.0, "logprobs": 0, "seed": seed,
-        "ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True,  # there is no tokenizer
+        "model": "model", "prompt": prompts.tolist(), "max_tokens": ANSWER, "temperature": 1.0, "logprobs": 0,
+        "seed": seed, "ignore_eos": True, "return_token_ids": True,
+        "return_tokens_as_token_ids": True,  # there is no tokenizer
     }  # fmt: skip
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -150,7 +152,7 @@ def run(url: str, streamer: WeightStreamer, trainer: Trainer, steps: int) -> Non
 
 @click.command()
 @click.option("--engine-python", default=str(ROOT / ".venv" / "engine" / "bin" / "python"), show_default=True)
-@click.option("--steps", default=8, show_default=True)
+@click.option("--steps", default=40, show_default=True)
 def main(engine_python: str, steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder, cpu_megatron(), single_process(), model_parallel():
         root = Path(folder)
