@@ -21,6 +21,7 @@ import socket
 import subprocess
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,8 +105,11 @@ def sample(url: str, prompts: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        choices = sorted(json.loads(answer.read())["choices"], key=lambda choice: choice["index"])
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            choices = sorted(json.loads(answer.read())["choices"], key=lambda choice: choice["index"])
+    except urllib.error.HTTPError as error:
+        raise click.ClickException(f"vLLM answered {error.code}: {error.read().decode()}") from error
     tokens = torch.tensor([choice["token_ids"] for choice in choices])
     return tokens, torch.tensor([choice["logprobs"]["token_logprobs"] for choice in choices])
 
@@ -162,7 +166,7 @@ def main(engine_python: str, steps: int) -> None:
         trainer = Trainer(model, TrainerConfig(lr=2e-3, weight_decay=0.0))
         trainer.load_model(root / "imported" / "release")
         streamer = WeightStreamer(trainer.wrapped, source=root / "imported")
-        with engine(engine_python, hf, root / "engine.log") as url:
+        with engine(os.path.abspath(engine_python), hf, root / "engine.log") as url:
             run(url, streamer, trainer, steps)
 
 
