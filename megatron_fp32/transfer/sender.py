@@ -295,7 +295,7 @@ class Push:
 def sha256(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, in row-major order."""
     data = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(data.data).hexdigest()
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
