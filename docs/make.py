@@ -70,6 +70,7 @@ MODULES = (
     "streaming.sinks",
     "streaming.streamer",
     "streaming.vllm",
+    "streaming.sglang",
     "testing.cpu",
     "testing.qwen3_5",
     "testing.ranks",
