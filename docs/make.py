@@ -30,7 +30,15 @@ SECTIONS = {
     "Configuration": ("Fp32Config", "add_fp32_arguments", "fp32_config_from_args"),
     "On a model that your script or framework builds": ("apply_fp32", "pre_wrap_hook", "check_fp32", "keep_in_fp32"),
     "Building and training": ("model_provider", "install_optimizer_repairs", "logprobs_processor"),
-    "Weights of a live model": ("WeightStreamer", "VllmSink", "VllmOptions", "HuggingFaceDirectory", "TransferError"),
+    "Weights of a live model": (
+        "WeightStreamer",
+        "VllmSink",
+        "VllmOptions",
+        "SGLangSink",
+        "SGLangOptions",
+        "HuggingFaceDirectory",
+        "TransferError",
+    ),
     "Layers": ("Fp32OutputLayer", "to_fp32_output_layer", "Fp32GatedDeltaNet"),
     "Operators on plain tensors": (
         "fp32_logits",

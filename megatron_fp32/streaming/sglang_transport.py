@@ -30,11 +30,12 @@ class Flight:
     Args:
         call: the request that lets the server receive and load it.
         work: the broadcast; None where the request carries the bucket.
+        buffer: is kept alive on the way.
         timeout: seconds.
     """
 
-    def __init__(self, call: Call, work: Any, timeout: float) -> None:
-        self._call, self._work, self._timeout = call, work, timeout
+    def __init__(self, call: Call, work: Any, buffer: Tensor, timeout: float) -> None:
+        self._call, self._work, self._buffer, self._timeout = call, work, buffer, timeout
 
     @property
     def arrived(self) -> bool:
@@ -69,7 +70,7 @@ class Transport(Protocol):
         """Send a buffer that is full."""
 
     def release(self) -> None:
-        """Free the buffers."""
+        """Free the buffers, after a push that has succeeded."""
 
     def close(self) -> None:
         """End the connection."""
@@ -163,7 +164,7 @@ class Broadcasts:
         )
         start.start()
         wait_until(answer.done, f"the ranks of {self._control.url}", self._timeout, call.check)
-        self._last = Flight(call, answer.result(), self._timeout)
+        self._last = Flight(call, answer.result(), buffer, self._timeout)
         return self._last
 
     def _idle(self) -> bool:
@@ -171,8 +172,8 @@ class Broadcasts:
         return self._sent == 0 or (self._last is not None and self._last.arrived)
 
     def release(self) -> None:
-        """See `Transport`."""
-        self._slots = []
+        """See `Transport`. Everything has arrived."""
+        self._slots, self._sent, self._last = [], 0, None
 
     def close(self) -> None:
         """See `Transport`.
@@ -212,7 +213,7 @@ class Handles:
             torch.cuda.current_stream(self._device).synchronize()
         # torch counts the readers of a handle, so that every rank needs its own.
         pickles = [pickled(bucket, buffer) for _ in range(self._workers)]
-        return Flight(Call(lambda: self._control.load(pickles)), None, self._timeout)
+        return Flight(Call(lambda: self._control.load(pickles)), None, buffer, self._timeout)
 
     def release(self) -> None:
         """Nothing is kept."""

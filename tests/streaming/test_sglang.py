@@ -186,7 +186,6 @@ def test_the_trainer_holds_two_buckets(engine: tuple[str, Server], transport: st
         patch.setattr(transport_of, "buffer", counted)
         for name, tensor in tensors.items():
             sink.write(name, tensor)
-            gc.collect()
             most = max(most, sum(not ref.expired() for ref in seen))
         sink.finish()
     gc.collect()
