@@ -44,11 +44,11 @@ SGLANG = [
         test=f"{TESTS}::test_a_second_push_is_refused_and_the_first_completes",
     ),
     Mutant(
-        name="fill a bucket that SGLang has not loaded",
+        name="overlook an update that SGLang has not loaded",
         file=SINK,
         old='            self._wait()\n        with self._timed("send"):',
         new='            pass\n        with self._timed("send"):',
-        test=f"{TESTS}::test_an_update_that_fails_leaves_no_version_and_the_next_push_works",
+        test=f"{TESTS}::test_one_update_that_was_not_loaded_is_not_overlooked",
     ),
     Mutant(
         name="listen on all addresses for SGLang's ranks",

@@ -189,7 +189,8 @@ class Server:
     """What tests see of the server.
 
     `fail` has for a route how often it still works, and then the fault: a status with which the request is refused,
-    "load" for an update whose tensors arrive and are not loaded, or "die".
+    "load" for an update whose tensors arrive and are not loaded, or "die". It stays; with `once`, the route works
+    again.
     """
 
     def __init__(self, directory: Path, *, ranks: int = 1, sessions: bool = True, info: dict[str, Any]) -> None:
@@ -197,6 +198,7 @@ class Server:
         self.info = {"tp_size": ranks, "pp_size": 1, "dp_size": 1, "version": "0.5.23"} | info
         self.log: list[tuple[str, dict[str, Any]]] = []
         self.fail: dict[str, tuple[int, int | str]] = {}
+        self.once = False
         self._lock = threading.Lock()
         self._pipes, self.processes = [], []
         for rank in range(ranks):
@@ -238,6 +240,8 @@ class Server:
         if route in self.fail:
             self.fail[route] = (left - 1, fault)
         if left <= 0:
+            if self.once:
+                del self.fail[route]
             if fault == "die":
                 for process in self.processes:
                     process.kill()

@@ -212,6 +212,16 @@ def test_an_update_that_fails_leaves_no_version_and_the_next_push_works(
     assert (server.state()[0][0], server.version, server.paused) == (held(odd(2)), "3", False)
 
 
+@pytest.mark.parametrize("transport", ["distributed", "tensor"])
+def test_one_update_that_was_not_loaded_is_not_overlooked(engine: tuple[str, Server], transport: str) -> None:
+    url, server = engine
+    server.fail[f"/update_weights_from_{transport}"], server.once = (2, "load"), True
+    with pytest.raises(TransferError, match="Please discard the whole weights"):
+        push(sink_of(url, transport=transport), odd(), 1)
+    assert server.version.startswith("incomplete-")
+    assert len(server.state()[0][1]) == 3, "no bucket leaves after one that was not loaded"
+
+
 @pytest.mark.parametrize("route", ["/end_weight_update", "/flush_cache", "/continue_generation"])
 def test_a_push_that_fails_at_its_end_has_no_version(engine: tuple[str, Server], route: str) -> None:
     url, server = engine
