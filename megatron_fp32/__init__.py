@@ -33,6 +33,8 @@ if _typing.TYPE_CHECKING:
     from megatron_fp32.output_layer.layer import to_fp32_output_layer as to_fp32_output_layer
     from megatron_fp32.output_layer.logprobs_processor import logprobs_processor as logprobs_processor
     from megatron_fp32.streaming import HuggingFaceDirectory as HuggingFaceDirectory
+    from megatron_fp32.streaming import SGLangOptions as SGLangOptions
+    from megatron_fp32.streaming import SGLangSink as SGLangSink
     from megatron_fp32.streaming import VllmOptions as VllmOptions
     from megatron_fp32.streaming import VllmSink as VllmSink
     from megatron_fp32.streaming import WeightStreamer as WeightStreamer
@@ -50,6 +52,8 @@ _MODULES = {
     "Fp8Scheme": "weights.fp8.scheme",
     "HuggingFaceDirectory": "streaming",
     "LogitsTransform": "ops.logprobs",
+    "SGLangOptions": "streaming",
+    "SGLangSink": "streaming",
     "TransferError": "errors",
     "VllmOptions": "streaming",
     "VllmSink": "streaming",

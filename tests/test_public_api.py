@@ -23,6 +23,8 @@ NAMES = [
     "Fp8Scheme",
     "HuggingFaceDirectory",
     "LogitsTransform",
+    "SGLangOptions",
+    "SGLangSink",
     "TransferError",
     "VllmOptions",
     "VllmSink",

@@ -11,6 +11,7 @@ from faults.models import MODELS
 from faults.mutant import Mutant
 from faults.numerics import NUMERICS
 from faults.optimizers import OPTIMIZERS
+from faults.sglang import SGLANG
 from faults.streaming import STREAMING
 from faults.tokens import TOKENS
 from faults.transfer import TRANSFER
@@ -31,6 +32,7 @@ MUTANTS = [
     *COMMANDS,
     *MODELS,
     *STREAMING,
+    *SGLANG,
     *TRANSFER,
     *WIRE,
 ]

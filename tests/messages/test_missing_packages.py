@@ -58,7 +58,8 @@ for name in megatron_fp32.__all__:
         assert isinstance(error, ImportError)
         failed.append(name)
 assert failed == [
-    "Fp32GatedDeltaNet", "Fp32OutputLayer", "HuggingFaceDirectory", "VllmOptions", "VllmSink", "WeightStreamer",
+    "Fp32GatedDeltaNet", "Fp32OutputLayer", "HuggingFaceDirectory", "SGLangOptions", "SGLangSink",
+    "VllmOptions", "VllmSink", "WeightStreamer",
     "apply_fp32", "check_fp32", "install_optimizer_repairs",
     "logprobs_processor", "model_provider", "pre_wrap_hook", "to_fp32_output_layer",
 ], failed
