@@ -5,6 +5,7 @@ from __future__ import annotations
 from faults.mutant import Mutant
 
 TESTS = "tests/streaming/test_sglang.py"
+FAILURES = "tests/streaming/test_sglang_failures.py"
 SINK = "streaming/sglang.py"
 
 SGLANG = [
@@ -27,28 +28,28 @@ SGLANG = [
         file=SINK,
         old="            if self._begun:\n",
         new="            if False:\n",
-        test=f"{TESTS}::test_a_sender_that_fails_leaves_no_version_and_the_next_push_works",
+        test=f"{FAILURES}::test_a_sender_that_fails_leaves_no_version_and_the_next_push_works",
     ),
     Mutant(
         name="forget that SGLang has half of a model",
         file=SINK,
         old="self._begun = version.startswith(INCOMPLETE)",
         new="pass",
-        test=f"{TESTS}::test_a_failed_server_that_refuses_the_next_push_stays_paused",
+        test=f"{FAILURES}::test_a_failed_server_that_refuses_the_next_push_stays_paused",
     ),
     Mutant(
         name="push into SGLang during the push of another trainer",
         file=SINK,
         old="if version.startswith(INCOMPLETE) and version != self._mark and not self.options.take_over:",
         new="if False:",
-        test=f"{TESTS}::test_a_second_push_is_refused_and_the_first_completes",
+        test=f"{FAILURES}::test_a_second_push_is_refused_and_the_first_completes",
     ),
     Mutant(
         name="overlook an update that SGLang has not loaded",
         file=SINK,
         old='            self._wait()\n        with self._timed("send"):',
         new='            pass\n        with self._timed("send"):',
-        test=f"{TESTS}::test_one_update_that_was_not_loaded_is_not_overlooked",
+        test=f"{FAILURES}::test_one_update_that_was_not_loaded_is_not_overlooked",
     ),
     Mutant(
         name="listen on all addresses for SGLang's ranks",
@@ -69,7 +70,7 @@ SGLANG = [
         file=SINK,
         old="            if upload.fp8 is not None:\n",
         new="            if False:\n",
-        test=f"{TESTS}::test_a_version_without_sessions",
+        test=f"{FAILURES}::test_a_version_without_sessions",
     ),
     Mutant(
         name="free a bucket that SGLang maps",
