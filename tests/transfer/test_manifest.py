@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -114,11 +113,9 @@ def test_what_is_written_is_read(
     ids=itertools.count(),
 )
 def test_what_nobody_writes_is_refused(data: bytes, message: str) -> None:
-    start = time.monotonic()
     with pytest.raises(TransferError, match=rf"(?s)^this is not a manifest: .*({message})") as refused:
         Manifest.from_bytes(data)
     assert len(str(refused.value)) < 300
-    assert time.monotonic() - start < 1
 
 
 BOMBS = {
@@ -133,22 +130,19 @@ BOMBS = {
 }
 
 
-def refusal(name: str) -> tuple[str, float]:
+def refusal(name: str) -> str:
     data = BOMBS[name]()
-    start = time.monotonic()
     try:
         Manifest.from_bytes(data)
     except TransferError as error:
-        return str(error), time.monotonic() - start
-    return "none", 0.0
+        return str(error)
+    return "none"
 
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_small_message_does_not_take_much_memory(name: str) -> None:
     memory = 400 << 20 if name == "long names" else 64 << 20
-    message, seconds = in_a_child(refusal, name, memory=memory)
-    assert message.startswith("this is not a manifest: ")
-    assert seconds < 3
+    assert in_a_child(refusal, name, memory=memory).startswith("this is not a manifest: ")
 
 
 @given(st.binary(max_size=200), st.integers(0, 10), st.binary(max_size=3))

@@ -83,7 +83,7 @@ class TestMessages:
         start = time.monotonic()
         with pytest.raises(TransferError, match=r"^waited 0\.2 s for the message 'a'$"):
             messages.get("a", 0.2)
-        assert 0.2 <= time.monotonic() - start < 2
+        assert time.monotonic() - start >= 0.2
 
         def check() -> None:
             raise ZeroDivisionError
@@ -124,7 +124,7 @@ def test_a_store_that_is_stopped_hangs_nobody() -> None:
             messages.get("b", 60.0)
         with pytest.raises(TransferError, match=r"did not answer"):
             messages.count("c", 1)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 60, "the store's time-out counts, not that of the message"
         os.kill(process.pid, signal.SIGCONT)
         wait_until(lambda: messages.count("c") == 1, "what was counted meanwhile", 5.0)
         assert messages.count("a") == 1
@@ -164,7 +164,7 @@ class TestStore:
         invitation = Invitation(address="127.0.0.1", port=port, secret=SECRET, world_size=1, timeout=1.0)
         with pytest.raises(TransferError, match=rf"no trainer answers at 127\.0\.0\.1:{port}"):
             Receiver(invitation, rank=0, device=torch.device("cpu"), about={})
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 60, "torch's own time-out is five minutes"
 
 
 class TestSecrets:
