@@ -2,6 +2,7 @@
 
 from megatron_fp32.ops.logprobs.autograd import Logprobs, linear_logprobs
 from megatron_fp32.ops.logprobs.loss import linear_cross_entropy
+from megatron_fp32.ops.logprobs.selected import SelectedLogprobs, linear_selected_logprobs, linear_top_logprobs
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform
 from megatron_fp32.ops.logprobs.weighted import WeightedLoss, weighted_cross_entropy
 from megatron_fp32.ops.products.shard import VocabParallel
@@ -9,9 +10,12 @@ from megatron_fp32.ops.products.shard import VocabParallel
 __all__ = [
     "LogitsTransform",
     "Logprobs",
+    "SelectedLogprobs",
     "VocabParallel",
     "WeightedLoss",
     "linear_cross_entropy",
     "linear_logprobs",
+    "linear_selected_logprobs",
+    "linear_top_logprobs",
     "weighted_cross_entropy",
 ]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_fp32.ops.logprobs import workspace
 from megatron_fp32.ops.logprobs.gradient import gradient_bounds, gradient_scale, softmax_gradient
-from megatron_fp32.ops.logprobs.options import OperatorOptions
+from megatron_fp32.ops.logprobs.options import OperatorOptions, rows_where
 from megatron_fp32.ops.logprobs.softmax import Softmax
 from megatron_fp32.ops.logprobs.statistics import KeptLogits
+from megatron_fp32.ops.products.backward import accumulate_gradients
+from megatron_fp32.ops.products.chunks import even_chunks
 from megatron_fp32.ops.products.fixed_order import why_not_fixed_order
 from megatron_fp32.ops.products.forward import logits_product
 from megatron_fp32.ops.products.hidden_grad import HiddenGrad
@@ -129,3 +134,63 @@ class FloatWeightGrad:
             self._target.target.add_(self._sum.target)
         else:
             self._target.target.copy_(self._sum.target)
+
+
+class BlockGradient(Protocol):
+    """dY of a block of tokens."""
+
+    def __call__(self, rows: slice) -> Pieces:
+        """[tokens, columns] in pieces, for some rows of the weight; called once for each."""
+
+    def bounds(self) -> Tensor:
+        """[tokens] float32, at least the sum of |dY| over the whole vocabulary."""
+
+
+def accumulate_blocks(
+    gradient_of: Callable[[slice], BlockGradient],
+    x: Tensor,
+    weight: Tensor,
+    live: Tensor,
+    options: OperatorOptions,
+    *,
+    reduction: HiddenGrad | None,
+    target: WeightGrad | None,
+    stored: bool = False,
+) -> None:
+    """dX and dW, one block of tokens and of columns at a time.
+
+    Args:
+        gradient_of: gives dY of a block of tokens.
+        x: [tokens, hidden] of all ranks.
+        weight: [columns, hidden], this rank's rows.
+        live: [tokens] bool: whose dY is not 0.
+        options: of the operator.
+        reduction: where dX goes, whose sum over the ranks is started here; None when it is not needed.
+        target: where dW goes; None when it is not needed.
+        stored: the logits are in memory already, and take no room.
+    """
+    blocks = even_chunks(len(x), options.chunk_size or workspace.GRADIENT_TOKENS)
+    per_element = (0 if stored else 4) + options.pieces_of(weight) * weight.element_size()
+    room = workspace.workspace_bytes(weight.device, parallel=options.softmax.shard.group is not None)
+    sums = FloatWeightGrad(target, blocks=len(blocks))
+    if not blocks:
+        # Nothing to add, but other ranks and autograd expect their answers.
+        blocks = [slice(0, 0)]
+    for tokens in blocks:
+        count = max(1, tokens.stop - tokens.start)
+        # dW takes a copy of the hidden states.
+        copied = 0 if target is None else count * x.shape[1] * x.element_size()
+        columns = max(128, (room - copied) // (per_element * count) // 128 * 128)
+        grad = gradient_of(tokens)
+        last = tokens is blocks[-1]
+        accumulate_gradients(
+            grad,
+            weight=weight,
+            pieces=options.pieces,
+            chunk=columns,
+            hidden_sum=None if reduction is None else reduction.of(tokens, grad.bounds),
+            hidden=lambda tokens=tokens: rows_where(live[tokens], x[tokens]),  # type: ignore[misc]
+            weight_grad=sums.part(first=tokens is blocks[0]),
+            hidden_grad_done=reduction.start if last and reduction is not None else lambda: None,
+        )
+    sums.finish()

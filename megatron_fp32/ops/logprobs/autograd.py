@@ -17,8 +17,8 @@ from torch import Tensor
 from megatron_fp32.ops.first_order import first_order_only
 from megatron_fp32.ops.logprobs import workspace
 from megatron_fp32.ops.logprobs.accumulate import (
-    FloatWeightGrad,
     LogitsGradient,
+    accumulate_blocks,
     finished_hidden_grad,
     room_for_hidden_grad,
 )
@@ -28,21 +28,17 @@ from megatron_fp32.ops.logprobs.options import (
     OperatorOptions,
     inverse_temperature_of,
     operator_options,
-    rows_where,
     whole_hidden,
 )
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform
 from megatron_fp32.ops.logprobs.statistics import KeptLogits, TokenStatistics
 from megatron_fp32.ops.logprobs.tokens import join, token_statistics
 from megatron_fp32.ops.logprobs.topk import bytes_of_a_token, top_k_of
-from megatron_fp32.ops.products.backward import accumulate_gradients
 from megatron_fp32.ops.products.chunks import even_chunks
 from megatron_fp32.ops.products.grad_precision import GradPrecision
-from megatron_fp32.ops.products.hidden_grad import HiddenGrad
 from megatron_fp32.ops.products.main_grad import weight_grad_for_autograd, weight_grad_target
 from megatron_fp32.ops.products.operands import check_operands
 from megatron_fp32.ops.products.shard import VocabParallel
-from megatron_fp32.ops.products.weight_grad import WeightGrad
 from megatron_fp32.validation import check_flag
 
 
@@ -208,10 +204,22 @@ class _LinearLogprobs(torch.autograd.Function):
         x = whole_hidden(hidden, weight, labels, options)
         target = weight_grad_target(ctx.weight_owner) if needs_weight else None
         reduction = room_for_hidden_grad(len(x), weight, options) if needs_hidden else None
-        _accumulate(x, weight, labels, vectors, logits, options, reduction, target)
-        grad_hidden = None
-        if reduction is not None:
-            grad_hidden = finished_hidden_grad(reduction, live_tokens(vectors), hidden, options)
+        live = live_tokens(vectors)
+
+        def gradient_of(tokens: slice) -> LogitsGradient:
+            return LogitsGradient(
+                x[tokens],
+                weight,
+                labels=options.softmax.shard.local_labels(labels[tokens]),
+                vectors=vectors[:, tokens],
+                kept=None if logits is None else KeptLogits(values=logits[tokens], tops=None),
+                softmax=options.softmax,
+                pieces=options.pieces_of(weight),
+            )
+
+        stored = logits is not None
+        accumulate_blocks(gradient_of, x, weight, live, options, reduction=reduction, target=target, stored=stored)
+        grad_hidden = None if reduction is None else finished_hidden_grad(reduction, live, hidden, options)
         # Before the dummy gradient of a weight with main_grad, which is as large as the weight.
         del reduction
         grad_weight = weight_grad_for_autograd(ctx.weight_owner, target) if needs_weight else None
@@ -251,51 +259,3 @@ def _statistics_and_top(
         parts.append(part)
         tops.append(top_k_of(kept, y, inverse, part, options.softmax, options.top_k))
     return join(parts), tuple(torch.cat(column) for column in zip(*tops, strict=True))
-
-
-def _accumulate(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    vectors: Tensor,
-    logits: Tensor | None,
-    options: OperatorOptions,
-    reduction: HiddenGrad | None,
-    target: WeightGrad | None,
-) -> None:
-    """dX and dW, one block of tokens and of columns at a time."""
-    pieces = options.pieces if weight.dtype != torch.float32 else 1
-    blocks = even_chunks(len(x), options.chunk_size or workspace.GRADIENT_TOKENS)
-    per_element = (4 if logits is None else 0) + pieces * weight.element_size()
-    room = workspace.workspace_bytes(weight.device, parallel=options.softmax.shard.group is not None)
-    sums = FloatWeightGrad(target, blocks=len(blocks))
-    if not blocks:
-        # Nothing to add, but other ranks and autograd expect their answers.
-        blocks = [slice(0, 0)]
-    for tokens in blocks:
-        count = max(1, tokens.stop - tokens.start)
-        live = live_tokens(vectors[:, tokens])
-        # dW takes a copy of the hidden states.
-        copied = 0 if target is None else count * x.shape[1] * x.element_size()
-        columns = max(128, (room - copied) // (per_element * count) // 128 * 128)
-        grad = LogitsGradient(
-            x[tokens],
-            weight,
-            labels=options.softmax.shard.local_labels(labels[tokens]),
-            vectors=vectors[:, tokens],
-            kept=None if logits is None else KeptLogits(values=logits[tokens], tops=None),
-            softmax=options.softmax,
-            pieces=pieces,
-        )
-        last = tokens is blocks[-1]
-        accumulate_gradients(
-            grad,
-            weight=weight,
-            pieces=options.pieces,
-            chunk=columns,
-            hidden_sum=None if reduction is None else reduction.of(tokens, grad.bounds),
-            hidden=lambda tokens=tokens, live=live: rows_where(live, x[tokens]),  # type: ignore[misc]
-            weight_grad=sums.part(first=tokens is blocks[0]),
-            hidden_grad_done=reduction.start if last and reduction is not None else lambda: None,
-        )
-    sums.finish()

@@ -41,6 +41,10 @@ class OperatorOptions:
     top_k: int
     """How many of the most probable tokens to find."""
 
+    def pieces_of(self, weight: Tensor) -> int:
+        """How many tensors stand for dY beside this weight: a float32 one needs no pieces."""
+        return self.pieces if weight.dtype != torch.float32 else 1
+
 
 def operator_options(
     hidden: Tensor,
