@@ -13,7 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fp32.ops.logits.reference import relative_error
-from megatron_fp32.ops.logprobs import VocabParallel, linear_cross_entropy, linear_logprobs, weighted_cross_entropy
+from megatron_fp32.ops.logprobs import (
+    VocabParallel,
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_selected_logprobs,
+    linear_top_logprobs,
+    weighted_cross_entropy,
+)
 from megatron_fp32.ops.products import invariant_hidden_grad
 from megatron_fp32.testing.ranks import RankPool
 from tests.ops.logprobs_cases import case, grouped, with_main_grad
@@ -40,6 +47,13 @@ def problem(dtype: torch.dtype, ranks: int) -> dict[str, Tensor]:
     labels[0, 0], labels[1, 1], labels[2, 2] = -100, 0, VOCAB - 1
     hidden[0, 0] = torch.nan
     return {"hidden": hidden, "weight": weight, "labels": labels, "weights": torch.rand(TOKENS)}
+
+
+def several(labels: Tensor) -> Tensor:
+    """The label and four tokens more, which lie on all ranks; one of them twice."""
+    more = torch.stack([(labels * factor + 17 * factor) % VOCAB for factor in (3, 7, 7, 11)], -1)
+    few = torch.cat([labels[..., None], more], -1)
+    return torch.where(labels[..., None] == -100, -100, few)
 
 
 def head(
@@ -72,6 +86,17 @@ def unpatched_head(
         losses = linear_cross_entropy(hidden, weight, p["labels"], label_smoothing=0.1, z_loss=1e-3, **shared)
         losses.backward(p["weights"])
         outputs = [losses]
+    elif operator in ("selected", "top"):
+        few = several(p["labels"])
+        result: Any = (
+            linear_selected_logprobs(hidden, weight, few, **shared)
+            if operator == "selected"
+            else linear_top_logprobs(hidden, weight, 5, mask=p["labels"] != -100, **shared)
+        )
+        weights = torch.rand(*TOKENS, 5, generator=torch.Generator().manual_seed(3))
+        of_slots = result.logprobs * weights + 0.2 * result.logits * weights.flip(-1)
+        (of_slots.sum(-1) + p["weights"] * result.rest + 0.3 * result.entropy - result.logsumexp).sum().backward()
+        outputs = list(result)
     else:
         result = linear_logprobs(hidden, weight, p["labels"], top_k=7, **shared)
         (result.logprobs * p["weights"] + 0.3 * result.entropy).sum().backward()
@@ -125,6 +150,8 @@ def test_shards_of_different_sizes(ranks: Pool, operator: Any, rows: list[int], 
         ("logprobs", {"backward": "saved"}),
         ("loss", {"backward": "recompute"}),
         ("weighted", {"chunk_size": 64}),
+        ("selected", {"chunk_size": 64}),
+        ("top", {}),
     ],
 )
 def test_ranks_agree_with_one(
@@ -151,6 +178,8 @@ def test_invariant_over_ranks_with_the_gradient_of_the_hidden_states(
         ("logprobs", torch.bfloat16, {"grad_precision": "bf16x2", "backward": "saved"}),
         ("loss", torch.float16, {}),
         ("weighted", torch.bfloat16, {"chunk_size": 48}),
+        ("selected", torch.bfloat16, {"grad_precision": "bf16x2"}),
+        ("top", torch.bfloat16, {}),
     ):
         options = {"invariant": True, "temperature": 0.9, "group_size": group_size, **more}
         alone, dx, _ = whole(run(ranks, 1, False, operator, dtype, options), False)

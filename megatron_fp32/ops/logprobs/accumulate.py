@@ -34,6 +34,8 @@ class LogitsGradient:
         labels: [tokens] int32, from `Shard.local_labels`.
         vectors: from `gradient_vectors`.
         kept: the logits of the tokens; None to multiply again.
+        cuts: [tokens] float32: columns with a lower logit, but for the label, have no part in the softmax; None when
+            all have.
         consume: the kept logits may be overwritten.
         softmax: over the vocabulary, with this rank's columns.
         pieces: how many stand for dY.
@@ -47,12 +49,13 @@ class LogitsGradient:
         labels: Tensor,
         vectors: Tensor,
         kept: KeptLogits | None,
+        cuts: Tensor | None = None,
         consume: bool = False,
         softmax: Softmax,
         pieces: int,
     ) -> None:
         self._hidden, self._weight, self._labels = hidden, weight, labels
-        self._vectors, self._kept = vectors.contiguous(), kept
+        self._vectors, self._kept, self._cuts = vectors.contiguous(), kept, cuts
         self._softmax, self._pieces = softmax, pieces
         self._consume = consume or kept is None
         self._scale = gradient_scale(self._vectors, softmax, count=pieces, dtype=weight.dtype)
@@ -78,6 +81,7 @@ class LogitsGradient:
             count=self._pieces,
             dtype=self._weight.dtype,
             scale=self._scale,
+            cuts=self._cuts,
             consume=self._consume,
         )
 
@@ -156,6 +160,7 @@ def accumulate_blocks(
     reduction: HiddenGrad | None,
     target: WeightGrad | None,
     stored: bool = False,
+    blocks: list[slice] | None = None,
 ) -> None:
     """dX and dW, one block of tokens and of columns at a time.
 
@@ -168,8 +173,10 @@ def accumulate_blocks(
         reduction: where dX goes, whose sum over the ranks is started here; None when it is not needed.
         target: where dW goes; None when it is not needed.
         stored: the logits are in memory already, and take no room.
+        blocks: of tokens; None to choose.
     """
-    blocks = even_chunks(len(x), options.chunk_size or workspace.GRADIENT_TOKENS)
+    if blocks is None:
+        blocks = even_chunks(len(x), options.chunk_size or workspace.GRADIENT_TOKENS)
     per_element = (0 if stored else 4) + options.pieces_of(weight) * weight.element_size()
     room = workspace.workspace_bytes(weight.device, parallel=options.softmax.shard.group is not None)
     sums = FloatWeightGrad(target, blocks=len(blocks))

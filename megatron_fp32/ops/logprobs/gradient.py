@@ -118,6 +118,7 @@ def softmax_gradient(
     count: int,
     dtype: torch.dtype,
     scale: Tensor | None,
+    cuts: Tensor | None = None,
     consume: bool = False,
 ) -> Pieces:
     """dY of some columns, through the temperature, the soft cap and the scale to the products.
@@ -131,6 +132,7 @@ def softmax_gradient(
         count: how many pieces.
         dtype: of the pieces; float32 knows one.
         scale: from `gradient_scale`.
+        cuts: [tokens] float32: columns with a lower logit have no gradient, but for the label; None when all have.
         consume: nobody needs `raw` after this; two pieces take its place.
     """
     if raw.is_cuda:
@@ -141,9 +143,9 @@ def softmax_gradient(
         fits = raw.shape[1] <= IN_PLACE_COLUMNS and aligned
         in_place = consume and count == 2 and dtype.itemsize == 2 and fits
         with torch.cuda.device(raw.device):
-            parts = gradient_triton(raw, vectors, labels, softmax, first, count, dtype, scale, in_place)
+            parts = gradient_triton(raw, vectors, labels, softmax, first, count, dtype, scale, in_place, cuts)
     else:
-        parts = gradient_torch(raw, vectors, labels, softmax, first, count, dtype, scale)
+        parts = gradient_torch(raw, vectors, labels, softmax, first, count, dtype, scale, cuts)
     return Pieces(parts, None if scale is None else scale.reciprocal())
 
 
@@ -174,15 +176,19 @@ def gradient_torch(
     count: int,
     dtype: torch.dtype,
     scale: Tensor | None,
+    cuts: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The definition of `softmax_gradient`, in torch operators."""
     top, log_sum, inverse_temperature, of_all, at_label, constant = vectors[:6, :, None]
-    log_p = softmax.logits(raw, vectors[2]) - top - log_sum
+    z = softmax.finished_logits(raw, vectors[2])
+    log_p = z - top - log_sum
     slope = of_all
     if len(vectors) == 8:
         slope = slope + vectors[6, :, None] * (log_p + vectors[7, :, None])
     p = log_p.exp()
     grad = constant - torch.where(p == 0, 0.0, p * slope)
+    if cuts is not None:
+        grad = torch.where(z < cuts[:, None], 0.0, grad)
     columns = torch.arange(first, first + raw.shape[1], device=raw.device)
     grad = torch.where(columns == labels[:, None], at_label, grad)
     grad = grad * inverse_temperature

@@ -210,9 +210,9 @@ def finish_triton(statistics: Tensor, label_logits: Tensor, labels: Tensor, soft
 @triton.jit
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     raw, raw_stride, tokens, first, columns, valid_columns, vectors, labels, pieces, pieces_stride, piece_stride,
-    split_scale, scale, cap,
+    split_scale, scale, cap, cuts,
     ENTROPY: tl.constexpr, CAPPED: tl.constexpr, COUNT: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of products, written as `COUNT` pieces; `vectors` are the rows of `gradient_vectors`.
 
@@ -249,6 +249,9 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     if ENTROPY:
         # p log p is 0 where p is; the difference to at_label is what its entropy term adds.
         grad = tl.where(log_p == float("-inf"), constant, grad)
+    if CUT:
+        # A NaN is not below the cut.
+        grad = tl.where(z < tl.load(cuts + rows, mask=row_inside, other=0.0)[:, None], 0.0, grad)
     grad = tl.where((first + offsets)[None, :] == label, at_label, grad)
     grad = grad * inverse_temperature
     if CAPPED:
@@ -269,7 +272,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
 
 def gradient_triton(
     raw: Tensor, vectors: Tensor, labels: Tensor, softmax: Softmax, first: int, count: int, dtype: torch.dtype,
-    split_scale: Tensor | None, in_place: bool = False,
+    split_scale: Tensor | None, in_place: bool = False, cuts: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As `gradient_torch`; `in_place` writes two pieces of up to `IN_PLACE_COLUMNS` columns where `raw` was."""
     shard, scale, softcap = softmax.shard, softmax.transform.scale, softmax.transform.softcap
@@ -291,8 +294,9 @@ def gradient_triton(
     _gradient_kernel[grid](
         raw, raw.stride(0), tokens, first, columns, shard.valid_columns, vectors, labels, pieces, pieces.stride(1),
         pieces.stride(0), vectors if split_scale is None else split_scale, scale, softcap or 0.0,
+        vectors if cuts is None else cuts.contiguous(),
         ENTROPY=len(vectors) == 8, CAPPED=softcap is not None, COUNT=count, SCALED=split_scale is not None,
-        IN_PLACE=in_place, ROWS=rows, COLUMNS=width, num_warps=8 if in_place else 4,
+        IN_PLACE=in_place, CUT=cuts is not None, ROWS=rows, COLUMNS=width, num_warps=8 if in_place else 4,
     )  # fmt: skip
     return tuple(pieces.unbind(0))
 

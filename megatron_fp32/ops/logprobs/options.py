@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform, Mean, Softmax
@@ -120,6 +121,25 @@ def _check_invariant(hidden: Tensor, weight: Tensor, ranks: int, grad_precision:
             "invariant=True cannot be kept here: float16 pieces of dY share one scale, which depends on the batch; "
             f"expected grad_precision='bf16' for float16, got {grad_precision!r}"
         )
+
+
+def positions_of(
+    hidden: Tensor, mask: Tensor | None, vocab_parallel: VocabParallel | None, ignore_index: int
+) -> Tensor:
+    """[...] int64, in the leading shape of all ranks' `hidden`: 0, and `ignore_index` where `mask` is False.
+
+    Raises:
+        TypeError: for a mask that is not a plain tensor of bool.
+    """
+    if mask is not None:
+        check_plain(mask=mask)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor or None, got {getattr(mask, 'dtype', type(mask))}")
+        return torch.where(mask, 0, ignore_index)
+    group = None if vocab_parallel is None or not vocab_parallel.sequence_parallel else vocab_parallel.group
+    ranks = 1 if group is None else dist.get_world_size(group)
+    shape = (hidden.shape[0] * ranks, *hidden.shape[1:-1])
+    return torch.zeros(shape, dtype=torch.int64, device=hidden.device)
 
 
 def inverse_temperature_of(temperature: float | Tensor, labels: Tensor, ignore_index: int) -> Tensor:

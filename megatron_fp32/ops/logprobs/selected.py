@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fp32.ops.first_order import first_order_only
@@ -25,6 +24,7 @@ from megatron_fp32.ops.logprobs.options import (
     OperatorOptions,
     inverse_temperature_of,
     operator_options,
+    positions_of,
     whole_hidden,
 )
 from megatron_fp32.ops.logprobs.slots import (
@@ -40,7 +40,7 @@ from megatron_fp32.ops.logprobs.softmax import LogitsTransform
 from megatron_fp32.ops.logprobs.statistics import KeptLogits
 from megatron_fp32.ops.logprobs.tokens import token_statistics
 from megatron_fp32.ops.logprobs.topk import bytes_of_a_token, top_k_of
-from megatron_fp32.ops.products.chunks import even_chunks
+from megatron_fp32.ops.products.chunks import even_chunks, extended
 from megatron_fp32.ops.products.fixed_order import ROWS, why_not_fixed_order
 from megatron_fp32.ops.products.forward import logits_product
 from megatron_fp32.ops.products.grad_precision import GradPrecision
@@ -122,7 +122,7 @@ def linear_selected_logprobs(
     )
     positions = torch.where((tokens == ignore_index).all(-1), ignore_index, 0)
     inverse_temperature = inverse_temperature_of(temperature, positions, ignore_index)
-    logprobs, logits, *others = _eager(hidden, weight, positions, tokens, inverse_temperature, options)
+    logprobs, logits, *others = apply_selected(hidden, weight, positions, tokens, inverse_temperature, options)
     return SelectedLogprobs(logprobs, logits, tokens, *others[1:])
 
 
@@ -155,16 +155,7 @@ def linear_top_logprobs(
     """
     check_count("k", k, least=1)
     ignore_index = -100
-    if mask is None:
-        parallel = vocab_parallel or VocabParallel()
-        ranks = 1 if parallel.group is None or not parallel.sequence_parallel else dist.get_world_size(parallel.group)
-        shape = (hidden.shape[0] * ranks, *hidden.shape[1:-1])
-        positions = torch.zeros(shape, dtype=torch.int64, device=hidden.device)
-    else:
-        check_plain(mask=mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool, got {mask.dtype}")
-        positions = torch.where(mask, 0, ignore_index)
+    positions = positions_of(hidden, mask, vocab_parallel, ignore_index)
     options = operator_options(
         hidden,
         weight,
@@ -178,11 +169,11 @@ def linear_top_logprobs(
         top_k=k,
     )
     inverse_temperature = inverse_temperature_of(temperature, positions, ignore_index)
-    return SelectedLogprobs(*_eager(hidden, weight, positions, None, inverse_temperature, options))
+    return SelectedLogprobs(*apply_selected(hidden, weight, positions, None, inverse_temperature, options))
 
 
 @torch.compiler.disable
-def _eager(
+def apply_selected(
     hidden: Tensor,
     weight: Tensor,
     positions: Tensor,
@@ -190,6 +181,16 @@ def _eager(
     inverse_temperature: Tensor,
     options: OperatorOptions,
 ) -> tuple[Tensor, ...]:
+    """Fields of `SelectedLogprobs`.
+
+    Args:
+        hidden: as for `linear_logprobs`.
+        weight: as for `linear_logprobs`.
+        positions: [...]: `ignore_index` for positions that do not count.
+        tokens: [..., K]; None for the `top_k` of the options.
+        inverse_temperature: [positions], from `inverse_temperature_of`.
+        options: from `operator_options`.
+    """
     return _Selected.apply(hidden, weight, positions, tokens, inverse_temperature, options)
 
 
@@ -329,8 +330,8 @@ def _statistics(
         count = rows.stop - rows.start
         # On the CPU all chunks have one size: see `token_statistics`.
         more = 0 if x.is_cuda else ROWS - count
-        h, y = _extended(x[rows], more, 0), _extended(positions[rows], more, softmax.ignore_index)
-        inverse = _extended(inverse_temperature[rows], more, 1)
+        h, y = extended(x[rows], more, 0), extended(positions[rows], more, softmax.ignore_index)
+        inverse = extended(inverse_temperature[rows], more, 1)
         if tokens is None:
             kept = KeptLogits.allocate(len(h), weight, with_tops=True)
             found = token_statistics(h, weight, y, inverse, softmax, mean="none", keep=kept)
@@ -338,7 +339,7 @@ def _statistics(
             chosen = torch.where((y == softmax.ignore_index)[:, None], softmax.ignore_index, chosen)
             raw = kept.values
         else:
-            chosen = _extended(tokens[rows], more, softmax.ignore_index)
+            chosen = extended(tokens[rows], more, softmax.ignore_index)
             fixed = softmax.invariant and why_not_fixed_order(h, weight) is None
             raw = logits_product(h, weight, fixed_order=fixed)
         statistics = slot_statistics(raw, Slots.of(chosen, softmax), inverse, softmax)
@@ -356,10 +357,6 @@ def _chunks(tokens: int, weight: Tensor, options: OperatorOptions, k: int) -> li
     bytes_of_a_position = 8 * columns + 160 * k + (bytes_of_a_token(columns, k) if options.top_k else 0)
     room = workspace.workspace_bytes(weight.device, parallel=options.softmax.shard.group is not None)
     return even_chunks(tokens, options.chunk_size or max(1, room // bytes_of_a_position)) or [slice(0, 0)]
-
-
-def _extended(x: Tensor, more: int, value: int) -> Tensor:
-    return x if more == 0 else torch.cat([x, x.new_full((more, *x.shape[1:]), value)])
 
 
 def _rows(statistics: SlotStatistics, count: int) -> tuple[Tensor | None, ...]:

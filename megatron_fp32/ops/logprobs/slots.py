@@ -25,8 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform, Softmax
-from megatron_fp32.ops.logprobs.statistics import over_ranks, statistics_torch
-from megatron_fp32.ops.products.shard import BLOCK
+from megatron_fp32.ops.logprobs.statistics import over_ranks, stored_statistics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,13 +118,12 @@ def slot_statistics(raw: Tensor, slots: Slots, inverse_temperature: Tensor, soft
     products = torch.where(here, raw.gather(1, local.clamp(min=0)), 0.0)
     # One column more takes what belongs to other shards.
     room = torch.empty(tokens, -(-(columns + 1) // 8) * 8, dtype=torch.float32, device=raw.device)
-    z = room[:, :columns]
-    for first in range(0, columns, columns if raw.is_cuda else BLOCK):
-        part = slice(first, min(first + (columns if raw.is_cuda else BLOCK), columns))
-        z[:, part] = softmax.logits(raw[:, part], inverse_temperature)
+    z = room[:, :columns].copy_(softmax.finished_logits(raw, inverse_temperature))
     logits = torch.where(here, z.gather(1, local.clamp(min=0)), 0.0)
     room.scatter_(1, torch.where(here, local, columns), -torch.inf)
-    statistics, nothing = _statistics_of_logits(z, softmax)
+    no_label = torch.full((tokens,), -1, dtype=torch.int32, device=z.device)
+    one = torch.ones_like(inverse_temperature)
+    statistics, nothing = stored_statistics(z, no_label, one, softmax.of_finished_logits, mean="none")
     statistics, _ = over_ranks(statistics, nothing, softmax)
     if softmax.shard.group is not None:
         # One rank has each token, the others zeros: no order of summation changes a bit.
@@ -133,23 +131,6 @@ def slot_statistics(raw: Tensor, slots: Slots, inverse_temperature: Tensor, soft
         dist.all_reduce(both, group=softmax.shard.group)
         logits, products = both
     return SlotStatistics(logits, products if softmax.transform.softcap is not None else None, statistics[0])
-
-
-def _statistics_of_logits(z: Tensor, softmax: Softmax) -> tuple[Tensor, Tensor]:
-    """Of every block of finished logits, without a label."""
-    tokens, columns = z.shape
-    plain = dataclasses.replace(softmax, transform=LogitsTransform())
-    statistics = torch.empty(-(-columns // BLOCK), 3, tokens, dtype=torch.float32, device=z.device)
-    nothing, one = torch.zeros(tokens, device=z.device), torch.ones(tokens, device=z.device)
-    labels = torch.full((tokens,), -1, dtype=torch.int32, device=z.device)
-    if z.is_cuda:
-        from megatron_fp32.ops.logprobs.kernels import statistics_triton
-
-        with torch.cuda.device(z.device):
-            statistics_triton(z, labels, one, plain, statistics, nothing)
-    else:
-        statistics_torch(z, labels, one, plain, statistics, nothing)
-    return statistics, nothing
 
 
 class SlotSoftmax(NamedTuple):

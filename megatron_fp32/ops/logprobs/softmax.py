@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_fp32.ops.products.shard import Shard
+from megatron_fp32.ops.products.shard import BLOCK, Shard
 from megatron_fp32.validation import check_finite
 
 Mean = Literal["none", "logit", "logprob"]
@@ -61,6 +61,21 @@ class Softmax:
         if softcap is None:
             return raw * (inverse_temperature * scale)
         return softcap * torch.tanh(raw * scale / softcap) * inverse_temperature
+
+    def finished_logits(self, raw: Tensor, inverse_temperature: Tensor) -> Tensor:
+        """As `logits`, with the same bits whatever the number of columns: on the CPU, a block of them at a time."""
+        if raw.is_cuda:
+            return self.logits(raw, inverse_temperature)
+        z = torch.empty_like(raw)
+        for first in range(0, raw.shape[1], BLOCK):
+            part = slice(first, min(first + BLOCK, raw.shape[1]))
+            z[:, part] = self.logits(raw[:, part], inverse_temperature)
+        return z
+
+    @property
+    def of_finished_logits(self) -> Softmax:
+        """The softmax of logits, in place of products."""
+        return dataclasses.replace(self, transform=LogitsTransform())
 
     def knows(self, labels: Tensor) -> Tensor:
         """[tokens] bool: whether each label is a token of the vocabulary."""

@@ -104,10 +104,10 @@ def block_statistics(
         The statistics, [blocks, fields, tokens] float32, and the labels' logits, [tokens] float32, 0 for other shards'.
     """
     tokens, columns = hidden.shape[0], weight.shape[0]
-    statistics = torch.empty(-(-columns // BLOCK), FIELDS[mean], tokens, dtype=torch.float32, device=hidden.device)
-    label_logits = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
     fixed = why_not_fixed_order(hidden, weight) is None
     if fixed and hidden.is_cuda:
+        statistics = torch.empty(-(-columns // BLOCK), FIELDS[mean], tokens, dtype=torch.float32, device=hidden.device)
+        label_logits = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
         from megatron_fp32.ops.products.project_triton import project_triton
 
         with torch.cuda.device(hidden.device):
@@ -129,6 +129,18 @@ def block_statistics(
     if keep is not None:
         assert keep.values.dtype == torch.float32
         keep.values.copy_(raw)
+    statistics, label_logits = stored_statistics(raw, labels, inverse_temperature, softmax, mean=mean)
+    _keep_tops(keep, statistics, labels, label_logits)
+    return statistics, label_logits
+
+
+def stored_statistics(
+    raw: Tensor, labels: Tensor, inverse_temperature: Tensor, softmax: Softmax, *, mean: Mean
+) -> tuple[Tensor, Tensor]:
+    """As `block_statistics`, of products [tokens, columns] float32 that are there."""
+    tokens, columns = raw.shape
+    statistics = torch.empty(-(-columns // BLOCK), FIELDS[mean], tokens, dtype=torch.float32, device=raw.device)
+    label_logits = torch.zeros(tokens, dtype=torch.float32, device=raw.device)
     if raw.is_cuda:
         from megatron_fp32.ops.logprobs.kernels import statistics_triton
 
@@ -136,7 +148,6 @@ def block_statistics(
             statistics_triton(raw, labels, inverse_temperature, softmax, statistics, label_logits)
     else:
         statistics_torch(raw, labels, inverse_temperature, softmax, statistics, label_logits)
-    _keep_tops(keep, statistics, labels, label_logits)
     return statistics, label_logits
 
 

@@ -14,7 +14,7 @@ from megatron_fp32.ops.logprobs.statistics import (
     finish,
     over_ranks,
 )
-from megatron_fp32.ops.products.chunks import even_chunks
+from megatron_fp32.ops.products.chunks import even_chunks, extended
 from megatron_fp32.ops.products.fixed_order import ROWS, why_not_fixed_order
 
 
@@ -52,9 +52,8 @@ def token_statistics(
         x, y, inverse = hidden[rows], labels[rows], inverse_temperature[rows]
         count = rows.stop - rows.start
         if not hidden.is_cuda and count < ROWS:
-            x = torch.cat([x, x.new_zeros(ROWS - count, x.shape[1])])
-            y = torch.cat([y, y.new_full((ROWS - count,), softmax.ignore_index)])
-            inverse = torch.cat([inverse, inverse.new_ones(ROWS - count)])
+            more = ROWS - count
+            x, y, inverse = extended(x, more, 0), extended(y, more, softmax.ignore_index), extended(inverse, more, 1)
         kept = None if keep is None else keep.rows(rows)
         if kept is not None and count < len(x):
             kept = KeptLogits.allocate(len(x), weight, with_tops=kept.tops is not None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 CHUNK = 8192
 """Terms that one product accumulates when dY is split: vocabulary rows for dX, tokens for dW."""
 
@@ -21,3 +24,8 @@ def even_chunks(length: int, largest: int) -> list[slice]:
     if count > 1 and largest >= 128:
         step = min(-(-step // 128) * 128, largest // 128 * 128)
     return [slice(start, min(start + step, length)) for start in range(0, length, max(step, 1))]
+
+
+def extended(x: Tensor, more: int, value: int) -> Tensor:
+    """`x` [tokens, ...] with so many rows more, filled with a value."""
+    return x if more == 0 else torch.cat([x, x.new_full((more, *x.shape[1:]), value)])

@@ -1,0 +1,164 @@
+"""The softmax over the tokens whose log-prob is not below a threshold.
+
+The kept tokens depend on the logits. The backward pass must find the same ones, so it takes the products of the same
+tokens with the same columns at a time as the forward pass: a library may choose another order of summation for another
+shape, and a token on the edge would be kept in one pass and not in the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fp32.ops.first_order import first_order_only
+from megatron_fp32.ops.logprobs import workspace
+from megatron_fp32.ops.logprobs.accumulate import (
+    LogitsGradient,
+    accumulate_blocks,
+    finished_hidden_grad,
+    room_for_hidden_grad,
+)
+from megatron_fp32.ops.logprobs.gradient import gradient_vectors, live_tokens
+from megatron_fp32.ops.logprobs.options import OperatorOptions, whole_hidden
+from megatron_fp32.ops.logprobs.softmax import Softmax
+from megatron_fp32.ops.logprobs.statistics import (
+    KeptLogits,
+    TokenStatistics,
+    finish,
+    over_ranks,
+    stored_statistics,
+)
+from megatron_fp32.ops.logprobs.tokens import join
+from megatron_fp32.ops.products.chunks import even_chunks, extended
+from megatron_fp32.ops.products.fixed_order import ROWS, why_not_fixed_order
+from megatron_fp32.ops.products.forward import logits_product
+from megatron_fp32.ops.products.main_grad import weight_grad_for_autograd, weight_grad_target
+from megatron_fp32.ops.products.operands import check_operands
+
+
+@torch.compiler.disable
+def apply_threshold(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    inverse_temperature: Tensor,
+    min_logprob: Tensor,
+    options: OperatorOptions,
+) -> tuple[Tensor, ...]:
+    """Log-prob of the label, entropy and mass, in the shape of the labels; `min_logprob` [tokens] float32."""
+    return _Threshold.apply(hidden, weight, labels, inverse_temperature, min_logprob, options)
+
+
+class _Threshold(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        inverse_temperature: Tensor,
+        min_logprob: Tensor,
+        options: OperatorOptions,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.weight_owner = options, weight
+        softmax, flat = options.softmax, labels.reshape(-1)
+        x = whole_hidden(hidden, weight, flat, options)
+        ctx.chunks = _chunks(len(x), weight, options)
+        parts, cuts, masses = [], [], []
+        for rows in ctx.chunks:
+            more = 0 if x.is_cuda else ROWS - (rows.stop - rows.start)
+            raw = _products(x[rows], weight, more, softmax)
+            y, inverse = extended(flat[rows], more, softmax.ignore_index), extended(inverse_temperature[rows], more, 1)
+            whole = _finished(raw, y, inverse, softmax)
+            cut = whole.top + (whole.log_sum + extended(min_logprob[rows], more, 0))
+            kept = _finished(
+                truncated(raw, y, inverse, cut, softmax), y, torch.ones_like(inverse), softmax.of_finished_logits
+            )
+            mass = (kept.top - whole.top) + (kept.log_sum - whole.log_sum)
+            count = rows.stop - rows.start
+            # No logit is below NaN, so that a threshold of NaN would keep all.
+            wrong = cut.isnan() & (y != softmax.ignore_index)
+            parts.append(
+                TokenStatistics(*(None if f is None else f.masked_fill(wrong, torch.nan)[:count] for f in kept))  # type: ignore[arg-type]
+            )
+            cuts.append(cut[:count])
+            masses.append(mass[:count])
+        statistics = join(parts)
+        ctx.save_for_backward(hidden, weight, flat, inverse_temperature, torch.cat(cuts), *statistics)
+        found = (statistics.logprob, statistics.entropy, torch.cat(masses))
+        outputs = [torch.empty(labels.shape, device=y.device).copy_(y.view(labels.shape)) for y in found]
+        ctx.mark_non_differentiable(outputs[2])
+        return tuple(outputs)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, logprob: Tensor | None, entropy: Tensor | None, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, inverse_temperature, cuts, *saved = ctx.saved_tensors
+        options: OperatorOptions = ctx.options
+        check_operands(hidden, weight, names=("hidden", "weight"))
+        softmax = options.softmax
+        vectors = gradient_vectors(
+            TokenStatistics(*saved),
+            inverse_temperature,
+            softmax,
+            labels,
+            logprob=None if logprob is None else logprob.reshape(-1).float(),
+            entropy=None if entropy is None else entropy.reshape(-1).float(),
+            logsumexp=None,
+            mean=None,
+            mean_of="none",
+        )
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        x, live = whole_hidden(hidden, weight, labels, options), live_tokens(vectors)
+        target = weight_grad_target(ctx.weight_owner) if needs_weight else None
+        reduction = room_for_hidden_grad(len(x), weight, options) if needs_hidden else None
+
+        def gradient_of(rows: slice) -> LogitsGradient:
+            more = 0 if x.is_cuda else ROWS - (rows.stop - rows.start)
+            raw = _products(x[rows], weight, more, softmax)[: rows.stop - rows.start]
+            return LogitsGradient(
+                x[rows], weight, labels=softmax.shard.local_labels(labels[rows]), vectors=vectors[:, rows],
+                kept=KeptLogits(values=raw, tops=None), cuts=cuts[rows], consume=True, softmax=softmax,
+                pieces=options.pieces_of(weight),
+            )  # fmt: skip
+
+        accumulate_blocks(
+            gradient_of, x, weight, live, options, reduction=reduction, target=target, stored=True, blocks=ctx.chunks
+        )
+        grad_hidden = None if reduction is None else finished_hidden_grad(reduction, live, hidden, options)
+        # Before the dummy gradient of a weight with main_grad, which is as large as the weight.
+        del reduction
+        grad_weight = weight_grad_for_autograd(ctx.weight_owner, target) if needs_weight else None
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _chunks(tokens: int, weight: Tensor, options: OperatorOptions) -> list[slice]:
+    """Tokens whose products fit the workspace, with their truncated logits and what torch needs on the way to them."""
+    if not weight.is_cuda:
+        return [slice(start, min(start + ROWS, tokens)) for start in range(0, max(tokens, 1), ROWS)]
+    room = workspace.workspace_bytes(weight.device, parallel=options.softmax.shard.group is not None)
+    return even_chunks(tokens, options.chunk_size or max(1, room // (16 * weight.shape[0]))) or [slice(0, 0)]
+
+
+def _products(hidden: Tensor, weight: Tensor, more: int, softmax: Softmax) -> Tensor:
+    """[tokens + more, columns] float32, rows aligned to 16 bytes: the CPU has one shape for all chunks."""
+    x = extended(hidden, more, 0)
+    fixed = softmax.invariant and why_not_fixed_order(x, weight) is None
+    return logits_product(x, weight, fixed_order=fixed)
+
+
+def _finished(raw: Tensor, labels: Tensor, inverse: Tensor, softmax: Softmax) -> TokenStatistics:
+    """Over the whole vocabulary, of products that are there."""
+    statistics, label_logits = stored_statistics(raw, softmax.shard.local_labels(labels), inverse, softmax, mean="none")
+    return finish(*over_ranks(statistics, label_logits, softmax), labels, softmax)
+
+
+def truncated(raw: Tensor, labels: Tensor, inverse: Tensor, cut: Tensor, softmax: Softmax) -> Tensor:
+    """Logits [tokens, columns]: -inf where they are below `cut` [tokens], but for the label's. A NaN stays."""
+    z = softmax.finished_logits(raw, inverse)
+    columns = torch.arange(z.shape[1], device=z.device)
+    dropped = (z < cut[:, None]) & (columns != softmax.shard.local_labels(labels)[:, None])
+    return z.masked_fill_(dropped, -torch.inf)
