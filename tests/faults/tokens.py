@@ -45,8 +45,8 @@ TOKENS = [
     ),
     Mutant(
         name="let hidden states of masked tokens into dW",
-        file="ops/logprobs/autograd.py",
-        old="rows_where(live, x[tokens])",
+        file="ops/logprobs/accumulate.py",
+        old="rows_where(live[tokens], x[tokens])",
         new="x[tokens]",
         test=HOSTILE,
     ),

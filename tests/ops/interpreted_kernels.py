@@ -161,6 +161,23 @@ def gradient(softcap: float | None, entropy: bool, count: int) -> None:
     assert error < 2.0 ** (-7 * count) + 1e-5, error
 
 
+def gradient_above_a_cut(softcap: float | None, count: int) -> None:
+    """Columns below the cut have none, but for the label; a cut of NaN or -inf leaves all of them."""
+    raw, vectors, labels, part = gradient_operands(softcap, False)
+    # Between two logits: the last bits of a tanh differ.
+    cuts = part.finished_logits(raw, vectors[2]).sort(1).values[:, ROWS // 2 : ROWS // 2 + 2].mean(1)
+    cuts[4], cuts[6] = torch.nan, -torch.inf
+    columns = slice(128, ROWS)
+    arguments = (vectors, labels, part, columns.start, count, torch.bfloat16, None)
+    got = sum(p.double() for p in gradient_triton(raw[:, columns], *arguments, cuts=cuts))
+    expected = sum(p.double() for p in gradient_torch(raw[:, columns], *arguments, cuts))
+    assert isinstance(got, Tensor)
+    assert torch.equal(got == 0, expected == 0)
+    assert 0.3 < (got == 0).double().mean() < 0.7
+    error = relative_error(got, expected)
+    assert error < 2.0 ** (-7 * count) + 1e-5, error
+
+
 def gradient_in_place(softcap: float | None, entropy: bool) -> None:
     """Two pieces of some columns take the place of those logits, and of nothing else."""
     raw, *rest = gradient_operands(softcap, entropy)
@@ -259,6 +276,7 @@ CASES: dict[str, Callable[[], None]] = {
     **cases(combined_blocks, softcap=CAPS, fields=FIELDS),
     **cases(finished_tokens, softcap=CAPS, fields=FIELDS),
     **cases(gradient, softcap=CAPS, entropy=(False, True), count=COUNTS),
+    **cases(gradient_above_a_cut, softcap=CAPS, count=(1, 2)),
     **cases(gradient_in_place, softcap=CAPS, entropy=(False, True)),
     **cases(kept_exponentials, peaked=(False, True)),
 }

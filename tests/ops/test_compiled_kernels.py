@@ -71,6 +71,7 @@ def call_every_host_function() -> None:
             scale = vector[0] if dtype == torch.float16 else None
             kernels.gradient_triton(raw, torch.zeros(fields, TOKENS), labels, part, 0, count, dtype, scale)
             split_triton(raw, count, dtype, scale)
+        kernels.gradient_triton(raw, torch.zeros(6, TOKENS), labels, part, 0, 1, torch.bfloat16, None, cuts=vector)
         kernels.gradient_triton(raw, torch.zeros(6, TOKENS), labels, part, 0, 2, torch.bfloat16, None, True)
         exponentials = KeptLogits.allocate(TOKENS, w, exponentials=True)
         kernels.exponentials_gradient_triton(exponentials.values, exponentials.tops, torch.zeros(6, 40), labels, part)
