@@ -23,10 +23,16 @@ if _typing.TYPE_CHECKING:
     from megatron_fp32.models.flags import fp32_config_from_args as fp32_config_from_args
     from megatron_fp32.models.provider import model_provider as model_provider
     from megatron_fp32.ops.logits import fp32_logits as fp32_logits
+    from megatron_fp32.ops.logprobs import Divergence as Divergence
     from megatron_fp32.ops.logprobs import LogitsTransform as LogitsTransform
     from megatron_fp32.ops.logprobs import VocabParallel as VocabParallel
     from megatron_fp32.ops.logprobs import linear_cross_entropy as linear_cross_entropy
     from megatron_fp32.ops.logprobs import linear_logprobs as linear_logprobs
+    from megatron_fp32.ops.logprobs import linear_selected_logprobs as linear_selected_logprobs
+    from megatron_fp32.ops.logprobs import linear_top_k_distillation as linear_top_k_distillation
+    from megatron_fp32.ops.logprobs import linear_top_logprobs as linear_top_logprobs
+    from megatron_fp32.ops.logprobs import linear_truncated_logprobs as linear_truncated_logprobs
+    from megatron_fp32.ops.logprobs import linear_truncation_thresholds as linear_truncation_thresholds
     from megatron_fp32.ops.logprobs import weighted_cross_entropy as weighted_cross_entropy
     from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs as install_optimizer_repairs
     from megatron_fp32.output_layer.layer import Fp32OutputLayer as Fp32OutputLayer
@@ -46,6 +52,7 @@ __version__ = "0.1.0"
 # A name is imported on first use, because some names need megatron-core or Triton and the others must work without.
 _MODULES = {
     "CheckpointError": "errors",
+    "Divergence": "ops.logprobs",
     "Fp32Config": "config",
     "Fp32GatedDeltaNet": "gated_delta_net.layer",
     "Fp32OutputLayer": "output_layer.layer",
@@ -71,6 +78,11 @@ _MODULES = {
     "keep_in_fp32": "kept_parameters.keep_in_fp32",
     "linear_cross_entropy": "ops.logprobs",
     "linear_logprobs": "ops.logprobs",
+    "linear_selected_logprobs": "ops.logprobs",
+    "linear_top_k_distillation": "ops.logprobs",
+    "linear_top_logprobs": "ops.logprobs",
+    "linear_truncated_logprobs": "ops.logprobs",
+    "linear_truncation_thresholds": "ops.logprobs",
     "logprobs_processor": "output_layer.logprobs_processor",
     "model_provider": "models.provider",
     "named_scheme": "weights.fp8.scheme",

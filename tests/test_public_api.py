@@ -17,6 +17,7 @@ import megatron_fp32
 # What someone who trains, converts or samples looks for; a name that is added here belongs into docs/api.md, too.
 NAMES = [
     "CheckpointError",
+    "Divergence",
     "Fp32Config",
     "Fp32GatedDeltaNet",
     "Fp32OutputLayer",
@@ -43,6 +44,11 @@ NAMES = [
     "keep_in_fp32",
     "linear_cross_entropy",
     "linear_logprobs",
+    "linear_selected_logprobs",
+    "linear_top_k_distillation",
+    "linear_top_logprobs",
+    "linear_truncated_logprobs",
+    "linear_truncation_thresholds",
     "logprobs_processor",
     "model_provider",
     "named_scheme",

@@ -1,24 +1,29 @@
 """Log-probs, entropy and loss of the output layer, from hidden states and weight, without the logits."""
 
 from megatron_fp32.ops.logprobs.autograd import Logprobs, linear_logprobs
+from megatron_fp32.ops.logprobs.divergence import Divergence
 from megatron_fp32.ops.logprobs.loss import linear_cross_entropy
 from megatron_fp32.ops.logprobs.selected import SelectedLogprobs, linear_selected_logprobs, linear_top_logprobs
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform
 from megatron_fp32.ops.logprobs.thresholds import linear_truncation_thresholds
+from megatron_fp32.ops.logprobs.top_k_distillation import TopKDistillation, linear_top_k_distillation
 from megatron_fp32.ops.logprobs.truncated import TruncatedLogprobs, linear_truncated_logprobs
 from megatron_fp32.ops.logprobs.weighted import WeightedLoss, weighted_cross_entropy
 from megatron_fp32.ops.products.shard import VocabParallel
 
 __all__ = [
+    "Divergence",
     "LogitsTransform",
     "Logprobs",
     "SelectedLogprobs",
+    "TopKDistillation",
     "TruncatedLogprobs",
     "VocabParallel",
     "WeightedLoss",
     "linear_cross_entropy",
     "linear_logprobs",
     "linear_selected_logprobs",
+    "linear_top_k_distillation",
     "linear_top_logprobs",
     "linear_truncated_logprobs",
     "linear_truncation_thresholds",
