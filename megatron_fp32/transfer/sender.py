@@ -325,29 +325,9 @@ def choose_channel(requested: Kind | str, trainer: Mapping[str, Any], workers: S
         TransferError: when no channel, or not the requested one, reaches all workers.
         ValueError: for an unknown channel.
     """
-    devices = [trainer["device"], *(worker["device"] for worker in workers)]
-    on_cpu = "cpu" in devices
-    same_gpu = len(set(devices)) < len(devices)
-    same_machine = all(worker["machine"] == trainer["machine"] for worker in workers)
-    same_process = any((worker["machine"], worker["pid"]) == (trainer["machine"], trainer["pid"]) for worker in workers)
     if requested != "auto" and requested not in KINDS:
         raise ValueError(f"channel must be one of {', '.join(KINDS)} and auto, got {requested!r}")
-    reasons: dict[Kind, str | None] = {
-        "gloo": None if on_cpu else "gloo sends CPU tensors, and every process has a GPU",
-        "nccl": "NCCL needs a GPU in every process"
-        if on_cpu
-        else "NCCL cannot connect two processes on one GPU"
-        if same_gpu
-        else None,
-        "ipc": "CUDA IPC needs a GPU in every process"
-        if on_cpu
-        else "CUDA IPC does not leave the machine"
-        if not same_machine
-        else "CUDA IPC cannot connect a process with itself: let the engine run in a process of its own "
-        "(VLLM_ENABLE_V1_MULTIPROCESSING=1)"
-        if same_process
-        else None,
-    }
+    reasons = _why_not(trainer, workers)
     if requested == "auto":
         for kind in KINDS:
             if reasons[kind] is None:
@@ -357,3 +337,28 @@ def choose_channel(requested: Kind | str, trainer: Mapping[str, Any], workers: S
     if reason is not None:
         raise TransferError(f"channel {requested!r} does not reach all workers: {reason}")
     return requested  # type: ignore[return-value]
+
+
+def _why_not(trainer: Mapping[str, Any], workers: Sequence[Mapping[str, Any]]) -> dict[Kind, str | None]:
+    """Why a channel cannot reach all workers; None for one that can."""
+    devices = [trainer["device"], *(worker["device"] for worker in workers)]
+    if "cpu" in devices:
+        return {
+            "gloo": None,
+            "nccl": "NCCL needs a GPU in every process",
+            "ipc": "CUDA IPC needs a GPU in every process",
+        }
+    same_gpu = len(set(devices)) < len(devices)
+    ipc = None
+    if any(worker["machine"] != trainer["machine"] for worker in workers):
+        ipc = "CUDA IPC does not leave the machine"
+    elif any(worker["pid"] == trainer["pid"] for worker in workers):
+        ipc = (
+            "CUDA IPC cannot connect a process with itself: let the engine run in a process of its own "
+            "(VLLM_ENABLE_V1_MULTIPROCESSING=1)"
+        )
+    return {
+        "gloo": "gloo sends CPU tensors, and every process has a GPU",
+        "nccl": "NCCL cannot connect two processes on one GPU" if same_gpu else None,
+        "ipc": ipc,
+    }

@@ -155,8 +155,8 @@ WIRE = [
     Mutant(
         name="take CUDA IPC between machines",
         file="transfer/sender.py",
-        old="        if not same_machine\n",
-        new="        if False\n",
+        old='if any(worker["machine"] != trainer["machine"] for worker in workers):',
+        new="if False:",
         test="tests/transfer/test_push.py::test_which_channel_reaches_whom",
     ),
     Mutant(

@@ -176,8 +176,9 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        logprobs, _, rest, _, empty = ctx.saved_tensors
-        events, g = _events(*ctx.saved_tensors, ctx.mode), upstream.reshape(-1).double()[:, None]
+        logprobs, logits, rest, teacher, empty = ctx.saved_tensors
+        events = _events(logprobs, logits, rest, teacher, empty, ctx.mode)
+        g = upstream.reshape(-1).double()[:, None]
         slope = _slope(events, ctx.divergence, drop=ctx.mode == "drop")
         live = (g != 0) & ~empty.reshape(len(g), -1).all(1)[:, None]
         grad = torch.where(live, g * slope, 0.0).float()
