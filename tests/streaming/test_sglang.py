@@ -25,9 +25,9 @@ from megatron_fp32.weights.tensors import info_of
 from tests.checkpoint.layouts import Layout, on_ranks
 from tests.conftest import Families
 from tests.families import case
+from tests.streaming.live_models import apart, expected, live
 from tests.streaming.sglang_pushes import OPTIONS, Held, held, odd, push, sink_of, upload
 from tests.streaming.sglang_server import Server, serving
-from tests.streaming.test_streamer import apart, expected, live
 
 Ranks = Callable[[int], RankPool]
 
