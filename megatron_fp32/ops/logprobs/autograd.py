@@ -98,7 +98,9 @@ def linear_logprobs(
         hidden: [..., hidden], as for `fp32_logits`.
         weight: [vocab / tp, hidden], as for `fp32_logits`, `main_grad` included.
         labels: [...], integer: the leading shape of (all ranks') `hidden`. Every rank passes equal labels.
-        temperature: divides the logits: a positive number, or one for every token, in the shape of the labels.
+        temperature: divides the logits: a positive number, or a tensor that broadcasts to the shape of the labels. For
+            labels [s, b], a tensor [b] has one number for every sequence, and [s, b] one for every token. Where the
+            labels are on a GPU, a tensor of several numbers on the CPU makes the host wait.
         vocab_parallel: the tensor-parallel ranks, and how much of the vocabulary is padding; None for one process
             without padding. With its `sequence_parallel`, `hidden` is this rank's slice of dimension 0.
         logits_transform: the model's scale and soft cap; None for neither.

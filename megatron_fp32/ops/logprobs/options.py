@@ -119,26 +119,46 @@ def _check_invariant(hidden: Tensor, weight: Tensor, ranks: int, grad_precision:
 
 
 def inverse_temperature_of(temperature: float | Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """[tokens] float32, 1 / temperature; 1 for ignored labels, and NaN where one of several is not positive.
+    """[tokens] float32, 1 / temperature; 1 for ignored labels, and NaN where an element of a tensor is not positive.
 
     Raises:
-        ValueError: for a number that is not positive, or a tensor in another shape than the labels' or that requires a
-            gradient.
+        TypeError: for another type, or a tensor that is not of real numbers.
+        ValueError: for a number that is not positive, or a tensor that requires a gradient or whose shape does not
+            broadcast to the labels'.
     """
     if isinstance(temperature, Tensor):
-        if temperature.shape != labels.shape or temperature.requires_grad:
-            raise ValueError(
-                f"expected a temperature without gradient and of the labels' shape {tuple(labels.shape)}, got "
-                f"{tuple(temperature.shape)}, requires_grad={temperature.requires_grad}"
-            )
-        check_plain(temperature=temperature)
-        each = temperature.to(labels.device, torch.float32)
-        each = torch.where((each > 0) & each.isfinite(), each.reciprocal(), torch.nan)
-        return torch.where(labels == ignore_index, 1.0, each).reshape(-1)
+        _check_temperatures(temperature, labels)
+        each = _on_device_of(labels, temperature)
+        if each.dtype != torch.float64:
+            each = each.float()
+        inverse = each.reciprocal().float()
+        inverse = torch.where((each > 0) & each.isfinite() & inverse.isfinite(), inverse, torch.nan)
+        return torch.where(labels == ignore_index, 1.0, inverse).reshape(-1)
     check_finite("temperature", temperature, positive=True)
     if temperature < torch.finfo(torch.float32).tiny:
         raise ValueError(f"temperature must be at least 2^-126, got {temperature}")
     return torch.full((labels.numel(),), 1 / temperature, dtype=torch.float32, device=labels.device)
+
+
+def _check_temperatures(temperature: Tensor, labels: Tensor) -> None:
+    check_plain(temperature=temperature)
+    if temperature.dtype == torch.bool or temperature.is_complex():
+        raise TypeError(f"temperature must be a tensor of real numbers, got {temperature.dtype}")
+    wide = (1,) * (labels.dim() - temperature.dim()) + tuple(temperature.shape)
+    fits = len(wide) == labels.dim() and all(a in (1, b) for a, b in zip(wide, labels.shape, strict=True))
+    if not fits or temperature.requires_grad:
+        raise ValueError(
+            "expected a temperature without gradient, of a shape that broadcasts to the labels' shape "
+            f"{tuple(labels.shape)}, got {tuple(temperature.shape)}, requires_grad={temperature.requires_grad}"
+        )
+
+
+def _on_device_of(labels: Tensor, temperature: Tensor) -> Tensor:
+    """Without making the host wait where the host knows the only number."""
+    if temperature.device == labels.device or temperature.is_cuda or temperature.numel() != 1:
+        return temperature.to(labels.device)
+    dtype = torch.float64 if temperature.dtype == torch.float64 else torch.float32
+    return torch.full(temperature.shape, temperature.item(), dtype=dtype, device=labels.device)
 
 
 def whole_hidden(hidden: Tensor, weight: Tensor, labels: Tensor, options: OperatorOptions) -> Tensor:
