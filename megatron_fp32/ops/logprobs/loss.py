@@ -15,11 +15,13 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fp32.ops.first_order import first_order_only
 from megatron_fp32.ops.logprobs.autograd import apply_logprobs
 from megatron_fp32.ops.logprobs.options import Backward, OperatorOptions, inverse_temperature_of, operator_options
+from megatron_fp32.ops.logprobs.reduction import Reduction, ReductionName
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform, Mean
 from megatron_fp32.ops.products.grad_precision import GradPrecision
 from megatron_fp32.ops.products.shard import VocabParallel
@@ -81,21 +83,35 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     grad_precision: GradPrecision = "bf16",
     backward: Backward = "recompute",
+    reduction: ReductionName = "none",
+    reduction_group: dist.ProcessGroup | None = None,
     invariant: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Loss of every token, in fp32 and the shape of the labels; 0 where they are ignored.
+    """Loss of every token, in fp32 and the shape of the labels; 0 where they are ignored. Or their sum or mean.
+
+    With `reduction="mean"` the sum of the losses is divided by the number of valid tokens, which are those whose label
+    is not ignored. With a `reduction_group` it is divided by the number of valid tokens of all of its ranks: each rank
+    returns its share of the mean over all of them, and the sum of the shares is that mean. The gradient is the
+    gradient of the share, so gradients that are summed over the ranks, not averaged, are the gradients of the mean over
+    all tokens. Every rank of the group must make the call. Without a valid token the mean and its gradients are 0.
 
     Takes the arguments of `linear_logprobs` except `mean_logit` and `top_k`, and:
 
     Args:
         label_smoothing: 0 or more and less than 1; see the module for its definition.
         z_loss: coefficient of the squared logsumexp.
+        reduction: `"none"`, or `"sum"` or `"mean"` for one number [] of all tokens, which is summed in float64.
+        reduction_group: ranks with other tokens, whose valid tokens a mean is divided by: data-parallel,
+            context-parallel, or both. None for this rank alone.
 
     Raises:
-        As `linear_logprobs`; and ValueError for values that these two do not allow.
+        As `linear_logprobs`; and ValueError for values that these arguments do not allow, TypeError for a
+        `reduction_group` that is not a ProcessGroup.
     """
     loss = TokenLoss(label_smoothing=label_smoothing, z_loss=z_loss)
+    reduce = Reduction(name=reduction, group=reduction_group)
+    reduce.check_other_ranks(vocab_parallel)
     options = operator_options(
         hidden,
         weight,
@@ -110,7 +126,7 @@ def linear_cross_entropy(
         mean=loss.mean,
     )
     inverse_temperature = inverse_temperature_of(temperature, labels, ignore_index)
-    return _eager(hidden, weight, labels, inverse_temperature, options, loss)
+    return _eager(hidden, weight, labels, inverse_temperature, options, loss, reduce)
 
 
 @torch.compiler.disable
@@ -121,9 +137,11 @@ def _eager(
     inverse_temperature: Tensor,
     options: OperatorOptions,
     loss: TokenLoss,
+    reduce: Reduction,
 ) -> Tensor:
     logprobs, _, logsumexp, mean, *_ = apply_logprobs(hidden, weight, labels, inverse_temperature, options)
-    return _LossOfTokens.apply(logprobs, logsumexp, mean, loss)
+    losses = _LossOfTokens.apply(logprobs, logsumexp, mean, loss)
+    return reduce(losses, labels, options.softmax.ignore_index)
 
 
 class _LossOfTokens(torch.autograd.Function):
