@@ -8,6 +8,7 @@ as many bits as `grad_precision` says, dX is summed over the ranks in fp32 and r
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -104,7 +105,8 @@ def linear_logprobs(
         vocab_parallel: the tensor-parallel ranks, and how much of the vocabulary is padding; None for one process
             without padding. With its `sequence_parallel`, `hidden` is this rank's slice of dimension 0.
         logits_transform: the model's scale and soft cap; None for neither.
-        ignore_index: label of tokens without one; all of their results are 0 and give no gradient.
+        ignore_index: label of tokens without one; all of their results are 0 and give no gradient. It may be a token of
+            the vocabulary, which then is no label, but a column of the logits like the others.
         grad_precision: see `Fp32Config.grad_precision`.
         backward: `"recompute"` the logits in chunks, which costs a fourth product and a chunk of memory, or keep the
             `"saved"` ones, [tokens, vocab / tp] float32.
@@ -140,14 +142,14 @@ def linear_logprobs(
         top_k=top_k,
     )
     inverse_temperature = inverse_temperature_of(temperature, labels, ignore_index)
-    return Logprobs(*apply_logprobs(hidden, weight, labels, inverse_temperature, options))
+    return Logprobs(*apply_logprobs(hidden, weight, labels, inverse_temperature, options)[:6])  # type: ignore[arg-type]
 
 
 @torch.compiler.disable
 def apply_logprobs(
     hidden: Tensor, weight: Tensor, labels: Tensor, inverse_temperature: Tensor, options: OperatorOptions
 ) -> tuple[Tensor | None, ...]:
-    """Fields of `Logprobs`, the fourth of them the mean that the options ask for.
+    """Fields of `Logprobs`, the fourth of them the mean that the options ask for, and `TokenStatistics.correct`.
 
     Args:
         hidden: as for `linear_logprobs`.
@@ -178,14 +180,15 @@ class _LinearLogprobs(torch.autograd.Function):
             keep = KeptLogits.allocate(len(x), weight, with_tops=options.top_k > 0)
         statistics, top = _statistics_and_top(x, weight, flat, inverse_temperature, options, keep)
         ctx.save_for_backward(
-            hidden, weight, flat, inverse_temperature, None if keep is None else keep.values, *statistics
+            hidden, weight, flat, inverse_temperature, None if keep is None else keep.values, *statistics[:6]
         )
         outputs = (statistics.logprob, statistics.entropy, statistics.logsumexp, statistics.mean)
         # New tensors: an output must not be what the backward pass reads, nor a view that cannot be changed in place.
         shaped = [None if x is None else _copy(x, labels.shape) for x in outputs]
         tops = [_copy(x, (*labels.shape, options.top_k)) for x in top]
-        ctx.mark_non_differentiable(*tops)
-        return *shaped, *(tops or (None, None))
+        correct = None if statistics.correct is None else _copy(statistics.correct, labels.shape)
+        ctx.mark_non_differentiable(*tops, *([] if correct is None else [correct]))
+        return *shaped, *(tops or (None, None)), correct
 
     @staticmethod
     @first_order_only
@@ -233,23 +236,25 @@ def _statistics_and_top(
     keep: KeptLogits | None,
 ) -> tuple[TokenStatistics, tuple[Tensor, ...]]:
     """Statistics of all tokens; with `top_k` also log-probs and tokens, from a chunk of logits at a time."""
-    mean, chunk_size = options.mean, options.chunk_size
+    take = functools.partial(
+        token_statistics,
+        weight=weight,
+        softmax=options.softmax,
+        mean=options.mean,
+        chunk_size=options.chunk_size,
+        correct=options.correct,
+    )
     if options.top_k == 0:
-        statistics = token_statistics(
-            x, weight, labels, inverse_temperature, options.softmax, mean=mean, keep=keep, chunk_size=chunk_size
-        )
-        return statistics, ()
+        return take(x, labels=labels, inverse_temperature=inverse_temperature, keep=keep), ()
     room = workspace.workspace_bytes(x.device, parallel=options.softmax.shard.group is not None)
-    largest = chunk_size or max(1, room // bytes_of_a_token(weight.shape[0], options.top_k))
+    largest = options.chunk_size or max(1, room // bytes_of_a_token(weight.shape[0], options.top_k))
     parts, tops = [], []
     for rows in even_chunks(len(x), largest) or [slice(0, 0)]:
         kept = (
             keep.rows(rows) if keep is not None else KeptLogits.allocate(rows.stop - rows.start, weight, with_tops=True)
         )
         y, inverse = labels[rows], inverse_temperature[rows]
-        part = token_statistics(
-            x[rows], weight, y, inverse, options.softmax, mean=mean, keep=kept, chunk_size=chunk_size
-        )
+        part = take(x[rows], labels=y, inverse_temperature=inverse, keep=kept)
         parts.append(part)
         tops.append(top_k_of(kept, y, inverse, part, options.softmax, options.top_k))
     return join(parts), tuple(torch.cat(column) for column in zip(*tops, strict=True))

@@ -12,7 +12,7 @@ The z-loss is defined as in PaLM (arXiv 2204.02311, section 5).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from megatron_fp32.ops.logprobs.reduction import Reduction, ReductionName
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform, Mean
 from megatron_fp32.ops.products.grad_precision import GradPrecision
 from megatron_fp32.ops.products.shard import VocabParallel
-from megatron_fp32.validation import check_finite
+from megatron_fp32.validation import check_finite, check_flag
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,13 @@ class TokenLoss:
             assert mean_logprob is not None
             loss = loss - self.label_smoothing * mean_logprob
         if self.z_loss > 0:
-            loss = loss + self.z_loss * logsumexp.square()
+            loss = loss + self.share_of_z(logsumexp)
         # Not -0.
         return loss + 0.0
+
+    def share_of_z(self, logsumexp: Tensor) -> Tensor:
+        """What the z-loss adds to the loss of every token."""
+        return self.z_loss * logsumexp.square() if self.z_loss > 0 else torch.zeros_like(logsumexp)
 
     def gradients(self, weights: Tensor, logsumexp: Tensor) -> dict[str, Tensor | None]:
         """Of `weights * loss` with respect to the three; 0 where the weight is, whatever the logsumexp is."""
@@ -68,6 +72,65 @@ class TokenLoss:
             "logsumexp": None if z is None else torch.where(weights == 0, 0.0, z),
             "mean": -self.label_smoothing * weights if self.label_smoothing > 0 else None,
         }
+
+
+class LossWithMetrics(NamedTuple):
+    """What `linear_cross_entropy` returns with `with_metrics=True`; `z_loss` and `correct` have the labels' shape.
+
+    A token whose label is ignored has 0 and False.
+    """
+
+    loss: Tensor
+    """As without the metrics: float32, in the shape of the labels or [] by the reduction."""
+    z_loss: Tensor
+    """float32, without a gradient: what the z-loss adds to the loss of every token, whatever the reduction is."""
+    correct: Tensor
+    """bool: no other logit is larger than the label's, and none is NaN. A label that shares the largest logit counts as
+    correct, on any number of ranks."""
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    vocab_parallel: VocabParallel | None = ...,
+    logits_transform: LogitsTransform | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    grad_precision: GradPrecision = ...,
+    backward: Backward = ...,
+    reduction: ReductionName = ...,
+    reduction_group: dist.ProcessGroup | None = ...,
+    invariant: bool = ...,
+    chunk_size: int | None = ...,
+    with_metrics: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    vocab_parallel: VocabParallel | None = ...,
+    logits_transform: LogitsTransform | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    grad_precision: GradPrecision = ...,
+    backward: Backward = ...,
+    reduction: ReductionName = ...,
+    reduction_group: dist.ProcessGroup | None = ...,
+    invariant: bool = ...,
+    chunk_size: int | None = ...,
+    with_metrics: Literal[True],
+) -> LossWithMetrics: ...
 
 
 def linear_cross_entropy(
@@ -87,7 +150,8 @@ def linear_cross_entropy(
     reduction_group: dist.ProcessGroup | None = None,
     invariant: bool = False,
     chunk_size: int | None = None,
-) -> Tensor:
+    with_metrics: bool = False,
+) -> Tensor | LossWithMetrics:
     """Loss of every token, in fp32 and the shape of the labels; 0 where they are ignored. Or their sum or mean.
 
     With `reduction="mean"` the sum of the losses is divided by the number of valid tokens, which are those whose label
@@ -104,6 +168,7 @@ def linear_cross_entropy(
         reduction: `"none"`, or `"sum"` or `"mean"` for one number [] of all tokens, which is summed in float64.
         reduction_group: ranks with other tokens, whose valid tokens a mean is divided by: data-parallel,
             context-parallel, or both. None for this rank alone.
+        with_metrics: return `LossWithMetrics`.
 
     Raises:
         As `linear_logprobs`; and ValueError for values that these arguments do not allow, TypeError for a
@@ -112,6 +177,7 @@ def linear_cross_entropy(
     loss = TokenLoss(label_smoothing=label_smoothing, z_loss=z_loss)
     reduce = Reduction(name=reduction, group=reduction_group)
     reduce.check_other_ranks(vocab_parallel)
+    check_flag("with_metrics", with_metrics)
     options = operator_options(
         hidden,
         weight,
@@ -124,9 +190,11 @@ def linear_cross_entropy(
         chunk_size=chunk_size,
         backward=backward,
         mean=loss.mean,
+        correct=with_metrics,
     )
     inverse_temperature = inverse_temperature_of(temperature, labels, ignore_index)
-    return _eager(hidden, weight, labels, inverse_temperature, options, loss, reduce)
+    result = _eager(hidden, weight, labels, inverse_temperature, options, loss, reduce)
+    return result if with_metrics else result.loss
 
 
 @torch.compiler.disable
@@ -138,10 +206,15 @@ def _eager(
     options: OperatorOptions,
     loss: TokenLoss,
     reduce: Reduction,
-) -> Tensor:
-    logprobs, _, logsumexp, mean, *_ = apply_logprobs(hidden, weight, labels, inverse_temperature, options)
+) -> LossWithMetrics:
+    logprobs, _, logsumexp, mean, _, _, correct = apply_logprobs(hidden, weight, labels, inverse_temperature, options)
     losses = _LossOfTokens.apply(logprobs, logsumexp, mean, loss)
-    return reduce(losses, labels, options.softmax.ignore_index)
+    assert logsumexp is not None
+    return LossWithMetrics(
+        loss=reduce(losses, labels, options.softmax.ignore_index),
+        z_loss=loss.share_of_z(logsumexp.detach()),
+        correct=correct,  # type: ignore[arg-type]
+    )
 
 
 class _LossOfTokens(torch.autograd.Function):

@@ -40,6 +40,8 @@ class OperatorOptions:
     """What to average over the vocabulary."""
     top_k: int
     """How many of the most probable tokens to find."""
+    correct: bool
+    """Tell whether the label is the most probable token."""
 
 
 def operator_options(
@@ -56,6 +58,7 @@ def operator_options(
     backward: Backward = "recompute",
     mean: Mean = "none",
     top_k: int = 0,
+    correct: bool = False,
 ) -> OperatorOptions:
     """Check the arguments that the operators of this folder share. Raises what they list."""
     parallel = VocabParallel() if vocab_parallel is None else vocab_parallel
@@ -78,8 +81,6 @@ def operator_options(
     shard = shard_of(weight, parallel)
     several = shard.group is not None
     _check_labels(hidden, labels, gathered=shard.ranks if parallel.sequence_parallel else 1)
-    if 0 <= ignore_index < shard.vocab_size:
-        raise ValueError(f"ignore_index must not be a token of the vocabulary, got {ignore_index}")
     if top_k > shard.vocab_size:
         raise ValueError(f"top_k must be 0 to {shard.vocab_size}, the size of the vocabulary, got {top_k}")
     if invariant:
@@ -93,6 +94,7 @@ def operator_options(
         chunk_size=chunk_size,
         mean=mean,
         top_k=top_k,
+        correct=correct,
     )
 
 

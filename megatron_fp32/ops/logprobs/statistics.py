@@ -72,6 +72,9 @@ class TokenStatistics(NamedTuple):
     """In nats."""
     mean: Tensor | None
     """Mean over the vocabulary of what `Mean` says."""
+    correct: Tensor | None = None
+    """bool, where asked for: whether no other logit is larger than the label's, and none is NaN; False for an ignored
+    label."""
 
     @property
     def logsumexp(self) -> Tensor:
@@ -231,7 +234,9 @@ def over_ranks(statistics: Tensor, label_logits: Tensor, softmax: Softmax) -> tu
     return combine(every[:, :-1].reshape(softmax.shard.ranks * blocks, fields, tokens)), every[:, -1].sum(0)
 
 
-def finish(statistics: Tensor, label_logits: Tensor, labels: Tensor, softmax: Softmax) -> TokenStatistics:
+def finish(
+    statistics: Tensor, label_logits: Tensor, labels: Tensor, softmax: Softmax, *, correct: bool = False
+) -> TokenStatistics:
     """What the tokens are asked for, from statistics [1, fields, tokens] of the whole vocabulary.
 
     Args:
@@ -239,6 +244,7 @@ def finish(statistics: Tensor, label_logits: Tensor, labels: Tensor, softmax: So
         label_logits: from `over_ranks`.
         labels: [tokens], indices into the whole vocabulary.
         softmax: for its vocabulary and `ignore_index`.
+        correct: also compare the label's logit with the largest of the others.
     """
     if statistics.is_cuda:
         from megatron_fp32.ops.logprobs.kernels import finish_triton
@@ -247,7 +253,12 @@ def finish(statistics: Tensor, label_logits: Tensor, labels: Tensor, softmax: So
             fields = finish_triton(statistics, label_logits, labels, softmax)
     else:
         fields = finish_torch(statistics, label_logits, labels, softmax)
-    return TokenStatistics(*fields, *([] if len(fields) == 6 else [None]))
+    done = TokenStatistics(*fields, *([] if len(fields) == 6 else [None]))
+    if not correct:
+        return done
+    # The largest of the others skips a NaN; the log-prob does not.
+    largest = (label_logits >= statistics[0, 0]) & ~done.logprob.isnan()
+    return done._replace(correct=softmax.knows(labels) & largest)
 
 
 def finish_torch(statistics: Tensor, label_logits: Tensor, labels: Tensor, softmax: Softmax) -> tuple[Tensor, ...]:

@@ -28,6 +28,7 @@ def token_statistics(
     mean: Mean,
     keep: KeptLogits | None = None,
     chunk_size: int | None = None,
+    correct: bool = False,
 ) -> TokenStatistics:
     """Multiply, take the statistics, put them together over blocks and ranks.
 
@@ -40,6 +41,7 @@ def token_statistics(
         mean: what else to average over the vocabulary.
         keep: room for the logits of all of them.
         chunk_size: tokens at a time.
+        correct: also tell whether each label is the most probable token.
     """
     tokens = hidden.shape[0]
     # On the CPU the width of a vector operation, and with it a bit, could depend on the number of tokens.
@@ -65,11 +67,13 @@ def token_statistics(
             keep.values[rows] = kept.values[:count]
             if keep.tops is not None and kept.tops is not None:
                 keep.tops[:, rows] = kept.tops[:, :count]
-        done = finish(*over_ranks(statistics, label_logits, softmax), y, softmax)
+        done = finish(*over_ranks(statistics, label_logits, softmax), y, softmax, correct=correct)
         parts.append(TokenStatistics(*(None if field is None else field[:count] for field in done)))  # type: ignore[arg-type]
     if not parts:
         empty = inverse_temperature.new_empty(0)
-        return TokenStatistics(empty, empty, empty, empty, empty, None if mean == "none" else empty)
+        return TokenStatistics(
+            empty, empty, empty, empty, empty, None if mean == "none" else empty, empty.bool() if correct else None
+        )
     return join(parts)
 
 
