@@ -6,6 +6,7 @@ from faults.mutant import Mutant
 
 REDUCTION = "tests/ops/test_reduction.py"
 METRICS = "tests/ops/test_metrics.py"
+BIAS = "tests/ops/test_bias.py"
 
 OPTIONS = [
     Mutant(
@@ -84,5 +85,54 @@ OPTIONS = [
         old='check_count("ignore_index", ignore_index, least=-(2**63))',
         new='check_count("ignore_index", ignore_index, least=weight.shape[0])',
         test="tests/ops/test_ignore_index.py::test_against_float64",
+    ),
+    Mutant(
+        name="multiply again without the bias",
+        file="ops/logprobs/accumulate.py",
+        old="bias = None if self._bias is None else self._bias[rows]",
+        new="bias = None",
+        test=f"{BIAS}::test_against_float64",
+    ),
+    Mutant(
+        name="add the bias of other columns",
+        file="ops/logprobs/accumulate.py",
+        old="self._bias[rows]",
+        new="self._bias[: rows.stop - rows.start]",
+        test=f"{BIAS}::test_chunks_of_columns",
+    ),
+    Mutant(
+        name="take the statistics without the bias",
+        file="ops/logprobs/statistics.py",
+        old="raw = logits_product(hidden, weight, bias, fixed_order=fixed)",
+        new="raw = logits_product(hidden, weight, fixed_order=fixed)",
+        test=f"{BIAS}::test_against_float64",
+    ),
+    Mutant(
+        name="sum one piece of dY for the bias",
+        file="ops/products/bias_grad.py",
+        old="reversed(grad.parts)",
+        new="grad.parts[:1]",
+        test=f"{BIAS}::test_the_gradient_is_the_sum_of_the_dy_that_dw_sees",
+    ),
+    Mutant(
+        name="leave the scale in the gradient of a bias",
+        file="ops/products/bias_grad.py",
+        old="total if grad.inverse_scale is None else total * grad.inverse_scale",
+        new="total",
+        test=f"{BIAS}::test_against_float64",
+    ),
+    Mutant(
+        name="forget the bias of a chunk of tokens",
+        file="ops/products/bias_grad.py",
+        old="self._sum[rows] += total",
+        new="self._sum[rows] = total",
+        test=f"{BIAS}::test_against_float64",
+    ),
+    Mutant(
+        name="need no dY for a bias alone",
+        file="ops/logprobs/weighted.py",
+        old=" and self._bias_grad is None",
+        new="",
+        test=f"{BIAS}::test_one_gradient_alone",
     ),
 ]

@@ -98,9 +98,12 @@ def test_a_nan_token_touches_no_other_gradient() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 64, 1000, 1025])
 def test_the_sum_is_as_good_as_rounding_it_once(count: int) -> None:
     """Large and small numbers: a sum in float32 would lose them."""
-    x = torch.rand(count) * 10.0 ** torch.randint(-9, 9, (count,))
-    found = Reduction(name="sum")(x, torch.zeros(count, dtype=torch.long), -100)
-    assert found == sum(int(v * 2**80) for v in x.double().tolist()) / 2**80
+    x = torch.rand(20, count) * 10.0 ** torch.randint(-9, 9, (20, count))
+    # In float32 it would stay 2^24 + 2 where the sum is 2^24 + 3, and so on.
+    x[0], x[0, 0] = 1, 2.0**24
+    for each in x:
+        found = Reduction(name="sum")(each, torch.zeros(count, dtype=torch.long), -100)
+        assert found == sum(int(v * 2**80) for v in each.double().tolist()) / 2**80
     assert tree_sum(torch.arange(count)) == count * (count - 1) // 2
 
 

@@ -32,6 +32,7 @@ class LogitsGradient:
         consume: the kept logits may be overwritten.
         softmax: over the vocabulary, with this rank's columns.
         pieces: how many stand for dY.
+        bias: [columns] that was added to the products, or None; kept logits have it.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class LogitsGradient:
         consume: bool = False,
         softmax: Softmax,
         pieces: int,
+        bias: Tensor | None = None,
     ) -> None:
+        self._bias = bias
         self._hidden, self._weight, self._labels = hidden, weight, labels
         self._vectors, self._kept = vectors.contiguous(), kept
         self._softmax, self._pieces = softmax, pieces
@@ -60,7 +63,8 @@ class LogitsGradient:
     def __call__(self, rows: slice) -> Pieces:
         """[tokens, columns] in pieces."""
         if self._kept is None:
-            raw = logits_product(self._hidden, self._weight[rows], fixed_order=self._fixed)
+            bias = None if self._bias is None else self._bias[rows]
+            raw = logits_product(self._hidden, self._weight[rows], bias, fixed_order=self._fixed)
         else:
             assert self._kept.tops is None
             raw = self._kept.values[:, rows]

@@ -37,6 +37,7 @@ from megatron_fp32.ops.logprobs.statistics import KeptLogits, TokenStatistics
 from megatron_fp32.ops.logprobs.tokens import join, token_statistics
 from megatron_fp32.ops.logprobs.topk import bytes_of_a_token, top_k_of
 from megatron_fp32.ops.products.backward import accumulate_gradients
+from megatron_fp32.ops.products.bias_grad import BiasGrad
 from megatron_fp32.ops.products.chunks import even_chunks
 from megatron_fp32.ops.products.grad_precision import GradPrecision
 from megatron_fp32.ops.products.hidden_grad import HiddenGrad
@@ -72,6 +73,7 @@ def linear_logprobs(
     weight: Tensor,
     labels: Tensor,
     *,
+    bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     vocab_parallel: VocabParallel | None = None,
     logits_transform: LogitsTransform | None = None,
@@ -85,8 +87,8 @@ def linear_logprobs(
 ) -> Logprobs:
     """Log-probabilities of the labels, and the entropy, of logits that are never stored.
 
-    The logits are `softcap * tanh(scale * hidden @ weight.T / softcap) / temperature` in fp32, without a bias. All
-    results are differentiable with respect to `hidden` and `weight`, in any combination; nothing is with respect to the
+    The logits are `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) / temperature` in fp32. All results are
+    differentiable with respect to `hidden`, `weight` and `bias`, in any combination; nothing is with respect to the
     temperature.
 
     What is wrong with one token stays with it, because looking for it first would make the host wait for the device. A
@@ -99,6 +101,8 @@ def linear_logprobs(
         hidden: [..., hidden], as for `fp32_logits`.
         weight: [vocab / tp, hidden], as for `fp32_logits`, `main_grad` included.
         labels: [...], integer: the leading shape of (all ranks') `hidden`. Every rank passes equal labels.
+        bias: [vocab / tp], bfloat16, float16 or float32, or None; added in fp32. Its gradient is the sum of the dY that
+            dW is made of, in fp32, rounded once, and is returned to autograd.
         temperature: divides the logits: a positive number, or a tensor that broadcasts to the shape of the labels. For
             labels [s, b], a tensor [b] has one number for every sequence, and [s, b] one for every token. Where the
             labels are on a GPU, a tensor of several numbers on the CPU makes the host wait.
@@ -140,14 +144,21 @@ def linear_logprobs(
         backward=backward,
         mean="logit" if mean_logit else "none",
         top_k=top_k,
+        bias=bias,
     )
     inverse_temperature = inverse_temperature_of(temperature, labels, ignore_index)
-    return Logprobs(*apply_logprobs(hidden, weight, labels, inverse_temperature, options)[:6])  # type: ignore[arg-type]
+    results = apply_logprobs(hidden, weight, labels, inverse_temperature, options, bias)
+    return Logprobs(*results[:6])  # type: ignore[arg-type]
 
 
 @torch.compiler.disable
 def apply_logprobs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, inverse_temperature: Tensor, options: OperatorOptions
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    inverse_temperature: Tensor,
+    options: OperatorOptions,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Fields of `Logprobs`, the fourth of them the mean that the options ask for, and `TokenStatistics.correct`.
 
@@ -157,30 +168,36 @@ def apply_logprobs(
         labels: as for `linear_logprobs`.
         inverse_temperature: [tokens], from `inverse_temperature_of`.
         options: from `operator_options`.
+        bias: as for `linear_logprobs`.
     """
     # Inside of forward, gradients are off in any case.
     keep = options.keep_logits and torch.is_grad_enabled()
     return _LinearLogprobs.apply(
-        hidden, weight, labels, inverse_temperature, dataclasses.replace(options, keep_logits=keep)
+        hidden, weight, labels, inverse_temperature, dataclasses.replace(options, keep_logits=keep), bias
     )
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, inverse_temperature: Tensor, options: OperatorOptions
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        inverse_temperature: Tensor,
+        options: OperatorOptions,
+        bias: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.weight_owner = options, weight
         flat = labels.reshape(-1)
         x = whole_hidden(hidden, weight, flat, options)
-        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         keep = None
-        if options.keep_logits and needed:
+        if options.keep_logits and any(ctx.needs_input_grad):
             keep = KeptLogits.allocate(len(x), weight, with_tops=options.top_k > 0)
-        statistics, top = _statistics_and_top(x, weight, flat, inverse_temperature, options, keep)
+        statistics, top = _statistics_and_top(x, weight, flat, inverse_temperature, options, keep, bias)
         ctx.save_for_backward(
-            hidden, weight, flat, inverse_temperature, None if keep is None else keep.values, *statistics[:6]
+            hidden, weight, bias, flat, inverse_temperature, None if keep is None else keep.values, *statistics[:6]
         )
         outputs = (statistics.logprob, statistics.entropy, statistics.logsumexp, statistics.mean)
         # New tensors: an output must not be what the backward pass reads, nor a view that cannot be changed in place.
@@ -193,7 +210,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, inverse_temperature, logits, *saved = ctx.saved_tensors
+        hidden, weight, bias, labels, inverse_temperature, logits, *saved = ctx.saved_tensors
         options: OperatorOptions = ctx.options
         # TF32 may have been switched on since the forward pass.
         check_operands(hidden, weight, names=("hidden", "weight"))
@@ -209,18 +226,20 @@ class _LinearLogprobs(torch.autograd.Function):
             mean=flat[3],
             mean_of=options.mean,
         )
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needs_hidden, needs_weight, *_, needs_bias = ctx.needs_input_grad
         x = whole_hidden(hidden, weight, labels, options)
         target = weight_grad_target(ctx.weight_owner) if needs_weight else None
         reduction = room_for_hidden_grad(len(x), weight, options) if needs_hidden else None
-        _accumulate(x, weight, labels, vectors, logits, options, reduction, target)
+        bias_grad = BiasGrad(bias) if needs_bias else None
+        _accumulate(x, weight, labels, vectors, logits, options, reduction, target, bias, bias_grad)
         grad_hidden = None
         if reduction is not None:
             grad_hidden = finished_hidden_grad(reduction, live_tokens(vectors), hidden, options)
         # Before the dummy gradient of a weight with main_grad, which is as large as the weight.
         del reduction
         grad_weight = weight_grad_for_autograd(ctx.weight_owner, target) if needs_weight else None
-        return grad_hidden, grad_weight, None, None, None
+        grad_bias = None if bias_grad is None else bias_grad.finish()
+        return grad_hidden, grad_weight, None, None, None, grad_bias
 
 
 def _copy(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -234,6 +253,7 @@ def _statistics_and_top(
     inverse_temperature: Tensor,
     options: OperatorOptions,
     keep: KeptLogits | None,
+    bias: Tensor | None,
 ) -> tuple[TokenStatistics, tuple[Tensor, ...]]:
     """Statistics of all tokens; with `top_k` also log-probs and tokens, from a chunk of logits at a time."""
     take = functools.partial(
@@ -243,6 +263,7 @@ def _statistics_and_top(
         mean=options.mean,
         chunk_size=options.chunk_size,
         correct=options.correct,
+        bias=bias,
     )
     if options.top_k == 0:
         return take(x, labels=labels, inverse_temperature=inverse_temperature, keep=keep), ()
@@ -269,8 +290,10 @@ def _accumulate(
     options: OperatorOptions,
     reduction: HiddenGrad | None,
     target: WeightGrad | None,
+    bias: Tensor | None,
+    bias_grad: BiasGrad | None,
 ) -> None:
-    """dX and dW, one block of tokens and of columns at a time."""
+    """dX, dW and dbias, one block of tokens and of columns at a time."""
     pieces = options.pieces if weight.dtype != torch.float32 else 1
     blocks = even_chunks(len(x), options.chunk_size or workspace.GRADIENT_TOKENS)
     per_element = (4 if logits is None else 0) + pieces * weight.element_size()
@@ -293,6 +316,7 @@ def _accumulate(
             kept=None if logits is None else KeptLogits(values=logits[tokens], tops=None),
             softmax=options.softmax,
             pieces=pieces,
+            bias=bias,
         )
         last = tokens is blocks[-1]
         accumulate_gradients(
@@ -304,5 +328,6 @@ def _accumulate(
             hidden=lambda tokens=tokens, live=live: rows_where(live, x[tokens]),  # type: ignore[misc]
             weight_grad=sums.part(first=tokens is blocks[0]),
             hidden_grad_done=reduction.start if last and reduction is not None else lambda: None,
+            bias_grad=bias_grad,
         )
     sums.finish()

@@ -95,6 +95,7 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
+    bias: Tensor | None = ...,
     temperature: float | Tensor = ...,
     vocab_parallel: VocabParallel | None = ...,
     logits_transform: LogitsTransform | None = ...,
@@ -117,6 +118,7 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
+    bias: Tensor | None = ...,
     temperature: float | Tensor = ...,
     vocab_parallel: VocabParallel | None = ...,
     logits_transform: LogitsTransform | None = ...,
@@ -138,6 +140,7 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
+    bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     vocab_parallel: VocabParallel | None = None,
     logits_transform: LogitsTransform | None = None,
@@ -191,9 +194,10 @@ def linear_cross_entropy(
         backward=backward,
         mean=loss.mean,
         correct=with_metrics,
+        bias=bias,
     )
     inverse_temperature = inverse_temperature_of(temperature, labels, ignore_index)
-    result = _eager(hidden, weight, labels, inverse_temperature, options, loss, reduce)
+    result = _eager(hidden, weight, labels, inverse_temperature, options, loss, reduce, bias)
     return result if with_metrics else result.loss
 
 
@@ -206,8 +210,11 @@ def _eager(
     options: OperatorOptions,
     loss: TokenLoss,
     reduce: Reduction,
+    bias: Tensor | None,
 ) -> LossWithMetrics:
-    logprobs, _, logsumexp, mean, _, _, correct = apply_logprobs(hidden, weight, labels, inverse_temperature, options)
+    logprobs, _, logsumexp, mean, _, _, correct = apply_logprobs(
+        hidden, weight, labels, inverse_temperature, options, bias
+    )
     losses = _LossOfTokens.apply(logprobs, logsumexp, mean, loss)
     assert logsumexp is not None
     return LossWithMetrics(

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform, Mean, Softmax
 from megatron_fp32.ops.products.fixed_order import check_fixed_order
 from megatron_fp32.ops.products.grad_precision import PIECES, GradPrecision, check_grad_precision
-from megatron_fp32.ops.products.operands import check_operands, check_plain, check_shapes
+from megatron_fp32.ops.products.operands import check_bias, check_operands, check_plain, check_shapes
 from megatron_fp32.ops.products.ranks import gather_first_dim
 from megatron_fp32.ops.products.shard import BLOCK, VocabParallel, shard_of
 from megatron_fp32.validation import check_choice, check_count, check_finite, check_flag
@@ -59,6 +59,7 @@ def operator_options(
     mean: Mean = "none",
     top_k: int = 0,
     correct: bool = False,
+    bias: Tensor | None = None,
 ) -> OperatorOptions:
     """Check the arguments that the operators of this folder share. Raises what they list."""
     parallel = VocabParallel() if vocab_parallel is None else vocab_parallel
@@ -72,6 +73,7 @@ def operator_options(
     check_flag("invariant", invariant)
     check_shapes(hidden, weight)
     check_operands(hidden, weight, names=("hidden", "weight"))
+    check_bias(bias, weight)
     check_plain(labels=labels)
     check_count("ignore_index", ignore_index, least=-(2**63))
     check_count("top_k", top_k, least=0)

@@ -91,6 +91,7 @@ def block_statistics(
     *,
     mean: Mean,
     keep: KeptLogits | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Multiply, and take the statistics of every block of this shard.
 
@@ -102,6 +103,7 @@ def block_statistics(
         softmax: over the vocabulary, with this rank's columns.
         mean: also take the statistics that this mean needs.
         keep: room for the logits; None to forget them.
+        bias: [columns], added to the products in fp32; the products are stored for it.
 
     Returns:
         The statistics, [blocks, fields, tokens] float32, and the labels' logits, [tokens] float32, 0 for other shards'.
@@ -110,7 +112,7 @@ def block_statistics(
     statistics = torch.empty(-(-columns // BLOCK), FIELDS[mean], tokens, dtype=torch.float32, device=hidden.device)
     label_logits = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
     fixed = why_not_fixed_order(hidden, weight) is None
-    if fixed and hidden.is_cuda:
+    if fixed and hidden.is_cuda and bias is None:
         from megatron_fp32.ops.products.project_triton import project_triton
 
         with torch.cuda.device(hidden.device):
@@ -128,7 +130,7 @@ def block_statistics(
             )
         _keep_tops(keep, statistics, labels, label_logits)
         return statistics, label_logits
-    raw = logits_product(hidden, weight, fixed_order=fixed)
+    raw = logits_product(hidden, weight, bias, fixed_order=fixed)
     if keep is not None:
         assert keep.values.dtype == torch.float32
         keep.values.copy_(raw)
