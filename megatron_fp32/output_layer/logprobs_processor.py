@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from megatron_fp32.kept_parameters.fp32_calls import count_fp32_call
@@ -30,7 +31,8 @@ def logprobs_processor(
     log-prob.
 
     Args:
-        temperature: a positive number, or a tensor [b, s] with one positive number for each token.
+        temperature: a positive number, or a tensor of positive numbers that broadcasts to [b, s]: [b, 1] has one number
+            for every sequence, [b, s] one for every token.
         mean_logit: see `linear_logprobs`.
         top_k: see `linear_logprobs`; the results are [b, s, top_k].
         backward: see `linear_logprobs`.
@@ -64,7 +66,7 @@ def logprobs_processor(
         if labels is None:
             raise ValueError("log-probs need labels, got None")
         check_plain_product(output_layer)
-        of_tokens = temperature.t().contiguous() if isinstance(temperature, Tensor) else temperature
+        of_tokens = torch.atleast_2d(temperature).t() if isinstance(temperature, Tensor) else temperature
 
         def use(layer: Any, hidden: Tensor, weight: Tensor | None) -> Logprobs:
             count_fp32_call(layer)

@@ -6,6 +6,7 @@ from faults.mutant import Mutant
 
 HOSTILE = "tests/ops/test_hostile_tokens.py"
 KERNELS = "tests/ops/test_logprobs_kernels.py"
+TEMPERATURES = "tests/ops/test_temperatures.py"
 
 TOKENS = [
     Mutant(
@@ -74,9 +75,23 @@ TOKENS = [
     Mutant(
         name="take a temperature of 0",
         file="ops/logprobs/options.py",
-        old="torch.where((each > 0) & each.isfinite(), each.reciprocal(), torch.nan)",
-        new="each.reciprocal()",
+        old="torch.where((each > 0) & each.isfinite() & inverse.isfinite(), inverse, torch.nan)",
+        new="inverse",
         test=HOSTILE,
+    ),
+    Mutant(
+        name="round float64 temperatures before their reciprocal",
+        file="ops/logprobs/options.py",
+        old="if each.dtype != torch.float64:",
+        new="if True:",
+        test=TEMPERATURES,
+    ),
+    Mutant(
+        name="take a temperature that is longer than the labels",
+        file="ops/logprobs/options.py",
+        old="all(a in (1, b) for a, b in zip(wide, labels.shape, strict=True))",
+        new="all(1 in (a, b) or a == b for a, b in zip(wide, labels.shape, strict=True))",
+        test=TEMPERATURES,
     ),
     Mutant(
         name="let an impossible label spoil the entropy's gradient",

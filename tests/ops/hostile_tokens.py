@@ -190,6 +190,20 @@ def masked_tokens(head: Head) -> None:
     assert_masked(p.run(head), expected, head)
 
 
+def ignored_label_of_the_vocabulary(head: Head) -> None:
+    """A token of the vocabulary as `ignore_index` masks its labels, and is a column of the logits as before."""
+    for index in (0, 130, VOCAB - 1):
+        clean, p = head.problem(), head.problem()
+        for each in (clean, p):
+            each.labels[each.labels == index] = 7
+        clean.labels[MASKED], p.labels[MASKED] = -100, index
+        p.hidden[MASKED[0]], p.hidden[MASKED[1]] = NAN, math.inf
+        p.temperature[MASKED[:3]] = torch.tensor([0.0, NAN, -1.0], device=head.device)
+        p.weights[MASKED] = torch.tensor([NAN, math.inf, 1.0, -1.0], device=head.device)
+        masking = dataclasses.replace(head, options={**head.options, "ignore_index": index})
+        assert_masked(p.run(masking), clean.run(head), head)
+
+
 def weights_of_zero(head: Head) -> None:
     """A token that a loss mask leaves out is an ignored one, whatever its label."""
     if head.operator != "weighted":
@@ -284,6 +298,7 @@ CHECKS = [
     nan_hidden_states_of_one_token,
     infinite_logits,
     masked_tokens,
+    ignored_label_of_the_vocabulary,
     weights_of_zero,
     upstream_gradients_of_zero,
     impossible_labels,

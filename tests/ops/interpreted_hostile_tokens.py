@@ -25,11 +25,21 @@ from tests.ops.hostile_tokens import CHECKS, Head
 
 
 def block_statistics(
-    hidden: Tensor, weight: Tensor, labels: Tensor, inverse_temperature: Tensor, softmax: Any, *, mean: Any, keep: Any
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    inverse_temperature: Tensor,
+    softmax: Any,
+    *,
+    mean: Any,
+    keep: Any,
+    bias: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """What `statistics.block_statistics` does on a GPU with the fused product."""
-    if why_not_fixed_order(hidden, weight) is not None:
-        return statistics.block_statistics(hidden, weight, labels, inverse_temperature, softmax, mean=mean, keep=keep)
+    if why_not_fixed_order(hidden, weight) is not None or bias is not None:
+        return statistics.block_statistics(
+            hidden, weight, labels, inverse_temperature, softmax, mean=mean, keep=keep, bias=bias
+        )
     blocks = -(-weight.shape[0] // BLOCK)
     found = torch.full((blocks, FIELDS[mean], hidden.shape[0]), 7.0)
     label_logits = torch.zeros(hidden.shape[0])

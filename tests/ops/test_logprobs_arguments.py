@@ -30,7 +30,6 @@ class TestRefusals:
             ({"top_k": -1}, "top_k must be at least 0"),
             ({"temperature": torch.ones(3)}, "labels' shape"),
             ({"softcap": 0.0}, "softcap must be positive"),
-            ({"ignore_index": 5}, "ignore_index must not be a token"),
             ({"chunk_size": 0}, "chunk_size must be at least 1"),
             ({"backward": "never"}, "backward must be one of"),
             ({"grad_precision": "fp8"}, "grad_precision must be one of"),

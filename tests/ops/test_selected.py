@@ -35,7 +35,7 @@ def chosen(c: Case, k: int = K) -> Tensor:
 def truth(c: Case, tokens: Tensor, upstream: dict[str, Tensor], **options: Any) -> tuple[dict[str, Tensor], Any, Any]:
     """Everything in float64 from one log-softmax, and dX and dW by autograd."""
     x, w = c.hidden.detach().double().requires_grad_(), c.weight.detach().double().requires_grad_()
-    z = x @ w.t()[:, : options.get("vocab_size")] * options.get("scale", 1.0)
+    z = (x @ w.t() + options.get("bias", 0.0))[:, : options.get("vocab_size")] * options.get("scale", 1.0)
     if options.get("softcap"):
         z = options["softcap"] * torch.tanh(z / options["softcap"])
     z = z / options.get("temperature", 1.0)
@@ -57,6 +57,28 @@ def truth(c: Case, tokens: Tensor, upstream: dict[str, Tensor], **options: Any) 
     if upstream:
         total.backward()  # type: ignore[union-attr]
     return {n: t.detach() for n, t in out.items()}, x.grad, w.grad
+
+
+@pytest.mark.parametrize("options", [{"vocab_size": VOCAB}, BENT], ids=["plain", "bent"])
+def test_bias(options: dict[str, Any]) -> None:
+    """A NaN in the padding's part of it does not matter."""
+    c = case()
+    tokens, bias = chosen(c), torch.randn(c.weight.shape[0])
+    mine = torch.where(torch.arange(len(bias)) < VOCAB, bias, torch.nan).requires_grad_()
+    out = linear_selected_logprobs(c.hidden, c.weight, tokens, bias=mine, grad_precision="bf16x3", **grouped(options))
+    upstream = cotangents(out, NAMES)
+    with_main_grad(c.weight)
+    backward(out, upstream)
+    leaf = bias.double().requires_grad_()
+    exact, dx, dw = truth(c, tokens, upstream, bias=leaf, **options)
+    for name in NAMES:
+        assert relative_error(getattr(out, name), exact[name]) < 4 * FP32, name
+    assert relative_error(c.weight.main_grad, dw) < 2e-6  # type: ignore[attr-defined]
+    assert relative_error(c.hidden.grad, dx) < 3e-3
+    assert mine.grad is not None
+    assert leaf.grad is not None
+    assert relative_error(mine.grad[:VOCAB], leaf.grad[:VOCAB]) < 2e-6
+    assert mine.grad[VOCAB:].eq(0).all()
 
 
 def cotangents(like: SelectedLogprobs, names: tuple[str, ...], seed: int = 5) -> dict[str, Tensor]:

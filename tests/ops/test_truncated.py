@@ -34,7 +34,7 @@ FILTERS: list[dict[str, Any]] = [
 def logits_of(c: Case, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Leaves and logits [tokens, VOCAB] in float64."""
     x, w = c.hidden.detach().double().requires_grad_(), c.weight.detach().double().requires_grad_()
-    z = x @ w.t()[:, : options.get("vocab_size")] * options.get("scale", 1.0)
+    z = (x @ w.t() + options.get("bias", 0.0))[:, : options.get("vocab_size")] * options.get("scale", 1.0)
     if options.get("softcap"):
         z = options["softcap"] * torch.tanh(z / options["softcap"])
     return x, w, z / options.get("temperature", 1.0)
@@ -112,6 +112,31 @@ def test_results_and_gradients(filters: dict[str, Any], by: str, options: dict[s
     (out.logprobs * g + out.entropy * h).sum().backward()
     assert relative_error(c.hidden.grad, exact["dX"]) < 3e-3
     assert relative_error(c.weight.main_grad, exact["dW"]) < 2e-6  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("by", ["tokens", "threshold"])
+def test_bias(by: str) -> None:
+    c = case()
+    bias = torch.randn(c.weight.shape[0])
+    leaf = bias.double().requires_grad_()
+    z = logits_of(c, vocab_size=VOCAB, bias=leaf)[2].detach()
+    kept = keep_set(z, top_k=20)
+    g, h = torch.randn(2, TOKENS, generator=torch.Generator().manual_seed(7))
+    mine = bias.clone().requires_grad_()
+    which: dict[str, Tensor] = {"kept_tokens": as_tokens(kept)}
+    if by == "threshold":
+        cut = linear_truncation_thresholds(c.hidden, c.weight, top_k=20, bias=bias, vocab_parallel=PADDED)
+        which = {"min_logprob": cut}
+    out = linear_truncated_logprobs(
+        c.hidden, c.weight, c.labels, bias=mine, vocab_parallel=PADDED, grad_precision="bf16x3", **which
+    )
+    exact = truth(c, kept, g.double(), h.double(), vocab_size=VOCAB, bias=leaf)
+    assert relative_error(out.logprobs, exact["logprobs"]) < FP32
+    assert relative_error(out.mass, exact["mass"]) < 3 * FP32
+    (out.logprobs * g + out.entropy * h).sum().backward()
+    assert mine.grad is not None
+    assert leaf.grad is not None
+    assert relative_error(mine.grad, leaf.grad) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

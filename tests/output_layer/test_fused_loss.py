@@ -280,6 +280,15 @@ class TestLogprobsProcessor:
         out.logprobs.sum().backward()
         assert model.output_layer.weight.grad.abs().sum() > 0
 
+    @pytest.mark.parametrize("shape", [(), (LENGTH,), (2, 1)], ids=str)
+    def test_temperatures_broadcast_to_batch_and_sequence(self, shape: tuple[int, ...]) -> None:
+        model, batch, temperature = gpt(), inputs(), torch.rand(shape) + 0.5
+        model.eval()
+        apply_fp32(model, FUSED[0], weights="initialized")
+        out = model(**batch, output_processor=logprobs_processor(temperature=temperature))
+        whole = model(**batch, output_processor=logprobs_processor(temperature=temperature.expand(2, LENGTH)))
+        assert torch.equal(out.logprobs, whole.logprobs)
+
     def test_what_it_needs(self) -> None:
         model = gpt()
         with pytest.raises(TypeError, match="expected an Fp32OutputLayer, got ColumnParallelLinear"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,13 @@ from megatron_fp32.ops.logprobs.options import OperatorOptions, rows_where
 from megatron_fp32.ops.logprobs.softmax import Softmax
 from megatron_fp32.ops.logprobs.statistics import KeptLogits
 from megatron_fp32.ops.products.backward import accumulate_gradients
+from megatron_fp32.ops.products.bias_grad import BiasGrad
 from megatron_fp32.ops.products.chunks import even_chunks
 from megatron_fp32.ops.products.fixed_order import why_not_fixed_order
 from megatron_fp32.ops.products.forward import logits_product
 from megatron_fp32.ops.products.hidden_grad import HiddenGrad
 from megatron_fp32.ops.products.invariant_hidden_grad import InvariantHiddenGrad
+from megatron_fp32.ops.products.main_grad import weight_grad_for_autograd, weight_grad_target
 from megatron_fp32.ops.products.split import Pieces
 from megatron_fp32.ops.products.weight_grad import WeightGrad
 
@@ -39,6 +41,7 @@ class LogitsGradient:
         consume: the kept logits may be overwritten.
         softmax: over the vocabulary, with this rank's columns.
         pieces: how many stand for dY.
+        bias: [columns] that was added to the products, or None; kept logits have it.
     """
 
     def __init__(
@@ -53,7 +56,9 @@ class LogitsGradient:
         consume: bool = False,
         softmax: Softmax,
         pieces: int,
+        bias: Tensor | None = None,
     ) -> None:
+        self._bias = bias
         self._hidden, self._weight, self._labels = hidden, weight, labels
         self._vectors, self._kept, self._cuts = vectors.contiguous(), kept, cuts
         self._softmax, self._pieces = softmax, pieces
@@ -68,7 +73,8 @@ class LogitsGradient:
     def __call__(self, rows: slice) -> Pieces:
         """[tokens, columns] in pieces."""
         if self._kept is None:
-            raw = logits_product(self._hidden, self._weight[rows], fixed_order=self._fixed)
+            bias = None if self._bias is None else self._bias[rows]
+            raw = logits_product(self._hidden, self._weight[rows], bias, fixed_order=self._fixed)
         else:
             assert self._kept.tops is None
             raw = self._kept.values[:, rows]
@@ -159,6 +165,7 @@ def accumulate_blocks(
     *,
     reduction: HiddenGrad | None,
     target: WeightGrad | None,
+    bias_grad: BiasGrad | None = None,
     stored: bool = False,
     blocks: list[slice] | None = None,
 ) -> None:
@@ -172,6 +179,7 @@ def accumulate_blocks(
         options: of the operator.
         reduction: where dX goes, whose sum over the ranks is started here; None when it is not needed.
         target: where dW goes; None when it is not needed.
+        bias_grad: where dbias goes; None when it is not needed.
         stored: the logits are in memory already, and take no room.
         blocks: of tokens; None to choose.
     """
@@ -199,5 +207,69 @@ def accumulate_blocks(
             hidden=lambda tokens=tokens: rows_where(live[tokens], x[tokens]),  # type: ignore[misc]
             weight_grad=sums.part(first=tokens is blocks[0]),
             hidden_grad_done=reduction.start if last and reduction is not None else lambda: None,
+            bias_grad=bias_grad,
         )
     sums.finish()
+
+
+class OperatorGradients(NamedTuple):
+    """What the backward pass of an operator returns to autograd."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def operator_gradients(
+    gradient_of: Callable[[slice], BlockGradient],
+    x: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    live: Tensor,
+    options: OperatorOptions,
+    *,
+    owner: Tensor,
+    needs: tuple[bool, bool, bool],
+    stored: bool = False,
+    blocks: list[slice] | None = None,
+) -> OperatorGradients:
+    """dX, dW and dbias, from dY of blocks of tokens.
+
+    Args:
+        gradient_of: see `accumulate_blocks`, as for the other arguments that are not listed here.
+        x: from `whole_hidden`.
+        hidden: as the operator was given it.
+        weight: [columns, hidden], this rank's rows.
+        bias: [columns], or None.
+        live: [tokens] bool: whose dY is not 0.
+        options: of the operator.
+        owner: the Parameter that may have a `main_grad`.
+        needs: which of the three gradients are asked for.
+        stored: see `accumulate_blocks`.
+        blocks: see `accumulate_blocks`.
+    """
+    needs_hidden, needs_weight, needs_bias = needs
+    target = weight_grad_target(owner) if needs_weight else None
+    reduction = room_for_hidden_grad(len(x), weight, options) if needs_hidden else None
+    bias_grad = BiasGrad(bias) if bias is not None and needs_bias else None
+    accumulate_blocks(
+        gradient_of,
+        x,
+        weight,
+        live,
+        options,
+        reduction=reduction,
+        target=target,
+        bias_grad=bias_grad,
+        stored=stored,
+        blocks=blocks,
+    )
+    grad_hidden = None if reduction is None else finished_hidden_grad(reduction, live, hidden, options)
+    # Before the dummy gradient of a weight with main_grad, which is as large as the weight.
+    del reduction
+    return OperatorGradients(
+        hidden=grad_hidden,
+        weight=weight_grad_for_autograd(owner, target) if needs_weight else None,
+        bias=None if bias_grad is None else bias_grad.finish(),
+    )

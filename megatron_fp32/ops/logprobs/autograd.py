@@ -8,6 +8,7 @@ as many bits as `grad_precision` says, dX is summed over the ranks in fp32 and r
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,9 +19,7 @@ from megatron_fp32.ops.first_order import first_order_only
 from megatron_fp32.ops.logprobs import workspace
 from megatron_fp32.ops.logprobs.accumulate import (
     LogitsGradient,
-    accumulate_blocks,
-    finished_hidden_grad,
-    room_for_hidden_grad,
+    operator_gradients,
 )
 from megatron_fp32.ops.logprobs.gradient import gradient_vectors, live_tokens
 from megatron_fp32.ops.logprobs.options import (
@@ -36,7 +35,6 @@ from megatron_fp32.ops.logprobs.tokens import join, token_statistics
 from megatron_fp32.ops.logprobs.topk import bytes_of_a_token, top_k_of
 from megatron_fp32.ops.products.chunks import even_chunks
 from megatron_fp32.ops.products.grad_precision import GradPrecision
-from megatron_fp32.ops.products.main_grad import weight_grad_for_autograd, weight_grad_target
 from megatron_fp32.ops.products.operands import check_operands
 from megatron_fp32.ops.products.shard import VocabParallel
 from megatron_fp32.validation import check_flag
@@ -67,6 +65,7 @@ def linear_logprobs(
     weight: Tensor,
     labels: Tensor,
     *,
+    bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     vocab_parallel: VocabParallel | None = None,
     logits_transform: LogitsTransform | None = None,
@@ -80,8 +79,8 @@ def linear_logprobs(
 ) -> Logprobs:
     """Log-probabilities of the labels, and the entropy, of logits that are never stored.
 
-    The logits are `softcap * tanh(scale * hidden @ weight.T / softcap) / temperature` in fp32, without a bias. All
-    results are differentiable with respect to `hidden` and `weight`, in any combination; nothing is with respect to the
+    The logits are `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) / temperature` in fp32. All results are
+    differentiable with respect to `hidden`, `weight` and `bias`, in any combination; nothing is with respect to the
     temperature.
 
     What is wrong with one token stays with it, because looking for it first would make the host wait for the device. A
@@ -94,11 +93,16 @@ def linear_logprobs(
         hidden: [..., hidden], as for `fp32_logits`.
         weight: [vocab / tp, hidden], as for `fp32_logits`, `main_grad` included.
         labels: [...], integer: the leading shape of (all ranks') `hidden`. Every rank passes equal labels.
-        temperature: divides the logits: a positive number, or one for every token, in the shape of the labels.
+        bias: [vocab / tp], bfloat16, float16 or float32, or None; added in fp32. Its gradient is the sum of the dY that
+            dW is made of, in fp32, rounded once, and is returned to autograd.
+        temperature: divides the logits: a positive number, or a tensor that broadcasts to the shape of the labels. For
+            labels [s, b], a tensor [b] has one number for every sequence, and [s, b] one for every token. Where the
+            labels are on a GPU, a tensor of several numbers on the CPU makes the host wait.
         vocab_parallel: the tensor-parallel ranks, and how much of the vocabulary is padding; None for one process
             without padding. With its `sequence_parallel`, `hidden` is this rank's slice of dimension 0.
         logits_transform: the model's scale and soft cap; None for neither.
-        ignore_index: label of tokens without one; all of their results are 0 and give no gradient.
+        ignore_index: label of tokens without one; all of their results are 0 and give no gradient. It may be a token of
+            the vocabulary, which then is no label, but a column of the logits like the others.
         grad_precision: see `Fp32Config.grad_precision`.
         backward: `"recompute"` the logits in chunks, which costs a fourth product and a chunk of memory, or keep the
             `"saved"` ones, [tokens, vocab / tp] float32.
@@ -132,16 +136,23 @@ def linear_logprobs(
         backward=backward,
         mean="logit" if mean_logit else "none",
         top_k=top_k,
+        bias=bias,
     )
     inverse_temperature = inverse_temperature_of(temperature, labels, ignore_index)
-    return Logprobs(*apply_logprobs(hidden, weight, labels, inverse_temperature, options))
+    results = apply_logprobs(hidden, weight, labels, inverse_temperature, options, bias)
+    return Logprobs(*results[:6])  # type: ignore[arg-type]
 
 
 @torch.compiler.disable
 def apply_logprobs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, inverse_temperature: Tensor, options: OperatorOptions
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    inverse_temperature: Tensor,
+    options: OperatorOptions,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Fields of `Logprobs`, the fourth of them the mean that the options ask for.
+    """Fields of `Logprobs`, the fourth of them the mean that the options ask for, and `TokenStatistics.correct`.
 
     Args:
         hidden: as for `linear_logprobs`.
@@ -149,42 +160,49 @@ def apply_logprobs(
         labels: as for `linear_logprobs`.
         inverse_temperature: [tokens], from `inverse_temperature_of`.
         options: from `operator_options`.
+        bias: as for `linear_logprobs`.
     """
     # Inside of forward, gradients are off in any case.
     keep = options.keep_logits and torch.is_grad_enabled()
     return _LinearLogprobs.apply(
-        hidden, weight, labels, inverse_temperature, dataclasses.replace(options, keep_logits=keep)
+        hidden, weight, labels, inverse_temperature, dataclasses.replace(options, keep_logits=keep), bias
     )
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, inverse_temperature: Tensor, options: OperatorOptions
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        inverse_temperature: Tensor,
+        options: OperatorOptions,
+        bias: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.weight_owner = options, weight
         flat = labels.reshape(-1)
         x = whole_hidden(hidden, weight, flat, options)
-        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         keep = None
-        if options.keep_logits and needed:
+        if options.keep_logits and any(ctx.needs_input_grad):
             keep = KeptLogits.allocate(len(x), weight, with_tops=options.top_k > 0)
-        statistics, top = _statistics_and_top(x, weight, flat, inverse_temperature, options, keep)
+        statistics, top = _statistics_and_top(x, weight, flat, inverse_temperature, options, keep, bias)
         ctx.save_for_backward(
-            hidden, weight, flat, inverse_temperature, None if keep is None else keep.values, *statistics
+            hidden, weight, bias, flat, inverse_temperature, None if keep is None else keep.values, *statistics[:6]
         )
         outputs = (statistics.logprob, statistics.entropy, statistics.logsumexp, statistics.mean)
         # New tensors: an output must not be what the backward pass reads, nor a view that cannot be changed in place.
         shaped = [None if x is None else _copy(x, labels.shape) for x in outputs]
         tops = [_copy(x, (*labels.shape, options.top_k)) for x in top]
-        ctx.mark_non_differentiable(*tops)
-        return *shaped, *(tops or (None, None))
+        correct = None if statistics.correct is None else _copy(statistics.correct, labels.shape)
+        ctx.mark_non_differentiable(*tops, *([] if correct is None else [correct]))
+        return *shaped, *(tops or (None, None)), correct
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, inverse_temperature, logits, *saved = ctx.saved_tensors
+        hidden, weight, bias, labels, inverse_temperature, logits, *saved = ctx.saved_tensors
         options: OperatorOptions = ctx.options
         # TF32 may have been switched on since the forward pass.
         check_operands(hidden, weight, names=("hidden", "weight"))
@@ -200,11 +218,7 @@ class _LinearLogprobs(torch.autograd.Function):
             mean=flat[3],
             mean_of=options.mean,
         )
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         x = whole_hidden(hidden, weight, labels, options)
-        target = weight_grad_target(ctx.weight_owner) if needs_weight else None
-        reduction = room_for_hidden_grad(len(x), weight, options) if needs_hidden else None
-        live = live_tokens(vectors)
 
         def gradient_of(tokens: slice) -> LogitsGradient:
             return LogitsGradient(
@@ -215,15 +229,23 @@ class _LinearLogprobs(torch.autograd.Function):
                 kept=None if logits is None else KeptLogits(values=logits[tokens], tops=None),
                 softmax=options.softmax,
                 pieces=options.pieces_of(weight),
+                bias=bias,
             )
 
-        stored = logits is not None
-        accumulate_blocks(gradient_of, x, weight, live, options, reduction=reduction, target=target, stored=stored)
-        grad_hidden = None if reduction is None else finished_hidden_grad(reduction, live, hidden, options)
-        # Before the dummy gradient of a weight with main_grad, which is as large as the weight.
-        del reduction
-        grad_weight = weight_grad_for_autograd(ctx.weight_owner, target) if needs_weight else None
-        return grad_hidden, grad_weight, None, None, None
+        needs_hidden, needs_weight, *_, needs_bias = ctx.needs_input_grad
+        grads = operator_gradients(
+            gradient_of,
+            x,
+            hidden,
+            weight,
+            bias,
+            live_tokens(vectors),
+            options,
+            owner=ctx.weight_owner,
+            needs=(needs_hidden, needs_weight, needs_bias),
+            stored=logits is not None,
+        )
+        return grads.hidden, grads.weight, None, None, None, grads.bias
 
 
 def _copy(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -237,25 +259,29 @@ def _statistics_and_top(
     inverse_temperature: Tensor,
     options: OperatorOptions,
     keep: KeptLogits | None,
+    bias: Tensor | None,
 ) -> tuple[TokenStatistics, tuple[Tensor, ...]]:
     """Statistics of all tokens; with `top_k` also log-probs and tokens, from a chunk of logits at a time."""
-    mean, chunk_size = options.mean, options.chunk_size
+    take = functools.partial(
+        token_statistics,
+        weight=weight,
+        softmax=options.softmax,
+        mean=options.mean,
+        chunk_size=options.chunk_size,
+        correct=options.correct,
+        bias=bias,
+    )
     if options.top_k == 0:
-        statistics = token_statistics(
-            x, weight, labels, inverse_temperature, options.softmax, mean=mean, keep=keep, chunk_size=chunk_size
-        )
-        return statistics, ()
+        return take(x, labels=labels, inverse_temperature=inverse_temperature, keep=keep), ()
     room = workspace.workspace_bytes(x.device, parallel=options.softmax.shard.group is not None)
-    largest = chunk_size or max(1, room // bytes_of_a_token(weight.shape[0], options.top_k))
+    largest = options.chunk_size or max(1, room // bytes_of_a_token(weight.shape[0], options.top_k))
     parts, tops = [], []
     for rows in even_chunks(len(x), largest) or [slice(0, 0)]:
         kept = (
             keep.rows(rows) if keep is not None else KeptLogits.allocate(rows.stop - rows.start, weight, with_tops=True)
         )
         y, inverse = labels[rows], inverse_temperature[rows]
-        part = token_statistics(
-            x[rows], weight, y, inverse, options.softmax, mean=mean, keep=kept, chunk_size=chunk_size
-        )
+        part = take(x[rows], labels=y, inverse_temperature=inverse, keep=kept)
         parts.append(part)
         tops.append(top_k_of(kept, y, inverse, part, options.softmax, options.top_k))
     return join(parts), tuple(torch.cat(column) for column in zip(*tops, strict=True))

@@ -12,18 +12,20 @@ The z-loss is defined as in PaLM (arXiv 2204.02311, section 5).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fp32.ops.first_order import first_order_only
 from megatron_fp32.ops.logprobs.autograd import apply_logprobs
 from megatron_fp32.ops.logprobs.options import Backward, OperatorOptions, inverse_temperature_of, operator_options
+from megatron_fp32.ops.logprobs.reduction import Reduction, ReductionName
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform, Mean
 from megatron_fp32.ops.products.grad_precision import GradPrecision
 from megatron_fp32.ops.products.shard import VocabParallel
-from megatron_fp32.validation import check_finite
+from megatron_fp32.validation import check_finite, check_flag
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,9 +55,13 @@ class TokenLoss:
             assert mean_logprob is not None
             loss = loss - self.label_smoothing * mean_logprob
         if self.z_loss > 0:
-            loss = loss + self.z_loss * logsumexp.square()
+            loss = loss + self.share_of_z(logsumexp)
         # Not -0.
         return loss + 0.0
+
+    def share_of_z(self, logsumexp: Tensor) -> Tensor:
+        """What the z-loss adds to the loss of every token."""
+        return self.z_loss * logsumexp.square() if self.z_loss > 0 else torch.zeros_like(logsumexp)
 
     def gradients(self, weights: Tensor, logsumexp: Tensor) -> dict[str, Tensor | None]:
         """Of `weights * loss` with respect to the three; 0 where the weight is, whatever the logsumexp is."""
@@ -68,11 +74,73 @@ class TokenLoss:
         }
 
 
+class LossWithMetrics(NamedTuple):
+    """What `linear_cross_entropy` returns with `with_metrics=True`; `z_loss` and `correct` have the labels' shape.
+
+    A token whose label is ignored has 0 and False.
+    """
+
+    loss: Tensor
+    """As without the metrics: float32, in the shape of the labels or [] by the reduction."""
+    z_loss: Tensor
+    """float32, without a gradient: what the z-loss adds to the loss of every token, whatever the reduction is."""
+    correct: Tensor
+    """bool: no other logit is larger than the label's, and none is NaN. A label that shares the largest logit counts as
+    correct, on any number of ranks."""
+
+
+@overload
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    vocab_parallel: VocabParallel | None = ...,
+    logits_transform: LogitsTransform | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    grad_precision: GradPrecision = ...,
+    backward: Backward = ...,
+    reduction: ReductionName = ...,
+    reduction_group: dist.ProcessGroup | None = ...,
+    invariant: bool = ...,
+    chunk_size: int | None = ...,
+    with_metrics: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    vocab_parallel: VocabParallel | None = ...,
+    logits_transform: LogitsTransform | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    grad_precision: GradPrecision = ...,
+    backward: Backward = ...,
+    reduction: ReductionName = ...,
+    reduction_group: dist.ProcessGroup | None = ...,
+    invariant: bool = ...,
+    chunk_size: int | None = ...,
+    with_metrics: Literal[True],
+) -> LossWithMetrics: ...
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     vocab_parallel: VocabParallel | None = None,
     logits_transform: LogitsTransform | None = None,
@@ -81,21 +149,38 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     grad_precision: GradPrecision = "bf16",
     backward: Backward = "recompute",
+    reduction: ReductionName = "none",
+    reduction_group: dist.ProcessGroup | None = None,
     invariant: bool = False,
     chunk_size: int | None = None,
-) -> Tensor:
-    """Loss of every token, in fp32 and the shape of the labels; 0 where they are ignored.
+    with_metrics: bool = False,
+) -> Tensor | LossWithMetrics:
+    """Loss of every token, in fp32 and the shape of the labels; 0 where they are ignored. Or their sum or mean.
+
+    With `reduction="mean"` the sum of the losses is divided by the number of valid tokens, which are those whose label
+    is not ignored. With a `reduction_group` it is divided by the number of valid tokens of all of its ranks: each rank
+    returns its share of the mean over all of them, and the sum of the shares is that mean. The gradient is the
+    gradient of the share, so gradients that are summed over the ranks, not averaged, are the gradients of the mean over
+    all tokens. Every rank of the group must make the call. Without a valid token the mean and its gradients are 0.
 
     Takes the arguments of `linear_logprobs` except `mean_logit` and `top_k`, and:
 
     Args:
         label_smoothing: 0 or more and less than 1; see the module for its definition.
         z_loss: coefficient of the squared logsumexp.
+        reduction: `"none"`, or `"sum"` or `"mean"` for one number [] of all tokens, which is summed in float64.
+        reduction_group: ranks with other tokens, whose valid tokens a mean is divided by: data-parallel,
+            context-parallel, or both. None for this rank alone.
+        with_metrics: return `LossWithMetrics`.
 
     Raises:
-        As `linear_logprobs`; and ValueError for values that these two do not allow.
+        As `linear_logprobs`; and ValueError for values that these arguments do not allow, TypeError for a
+        `reduction_group` that is not a ProcessGroup.
     """
     loss = TokenLoss(label_smoothing=label_smoothing, z_loss=z_loss)
+    reduce = Reduction(name=reduction, group=reduction_group)
+    reduce.check_other_ranks(vocab_parallel)
+    check_flag("with_metrics", with_metrics)
     options = operator_options(
         hidden,
         weight,
@@ -108,9 +193,12 @@ def linear_cross_entropy(
         chunk_size=chunk_size,
         backward=backward,
         mean=loss.mean,
+        correct=with_metrics,
+        bias=bias,
     )
     inverse_temperature = inverse_temperature_of(temperature, labels, ignore_index)
-    return _eager(hidden, weight, labels, inverse_temperature, options, loss)
+    result = _eager(hidden, weight, labels, inverse_temperature, options, loss, reduce, bias)
+    return result if with_metrics else result.loss
 
 
 @torch.compiler.disable
@@ -121,9 +209,19 @@ def _eager(
     inverse_temperature: Tensor,
     options: OperatorOptions,
     loss: TokenLoss,
-) -> Tensor:
-    logprobs, _, logsumexp, mean, *_ = apply_logprobs(hidden, weight, labels, inverse_temperature, options)
-    return _LossOfTokens.apply(logprobs, logsumexp, mean, loss)
+    reduce: Reduction,
+    bias: Tensor | None,
+) -> LossWithMetrics:
+    logprobs, _, logsumexp, mean, _, _, correct = apply_logprobs(
+        hidden, weight, labels, inverse_temperature, options, bias
+    )
+    losses = _LossOfTokens.apply(logprobs, logsumexp, mean, loss)
+    assert logsumexp is not None
+    return LossWithMetrics(
+        loss=reduce(losses, labels, options.softmax.ignore_index),
+        z_loss=loss.share_of_z(logsumexp.detach()),
+        correct=correct,  # type: ignore[arg-type]
+    )
 
 
 class _LossOfTokens(torch.autograd.Function):

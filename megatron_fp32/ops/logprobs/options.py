@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform, Mean, Softmax
 from megatron_fp32.ops.products.fixed_order import check_fixed_order
 from megatron_fp32.ops.products.grad_precision import PIECES, GradPrecision, check_grad_precision
-from megatron_fp32.ops.products.operands import check_operands, check_plain, check_shapes
+from megatron_fp32.ops.products.operands import check_bias, check_operands, check_plain, check_shapes
 from megatron_fp32.ops.products.ranks import gather_first_dim
 from megatron_fp32.ops.products.shard import BLOCK, VocabParallel, shard_of
 from megatron_fp32.validation import check_choice, check_count, check_finite, check_flag
@@ -41,6 +41,8 @@ class OperatorOptions:
     """What to average over the vocabulary."""
     top_k: int
     """How many of the most probable tokens to find."""
+    correct: bool
+    """Tell whether the label is the most probable token."""
 
     def pieces_of(self, weight: Tensor) -> int:
         """How many tensors stand for dY beside this weight: a float32 one needs no pieces."""
@@ -61,6 +63,8 @@ def operator_options(
     backward: Backward = "recompute",
     mean: Mean = "none",
     top_k: int = 0,
+    correct: bool = False,
+    bias: Tensor | None = None,
 ) -> OperatorOptions:
     """Check the arguments that the operators of this folder share. Raises what they list."""
     parallel = VocabParallel() if vocab_parallel is None else vocab_parallel
@@ -74,6 +78,7 @@ def operator_options(
     check_flag("invariant", invariant)
     check_shapes(hidden, weight)
     check_operands(hidden, weight, names=("hidden", "weight"))
+    check_bias(bias, weight)
     check_plain(labels=labels)
     check_count("ignore_index", ignore_index, least=-(2**63))
     check_count("top_k", top_k, least=0)
@@ -83,8 +88,6 @@ def operator_options(
     shard = shard_of(weight, parallel)
     several = shard.group is not None
     _check_labels(hidden, labels, gathered=shard.ranks if parallel.sequence_parallel else 1)
-    if 0 <= ignore_index < shard.vocab_size:
-        raise ValueError(f"ignore_index must not be a token of the vocabulary, got {ignore_index}")
     if top_k > shard.vocab_size:
         raise ValueError(f"top_k must be 0 to {shard.vocab_size}, the size of the vocabulary, got {top_k}")
     if invariant:
@@ -98,6 +101,7 @@ def operator_options(
         chunk_size=chunk_size,
         mean=mean,
         top_k=top_k,
+        correct=correct,
     )
 
 
@@ -143,26 +147,46 @@ def positions_of(
 
 
 def inverse_temperature_of(temperature: float | Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """[tokens] float32, 1 / temperature; 1 for ignored labels, and NaN where one of several is not positive.
+    """[tokens] float32, 1 / temperature; 1 for ignored labels, and NaN where an element of a tensor is not positive.
 
     Raises:
-        ValueError: for a number that is not positive, or a tensor in another shape than the labels' or that requires a
-            gradient.
+        TypeError: for another type, or a tensor that is not of real numbers.
+        ValueError: for a number that is not positive, or a tensor that requires a gradient or whose shape does not
+            broadcast to the labels'.
     """
     if isinstance(temperature, Tensor):
-        if temperature.shape != labels.shape or temperature.requires_grad:
-            raise ValueError(
-                f"expected a temperature without gradient and of the labels' shape {tuple(labels.shape)}, got "
-                f"{tuple(temperature.shape)}, requires_grad={temperature.requires_grad}"
-            )
-        check_plain(temperature=temperature)
-        each = temperature.to(labels.device, torch.float32)
-        each = torch.where((each > 0) & each.isfinite(), each.reciprocal(), torch.nan)
-        return torch.where(labels == ignore_index, 1.0, each).reshape(-1)
+        _check_temperatures(temperature, labels)
+        each = _on_device_of(labels, temperature)
+        if each.dtype != torch.float64:
+            each = each.float()
+        inverse = each.reciprocal().float()
+        inverse = torch.where((each > 0) & each.isfinite() & inverse.isfinite(), inverse, torch.nan)
+        return torch.where(labels == ignore_index, 1.0, inverse).reshape(-1)
     check_finite("temperature", temperature, positive=True)
     if temperature < torch.finfo(torch.float32).tiny:
         raise ValueError(f"temperature must be at least 2^-126, got {temperature}")
     return torch.full((labels.numel(),), 1 / temperature, dtype=torch.float32, device=labels.device)
+
+
+def _check_temperatures(temperature: Tensor, labels: Tensor) -> None:
+    check_plain(temperature=temperature)
+    if temperature.dtype == torch.bool or temperature.is_complex():
+        raise TypeError(f"temperature must be a tensor of real numbers, got {temperature.dtype}")
+    wide = (1,) * (labels.dim() - temperature.dim()) + tuple(temperature.shape)
+    fits = len(wide) == labels.dim() and all(a in (1, b) for a, b in zip(wide, labels.shape, strict=True))
+    if not fits or temperature.requires_grad:
+        raise ValueError(
+            "expected a temperature without gradient, of a shape that broadcasts to the labels' shape "
+            f"{tuple(labels.shape)}, got {tuple(temperature.shape)}, requires_grad={temperature.requires_grad}"
+        )
+
+
+def _on_device_of(labels: Tensor, temperature: Tensor) -> Tensor:
+    """Without making the host wait where the host knows the only number."""
+    if temperature.device == labels.device or temperature.is_cuda or temperature.numel() != 1:
+        return temperature.to(labels.device)
+    dtype = torch.float64 if temperature.dtype == torch.float64 else torch.float32
+    return torch.full(temperature.shape, temperature.item(), dtype=dtype, device=labels.device)
 
 
 def whole_hidden(hidden: Tensor, weight: Tensor, labels: Tensor, options: OperatorOptions) -> Tensor:

@@ -15,9 +15,7 @@ from megatron_fp32.ops.first_order import first_order_only
 from megatron_fp32.ops.logprobs import workspace
 from megatron_fp32.ops.logprobs.accumulate import (
     LogitsGradient,
-    accumulate_blocks,
-    finished_hidden_grad,
-    room_for_hidden_grad,
+    operator_gradients,
 )
 from megatron_fp32.ops.logprobs.gradient import live_tokens
 from megatron_fp32.ops.logprobs.options import (
@@ -44,7 +42,6 @@ from megatron_fp32.ops.products.chunks import even_chunks, extended
 from megatron_fp32.ops.products.fixed_order import ROWS, why_not_fixed_order
 from megatron_fp32.ops.products.forward import logits_product
 from megatron_fp32.ops.products.grad_precision import GradPrecision
-from megatron_fp32.ops.products.main_grad import weight_grad_for_autograd, weight_grad_target
 from megatron_fp32.ops.products.operands import check_operands, check_plain
 from megatron_fp32.ops.products.shard import VocabParallel
 from megatron_fp32.ops.products.split import Pieces, split_torch
@@ -77,6 +74,7 @@ def linear_selected_logprobs(
     weight: Tensor,
     tokens: Tensor,
     *,
+    bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     vocab_parallel: VocabParallel | None = None,
     logits_transform: LogitsTransform | None = None,
@@ -119,10 +117,11 @@ def linear_selected_logprobs(
         grad_precision=grad_precision,
         invariant=invariant,
         chunk_size=chunk_size,
+        bias=bias,
     )
     positions = torch.where((tokens == ignore_index).all(-1), ignore_index, 0)
     inverse_temperature = inverse_temperature_of(temperature, positions, ignore_index)
-    logprobs, logits, *others = apply_selected(hidden, weight, positions, tokens, inverse_temperature, options)
+    logprobs, logits, *others = apply_selected(hidden, weight, positions, tokens, inverse_temperature, options, bias)
     return SelectedLogprobs(logprobs, logits, tokens, *others[1:])
 
 
@@ -132,6 +131,7 @@ def linear_top_logprobs(
     k: int,
     *,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     vocab_parallel: VocabParallel | None = None,
     logits_transform: LogitsTransform | None = None,
@@ -167,9 +167,10 @@ def linear_top_logprobs(
         invariant=invariant,
         chunk_size=chunk_size,
         top_k=k,
+        bias=bias,
     )
     inverse_temperature = inverse_temperature_of(temperature, positions, ignore_index)
-    return SelectedLogprobs(*apply_selected(hidden, weight, positions, None, inverse_temperature, options))
+    return SelectedLogprobs(*apply_selected(hidden, weight, positions, None, inverse_temperature, options, bias))
 
 
 @torch.compiler.disable
@@ -180,6 +181,7 @@ def apply_selected(
     tokens: Tensor | None,
     inverse_temperature: Tensor,
     options: OperatorOptions,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Fields of `SelectedLogprobs`.
 
@@ -190,8 +192,9 @@ def apply_selected(
         tokens: [..., K]; None for the `top_k` of the options.
         inverse_temperature: [positions], from `inverse_temperature_of`.
         options: from `operator_options`.
+        bias: [vocab / tp], or None.
     """
-    return _Selected.apply(hidden, weight, positions, tokens, inverse_temperature, options)
+    return _Selected.apply(hidden, weight, positions, tokens, inverse_temperature, options, bias)
 
 
 class _Selected(torch.autograd.Function):
@@ -206,16 +209,17 @@ class _Selected(torch.autograd.Function):
         tokens: Tensor | None,
         inverse_temperature: Tensor,
         options: OperatorOptions,
+        bias: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.weight_owner = options, weight
         flat = positions.reshape(-1)
         x = whole_hidden(hidden, weight, flat, options)
         given = None if tokens is None else tokens.reshape(len(x), tokens.shape[-1])
-        chosen, statistics = _statistics(x, weight, flat, given, inverse_temperature, options)
+        chosen, statistics = _statistics(x, weight, bias, flat, given, inverse_temperature, options)
         slots = Slots.of(chosen, options.softmax)
         of = slot_softmax(statistics, slots)
-        ctx.save_for_backward(hidden, weight, flat, chosen, inverse_temperature, *statistics)
+        ctx.save_for_backward(hidden, weight, bias, flat, chosen, inverse_temperature, *statistics)
         empty = slots.ignored | slots.position_ignored[:, None]
         found = [
             torch.where(empty, 0.0, of.logprobs),
@@ -237,7 +241,7 @@ class _Selected(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, positions, chosen, inverse_temperature, *saved = ctx.saved_tensors
+        hidden, weight, bias, positions, chosen, inverse_temperature, *saved = ctx.saved_tensors
         options: OperatorOptions = ctx.options
         check_operands(hidden, weight, names=("hidden", "weight"))
         slots, statistics = Slots.of(chosen, options.softmax), SlotStatistics(*saved)
@@ -252,25 +256,20 @@ class _Selected(torch.autograd.Function):
             options.softmax,
             SlotUpstream(of_logprobs, of_logits, *others),
         )
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        x = whole_hidden(hidden, weight, positions, options)
-        target = weight_grad_target(ctx.weight_owner) if needs_weight else None
-        reduction = room_for_hidden_grad(len(x), weight, options) if needs_hidden else None
-        local, live = slots.local(options.softmax), live_tokens(grads.vectors)
-        accumulate_blocks(
-            lambda rows: _SelectedGradient(x[rows], weight, local[rows], _rows_of(grads, rows), options),
+        needs_hidden, needs_weight, *_, needs_bias = ctx.needs_input_grad
+        x, local = whole_hidden(hidden, weight, positions, options), slots.local(options.softmax)
+        found = operator_gradients(
+            lambda rows: _SelectedGradient(x[rows], weight, bias, local[rows], _rows_of(grads, rows), options),
             x,
+            hidden,
             weight,
-            live,
+            bias,
+            live_tokens(grads.vectors),
             options,
-            reduction=reduction,
-            target=target,
+            owner=ctx.weight_owner,
+            needs=(needs_hidden, needs_weight, needs_bias),
         )
-        grad_hidden = None if reduction is None else finished_hidden_grad(reduction, live, hidden, options)
-        # Before the dummy gradient of a weight with main_grad, which is as large as the weight.
-        del reduction
-        grad_weight = weight_grad_for_autograd(ctx.weight_owner, target) if needs_weight else None
-        return grad_hidden, grad_weight, None, None, None, None
+        return found.hidden, found.weight, None, None, None, None, found.bias
 
 
 def _rows_of(grads: SlotGradient, rows: slice) -> SlotGradient:
@@ -283,18 +282,25 @@ class _SelectedGradient(LogitsGradient):
     Args:
         hidden: [tokens, hidden].
         weight: [columns, hidden], this rank's rows.
+        bias: [columns], or None.
         local: [tokens, K], the columns of the chosen tokens; -1 for those of other ranks.
         grads: from `slot_gradient`.
         options: of the operator.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, local: Tensor, grads: SlotGradient, options: OperatorOptions
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        local: Tensor,
+        grads: SlotGradient,
+        options: OperatorOptions,
     ) -> None:
         no_label = torch.full((len(hidden),), -1, dtype=torch.int32, device=hidden.device)
         super().__init__(
             hidden, weight, labels=no_label, vectors=grads.vectors, kept=None, softmax=options.softmax,
-            pieces=options.pieces_of(weight),
+            pieces=options.pieces_of(weight), bias=bias,
         )  # fmt: skip
         self._local = local
         self._elements = split_torch(grads.elements, self._pieces, weight.dtype, self._scale)
@@ -318,6 +324,7 @@ class _SelectedGradient(LogitsGradient):
 def _statistics(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     positions: Tensor,
     tokens: Tensor | None,
     inverse_temperature: Tensor,
@@ -334,14 +341,14 @@ def _statistics(
         inverse = extended(inverse_temperature[rows], more, 1)
         if tokens is None:
             kept = KeptLogits.allocate(len(h), weight, with_tops=True)
-            found = token_statistics(h, weight, y, inverse, softmax, mean="none", keep=kept)
+            found = token_statistics(h, weight, y, inverse, softmax, mean="none", keep=kept, bias=bias)
             _, chosen = top_k_of(kept, torch.zeros_like(y), inverse, found, softmax, k)
             chosen = torch.where((y == softmax.ignore_index)[:, None], softmax.ignore_index, chosen)
             raw = kept.values
         else:
             chosen = extended(tokens[rows], more, softmax.ignore_index)
             fixed = softmax.invariant and why_not_fixed_order(h, weight) is None
-            raw = logits_product(h, weight, fixed_order=fixed)
+            raw = logits_product(h, weight, bias, fixed_order=fixed)
         statistics = slot_statistics(raw, Slots.of(chosen, softmax), inverse, softmax)
         parts.append((chosen[:count], _rows(statistics, count)))
     chosen_parts, statistics_parts = zip(*parts, strict=True)

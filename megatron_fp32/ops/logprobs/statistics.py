@@ -72,6 +72,9 @@ class TokenStatistics(NamedTuple):
     """In nats."""
     mean: Tensor | None
     """Mean over the vocabulary of what `Mean` says."""
+    correct: Tensor | None = None
+    """bool, where asked for: whether no other logit is larger than the label's, and none is NaN; False for an ignored
+    label."""
 
     @property
     def logsumexp(self) -> Tensor:
@@ -88,6 +91,7 @@ def block_statistics(
     *,
     mean: Mean,
     keep: KeptLogits | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Multiply, and take the statistics of every block of this shard.
 
@@ -99,13 +103,14 @@ def block_statistics(
         softmax: over the vocabulary, with this rank's columns.
         mean: also take the statistics that this mean needs.
         keep: room for the logits; None to forget them.
+        bias: [columns], added to the products in fp32; the products are stored for it.
 
     Returns:
         The statistics, [blocks, fields, tokens] float32, and the labels' logits, [tokens] float32, 0 for other shards'.
     """
     tokens, columns = hidden.shape[0], weight.shape[0]
     fixed = why_not_fixed_order(hidden, weight) is None
-    if fixed and hidden.is_cuda:
+    if fixed and hidden.is_cuda and bias is None:
         statistics = torch.empty(-(-columns // BLOCK), FIELDS[mean], tokens, dtype=torch.float32, device=hidden.device)
         label_logits = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
         from megatron_fp32.ops.products.project_triton import project_triton
@@ -125,7 +130,7 @@ def block_statistics(
             )
         _keep_tops(keep, statistics, labels, label_logits)
         return statistics, label_logits
-    raw = logits_product(hidden, weight, fixed_order=fixed)
+    raw = logits_product(hidden, weight, bias, fixed_order=fixed)
     if keep is not None:
         assert keep.values.dtype == torch.float32
         keep.values.copy_(raw)
@@ -242,7 +247,9 @@ def over_ranks(statistics: Tensor, label_logits: Tensor, softmax: Softmax) -> tu
     return combine(every[:, :-1].reshape(softmax.shard.ranks * blocks, fields, tokens)), every[:, -1].sum(0)
 
 
-def finish(statistics: Tensor, label_logits: Tensor, labels: Tensor, softmax: Softmax) -> TokenStatistics:
+def finish(
+    statistics: Tensor, label_logits: Tensor, labels: Tensor, softmax: Softmax, *, correct: bool = False
+) -> TokenStatistics:
     """What the tokens are asked for, from statistics [1, fields, tokens] of the whole vocabulary.
 
     Args:
@@ -250,6 +257,7 @@ def finish(statistics: Tensor, label_logits: Tensor, labels: Tensor, softmax: So
         label_logits: from `over_ranks`.
         labels: [tokens], indices into the whole vocabulary.
         softmax: for its vocabulary and `ignore_index`.
+        correct: also compare the label's logit with the largest of the others.
     """
     if statistics.is_cuda:
         from megatron_fp32.ops.logprobs.kernels import finish_triton
@@ -258,7 +266,12 @@ def finish(statistics: Tensor, label_logits: Tensor, labels: Tensor, softmax: So
             fields = finish_triton(statistics, label_logits, labels, softmax)
     else:
         fields = finish_torch(statistics, label_logits, labels, softmax)
-    return TokenStatistics(*fields, *([] if len(fields) == 6 else [None]))
+    done = TokenStatistics(*fields, *([] if len(fields) == 6 else [None]))
+    if not correct:
+        return done
+    # The largest of the others skips a NaN; the log-prob does not.
+    largest = (label_logits >= statistics[0, 0]) & ~done.logprob.isnan()
+    return done._replace(correct=softmax.knows(labels) & largest)
 
 
 def finish_torch(statistics: Tensor, label_logits: Tensor, labels: Tensor, softmax: Softmax) -> tuple[Tensor, ...]:

@@ -16,9 +16,7 @@ from megatron_fp32.ops.first_order import first_order_only
 from megatron_fp32.ops.logprobs import workspace
 from megatron_fp32.ops.logprobs.accumulate import (
     LogitsGradient,
-    accumulate_blocks,
-    finished_hidden_grad,
-    room_for_hidden_grad,
+    operator_gradients,
 )
 from megatron_fp32.ops.logprobs.gradient import gradient_vectors, live_tokens
 from megatron_fp32.ops.logprobs.options import OperatorOptions, whole_hidden
@@ -34,7 +32,6 @@ from megatron_fp32.ops.logprobs.tokens import join
 from megatron_fp32.ops.products.chunks import even_chunks, extended
 from megatron_fp32.ops.products.fixed_order import ROWS, why_not_fixed_order
 from megatron_fp32.ops.products.forward import logits_product
-from megatron_fp32.ops.products.main_grad import weight_grad_for_autograd, weight_grad_target
 from megatron_fp32.ops.products.operands import check_operands
 
 
@@ -46,9 +43,10 @@ def apply_threshold(
     inverse_temperature: Tensor,
     min_logprob: Tensor,
     options: OperatorOptions,
+    bias: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Log-prob of the label, entropy and mass, in the shape of the labels; `min_logprob` [tokens] float32."""
-    return _Threshold.apply(hidden, weight, labels, inverse_temperature, min_logprob, options)
+    return _Threshold.apply(hidden, weight, labels, inverse_temperature, min_logprob, options, bias)
 
 
 class _Threshold(torch.autograd.Function):
@@ -61,6 +59,7 @@ class _Threshold(torch.autograd.Function):
         inverse_temperature: Tensor,
         min_logprob: Tensor,
         options: OperatorOptions,
+        bias: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.weight_owner = options, weight
@@ -70,7 +69,7 @@ class _Threshold(torch.autograd.Function):
         parts, cuts, masses = [], [], []
         for rows in ctx.chunks:
             more = 0 if x.is_cuda else ROWS - (rows.stop - rows.start)
-            raw = _products(x[rows], weight, more, softmax)
+            raw = _products(x[rows], weight, bias, more, softmax)
             y, inverse = extended(flat[rows], more, softmax.ignore_index), extended(inverse_temperature[rows], more, 1)
             whole = _finished(raw, y, inverse, softmax)
             cut = whole.top + (whole.log_sum + extended(min_logprob[rows], more, 0))
@@ -87,7 +86,7 @@ class _Threshold(torch.autograd.Function):
             cuts.append(cut[:count])
             masses.append(mass[:count])
         statistics = join(parts)
-        ctx.save_for_backward(hidden, weight, flat, inverse_temperature, torch.cat(cuts), *statistics)
+        ctx.save_for_backward(hidden, weight, bias, flat, inverse_temperature, torch.cat(cuts), *statistics)
         found = (statistics.logprob, statistics.entropy, torch.cat(masses))
         outputs = [torch.empty(labels.shape, device=y.device).copy_(y.view(labels.shape)) for y in found]
         ctx.mark_non_differentiable(outputs[2])
@@ -96,7 +95,7 @@ class _Threshold(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, logprob: Tensor | None, entropy: Tensor | None, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, inverse_temperature, cuts, *saved = ctx.saved_tensors
+        hidden, weight, bias, labels, inverse_temperature, cuts, *saved = ctx.saved_tensors
         options: OperatorOptions = ctx.options
         check_operands(hidden, weight, names=("hidden", "weight"))
         softmax = options.softmax
@@ -111,28 +110,32 @@ class _Threshold(torch.autograd.Function):
             mean=None,
             mean_of="none",
         )
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        x, live = whole_hidden(hidden, weight, labels, options), live_tokens(vectors)
-        target = weight_grad_target(ctx.weight_owner) if needs_weight else None
-        reduction = room_for_hidden_grad(len(x), weight, options) if needs_hidden else None
+        x = whole_hidden(hidden, weight, labels, options)
 
         def gradient_of(rows: slice) -> LogitsGradient:
             more = 0 if x.is_cuda else ROWS - (rows.stop - rows.start)
-            raw = _products(x[rows], weight, more, softmax)[: rows.stop - rows.start]
+            raw = _products(x[rows], weight, bias, more, softmax)[: rows.stop - rows.start]
             return LogitsGradient(
                 x[rows], weight, labels=softmax.shard.local_labels(labels[rows]), vectors=vectors[:, rows],
                 kept=KeptLogits(values=raw, tops=None), cuts=cuts[rows], consume=True, softmax=softmax,
                 pieces=options.pieces_of(weight),
             )  # fmt: skip
 
-        accumulate_blocks(
-            gradient_of, x, weight, live, options, reduction=reduction, target=target, stored=True, blocks=ctx.chunks
+        needs_hidden, needs_weight, *_, needs_bias = ctx.needs_input_grad
+        grads = operator_gradients(
+            gradient_of,
+            x,
+            hidden,
+            weight,
+            bias,
+            live_tokens(vectors),
+            options,
+            owner=ctx.weight_owner,
+            needs=(needs_hidden, needs_weight, needs_bias),
+            stored=True,
+            blocks=ctx.chunks,
         )
-        grad_hidden = None if reduction is None else finished_hidden_grad(reduction, live, hidden, options)
-        # Before the dummy gradient of a weight with main_grad, which is as large as the weight.
-        del reduction
-        grad_weight = weight_grad_for_autograd(ctx.weight_owner, target) if needs_weight else None
-        return grad_hidden, grad_weight, None, None, None, None
+        return grads.hidden, grads.weight, None, None, None, None, grads.bias
 
 
 def _chunks(tokens: int, weight: Tensor, options: OperatorOptions) -> list[slice]:
@@ -143,11 +146,11 @@ def _chunks(tokens: int, weight: Tensor, options: OperatorOptions) -> list[slice
     return even_chunks(tokens, options.chunk_size or max(1, room // (16 * weight.shape[0]))) or [slice(0, 0)]
 
 
-def _products(hidden: Tensor, weight: Tensor, more: int, softmax: Softmax) -> Tensor:
+def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None, more: int, softmax: Softmax) -> Tensor:
     """[tokens + more, columns] float32, rows aligned to 16 bytes: the CPU has one shape for all chunks."""
     x = extended(hidden, more, 0)
     fixed = softmax.invariant and why_not_fixed_order(x, weight) is None
-    return logits_product(x, weight, fixed_order=fixed)
+    return logits_product(x, weight, bias, fixed_order=fixed)
 
 
 def _finished(raw: Tensor, labels: Tensor, inverse: Tensor, softmax: Softmax) -> TokenStatistics:

@@ -38,6 +38,7 @@ def linear_truncation_thresholds(
     top_p: float | None = None,
     min_p: float | None = None,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     vocab_parallel: VocabParallel | None = None,
     logits_transform: LogitsTransform | None = None,
@@ -85,12 +86,13 @@ def linear_truncation_thresholds(
         invariant=False,
         chunk_size=chunk_size,
         top_k=top_k or 0,
+        bias=bias,
     )
     inverse = inverse_temperature_of(temperature, positions, _POSITIONS)
     flat = positions.reshape(-1)
     x = whole_hidden(hidden, weight, flat, options)
     found = [
-        _thresholds(logits_product(x[rows], weight), inverse[rows], options.softmax, top_k, top_p, min_p)
+        _thresholds(logits_product(x[rows], weight, bias), inverse[rows], options.softmax, top_k, top_p, min_p)
         for rows in _chunks(len(x), weight, options)
     ]
     return torch.where(flat == _POSITIONS, 0.0, torch.cat(found)).reshape(positions.shape)

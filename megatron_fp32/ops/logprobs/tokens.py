@@ -28,6 +28,8 @@ def token_statistics(
     mean: Mean,
     keep: KeptLogits | None = None,
     chunk_size: int | None = None,
+    correct: bool = False,
+    bias: Tensor | None = None,
 ) -> TokenStatistics:
     """Multiply, take the statistics, put them together over blocks and ranks.
 
@@ -40,11 +42,13 @@ def token_statistics(
         mean: what else to average over the vocabulary.
         keep: room for the logits of all of them.
         chunk_size: tokens at a time.
+        correct: also tell whether each label is the most probable token.
+        bias: [columns] or None.
     """
     tokens = hidden.shape[0]
     # On the CPU the width of a vector operation, and with it a bit, could depend on the number of tokens.
     largest = ROWS if not hidden.is_cuda else chunk_size or workspace.STATISTICS_TOKENS
-    if why_not_fixed_order(hidden, weight) is not None:
+    if why_not_fixed_order(hidden, weight) is not None or bias is not None:
         # The products are stored on the way to their statistics.
         largest = min(largest, max(1, workspace.BYTES // (4 * weight.shape[0])))
     parts = []
@@ -58,17 +62,19 @@ def token_statistics(
         if kept is not None and count < len(x):
             kept = KeptLogits.allocate(len(x), weight, with_tops=kept.tops is not None)
         statistics, label_logits = block_statistics(
-            x, weight, softmax.shard.local_labels(y), inverse, softmax, mean=mean, keep=kept
+            x, weight, softmax.shard.local_labels(y), inverse, softmax, mean=mean, keep=kept, bias=bias
         )
         if keep is not None and kept is not None and count < len(x):
             keep.values[rows] = kept.values[:count]
             if keep.tops is not None and kept.tops is not None:
                 keep.tops[:, rows] = kept.tops[:, :count]
-        done = finish(*over_ranks(statistics, label_logits, softmax), y, softmax)
+        done = finish(*over_ranks(statistics, label_logits, softmax), y, softmax, correct=correct)
         parts.append(TokenStatistics(*(None if field is None else field[:count] for field in done)))  # type: ignore[arg-type]
     if not parts:
         empty = inverse_temperature.new_empty(0)
-        return TokenStatistics(empty, empty, empty, empty, empty, None if mean == "none" else empty)
+        return TokenStatistics(
+            empty, empty, empty, empty, empty, None if mean == "none" else empty, empty.bool() if correct else None
+        )
     return join(parts)
 
 

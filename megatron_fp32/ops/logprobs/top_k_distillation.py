@@ -49,6 +49,7 @@ def linear_top_k_distillation(
     *,
     divergence: Divergence,
     rest: Rest = "event",
+    bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     vocab_parallel: VocabParallel | None = None,
     logits_transform: LogitsTransform | None = None,
@@ -101,6 +102,7 @@ def linear_top_k_distillation(
         grad_precision=grad_precision,
         invariant=invariant,
         chunk_size=chunk_size,
+        bias=bias,
     )
     value = _eager(of, teacher_logprobs, teacher_tokens == ignore_index, divergence, rest)
     return TopKDistillation(value, of.logprobs.detach(), of.rest.detach(), of.entropy)

@@ -46,6 +46,7 @@ def linear_truncated_logprobs(
     *,
     kept_tokens: Tensor | None = None,
     min_logprob: Tensor | None = None,
+    bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     vocab_parallel: VocabParallel | None = None,
     logits_transform: LogitsTransform | None = None,
@@ -84,18 +85,21 @@ def linear_truncated_logprobs(
         grad_precision=grad_precision,
         invariant=invariant,
         chunk_size=chunk_size,
+        bias=bias,
     )
     inverse_temperature = inverse_temperature_of(temperature, labels, ignore_index)
     if min_logprob is not None:
         _check_threshold(min_logprob, labels)
         return TruncatedLogprobs(
-            *apply_threshold(hidden, weight, labels, inverse_temperature, min_logprob.reshape(-1).float(), options)
+            *apply_threshold(
+                hidden, weight, labels, inverse_temperature, min_logprob.reshape(-1).float(), options, bias
+            )
         )
     assert kept_tokens is not None
     _check_kept(kept_tokens, labels)
     tokens = torch.cat([labels[..., None].to(kept_tokens.dtype), kept_tokens], -1)
     tokens = torch.where((labels == ignore_index)[..., None], ignore_index, tokens)
-    logprobs, logits, _, rest, *_ = apply_selected(hidden, weight, labels, tokens, inverse_temperature, options)
+    logprobs, logits, _, rest, *_ = apply_selected(hidden, weight, labels, tokens, inverse_temperature, options, bias)
     return TruncatedLogprobs(*_eager(logits, logprobs.detach(), rest.detach(), tokens, options))
 
 

@@ -30,6 +30,7 @@ from megatron_fp32.ops.logprobs.softmax import LogitsTransform
 from megatron_fp32.ops.logprobs.statistics import KeptLogits
 from megatron_fp32.ops.logprobs.tokens import token_statistics
 from megatron_fp32.ops.products.backward import accumulate_gradients
+from megatron_fp32.ops.products.bias_grad import BiasGrad
 from megatron_fp32.ops.products.chunks import even_chunks
 from megatron_fp32.ops.products.fixed_order import why_not_fixed_order
 from megatron_fp32.ops.products.grad_precision import GradPrecision
@@ -57,6 +58,7 @@ def weighted_cross_entropy(
     labels: Tensor,
     loss_weights: Tensor,
     *,
+    bias: Tensor | None = None,
     grad_scale: float | Tensor = 1.0,
     temperature: float | Tensor = 1.0,
     vocab_parallel: VocabParallel | None = None,
@@ -103,6 +105,7 @@ def weighted_cross_entropy(
         invariant=invariant,
         chunk_size=chunk_size,
         mean=loss.mean,
+        bias=bias,
     )
     check_plain(loss_weights=loss_weights, grad_scale=grad_scale)
     if loss_weights.shape != labels.shape or loss_weights.requires_grad:
@@ -124,7 +127,7 @@ def weighted_cross_entropy(
         )
     grad_scale = grad_scale.reshape(())
     return WeightedLoss(
-        *_eager(hidden, weight, labels, loss_weights, inverse_temperature, grad_scale.float(), options, loss)
+        *_eager(hidden, weight, labels, loss_weights, inverse_temperature, grad_scale.float(), options, loss, bias)
     )
 
 
@@ -138,10 +141,11 @@ def _eager(
     grad_scale: Tensor,
     options: OperatorOptions,
     loss: TokenLoss,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     wanted = torch.is_grad_enabled()
     return _WeightedCrossEntropy.apply(
-        hidden, weight, labels, loss_weights, inverse_temperature, grad_scale, options, loss, wanted
+        hidden, weight, labels, loss_weights, inverse_temperature, grad_scale, options, loss, wanted, bias
     )
 
 
@@ -158,18 +162,19 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         options: OperatorOptions,
         loss: TokenLoss,
         wanted: bool,
+        bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         flat = labels.reshape(-1)
         ignored = flat == options.softmax.ignore_index
         weights = torch.where(ignored, 0.0, loss_weights.reshape(-1).float())
-        needs = (wanted and ctx.needs_input_grad[0], wanted and ctx.needs_input_grad[1])
+        needs = tuple(wanted and ctx.needs_input_grad[i] for i in (0, 1, -1))
         ctx.in_main_grad = needs[1] and follows_main_grad(weight)
         if ctx.in_main_grad and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             raise RuntimeError(
                 "weighted_cross_entropy adds dW to main_grad in its forward pass, which saved-tensor hooks may run "
                 "twice (torch.utils.checkpoint with use_reentrant=False does). Use linear_cross_entropy there"
             )
-        step = _GradientInForward(hidden, weight, flat, options, needs=needs)
+        step = _GradientInForward(hidden, weight, flat, options, bias=bias, needs=needs)
         result = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
         losses = result.view(-1)
         for tokens in step.chunks:
@@ -183,6 +188,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 mean=options.mean,
                 keep=kept,
                 chunk_size=options.chunk_size,
+                bias=bias,
             )
             losses[tokens] = loss(statistics.logprob, statistics.logsumexp, statistics.mean)
             if kept is None:
@@ -195,14 +201,14 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         ctx.weight_owner, ctx.target = weight, step.target if ctx.in_main_grad else None
         ctx.handed_out = False
         dw = None if step.target is None or ctx.in_main_grad else step.target.target
-        ctx.save_for_backward(step.finish(), dw, grad_scale)
+        ctx.save_for_backward(step.finish(), dw, step.grad_bias(), grad_scale)
         ctx.mark_non_differentiable(result)
         return (losses * weights).sum(), result
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_scale = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_bias, grad_scale = ctx.saved_tensors
         if ctx.in_main_grad and ctx.handed_out:
             raise RuntimeError(
                 "weighted_cross_entropy has added dW to main_grad in its forward pass: a second backward pass would "
@@ -212,7 +218,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         if ctx.in_main_grad:
             ctx.handed_out = True
             grad_weight = weight_grad_for_autograd(ctx.weight_owner, ctx.target)
-        return grad_hidden, grad_weight, *([None] * 7)
+        return grad_hidden, grad_weight, *([None] * 7), grad_bias
 
 
 def _check_upstream(upstream: Tensor, grad_scale: Tensor) -> None:
@@ -261,15 +267,23 @@ class _GradientInForward:
     """Chunks of tokens whose logits are kept until their gradients are computed."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, options: OperatorOptions, *, needs: tuple[bool, bool]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        options: OperatorOptions,
+        *,
+        bias: Tensor | None,
+        needs: tuple[bool, ...],
     ) -> None:
+        """`needs` says for the hidden states, the weight and the bias whether a gradient is needed."""
         self._weight, self._options = weight, options
         self._like = hidden
         self.hidden = whole_hidden(hidden, weight, labels, options)
         self._live = torch.zeros(len(self.hidden), dtype=torch.bool, device=hidden.device)
         tokens, device = len(self.hidden), hidden.device
         wanted = any(needs)
-        exponentials = _can_keep_exponentials(self.hidden, weight, options)
+        exponentials = bias is None and _can_keep_exponentials(self.hidden, weight, options)
         largest = options.chunk_size
         if largest is None:
             per_token = (2 if exponentials else 4) * weight.shape[0]
@@ -281,6 +295,7 @@ class _GradientInForward:
         self._kept = KeptLogits.allocate(longest, weight, exponentials=exponentials) if wanted else None
         self.target = weight_grad_target(weight) if needs[1] else None
         self._sums = FloatWeightGrad(self.target, blocks=max(1, len(self.chunks)))
+        self._bias_grad = BiasGrad(bias) if bias is not None and needs[2] else None
         self._dx: Tensor | None = None
         self._reduction: HiddenGrad | None = None
         if needs[0] and (options.softmax.shard.group is not None or options.softmax.invariant):
@@ -331,7 +346,7 @@ class _GradientInForward:
             dx = self._dx[tokens]
             dx = dx if dx.dtype == torch.float32 else torch.empty_like(dx, dtype=torch.float32)
             hidden_sum = ChunkedHiddenSum(dx, valid=self._options.softmax.shard.valid_columns)
-        if hidden_sum is None and weight_grad is None:
+        if hidden_sum is None and weight_grad is None and self._bias_grad is None:
             return
         accumulate_gradients(
             grad,
@@ -342,9 +357,14 @@ class _GradientInForward:
             hidden=lambda: rows_where(self._live[tokens], self.hidden[tokens]),
             weight_grad=weight_grad,
             hidden_grad_done=lambda: None,
+            bias_grad=self._bias_grad,
         )
         if dx is not None and self._dx is not None and self._dx.dtype != torch.float32:
             self._dx[tokens] = dx
+
+    def grad_bias(self) -> Tensor | None:
+        """dbias of this rank's columns, which all tokens are in."""
+        return None if self._bias_grad is None else self._bias_grad.finish()
 
     def finish(self) -> Tensor | None:
         """dX in the shape and dtype of the hidden states, summed over the ranks; dW is where it belongs."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_fp32.ops.products.bias_grad import BiasGrad
 from megatron_fp32.ops.products.chunks import CHUNK, UNSPLIT_CHUNK, even_chunks
 from megatron_fp32.ops.products.hidden_grad import HiddenSum
 from megatron_fp32.ops.products.split import Pieces, split, split_scale
@@ -40,8 +41,9 @@ def accumulate_gradients(
     hidden: Callable[[], Tensor] | None,
     weight_grad: WeightGrad | None,
     hidden_grad_done: Callable[[], None],
+    bias_grad: BiasGrad | None = None,
 ) -> None:
-    """Compute dX and dW.
+    """Compute dX, dW and dbias.
 
     Args:
         grad: gives the columns of dY for a slice of the vocabulary, [tokens, columns] in pieces that share one scale;
@@ -54,6 +56,7 @@ def accumulate_gradients(
         weight_grad: where dW goes; None when it is not needed.
         hidden_grad_done: called when dX is complete, while products for dW are still to come: its reduction over the
             ranks overlaps with those.
+        bias_grad: where dbias goes; None when it is not needed.
     """
     hidden_pieces: Pieces | None = None
     usual = CHUNK if pieces > 1 else UNSPLIT_CHUNK
@@ -65,6 +68,8 @@ def accumulate_gradients(
         chunks = even_chunks(weight.shape[0], chunk or usual) or [slice(0, 0)]
     for rows in chunks:
         dy = grad(rows)
+        if bias_grad is not None:
+            bias_grad.add_rows(rows, dy)
         if hidden_sum is not None:
             hidden_sum.add(rows, dy, weight[rows])
         if rows is chunks[-1] and hidden_sum is not None:

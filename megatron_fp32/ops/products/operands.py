@@ -39,6 +39,25 @@ def check_shapes(hidden: Tensor, weight: Tensor) -> None:
         )
 
 
+def check_bias(bias: Tensor | None, weight: Tensor) -> None:
+    """Refuse a bias that does not belong to the weight [vocab, hidden], or that fp32 does not hold.
+
+    Raises:
+        TypeError: for another type, a DTensor, or another dtype than bfloat16, float16 and float32.
+        ValueError: for another shape than [vocab], or another device than the weight's.
+    """
+    if bias is None:
+        return
+    check_plain(bias=bias)
+    if not isinstance(bias, Tensor) or bias.dtype not in (*SIXTEEN_BIT, torch.float32):
+        what = bias.dtype if isinstance(bias, Tensor) else repr(bias)
+        raise TypeError(f"bias must be a bfloat16, float16 or float32 tensor or None, got {what}")
+    if bias.shape != weight.shape[:1] or bias.device != weight.device:
+        raise ValueError(
+            f"expected bias [{weight.shape[0]}] on {weight.device}, got {tuple(bias.shape)} on {bias.device}"
+        )
+
+
 def check_plain(**tensors: object) -> None:
     """Raise TypeError, with the argument's name, where a tensor is a DTensor.
 
