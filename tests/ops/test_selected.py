@@ -262,6 +262,18 @@ def test_a_gradient_of_a_token_that_is_not_there_is_nan() -> None:
     assert c.hidden.grad[[at for at in range(TOKENS) if at != 10]].eq(0).all()
 
 
+@pytest.mark.parametrize("ignore_index", [0, 5, -1])
+def test_a_token_of_the_vocabulary_may_mark_empty_slots(ignore_index: int) -> None:
+    c = case()
+    tokens = chosen(c)
+    tokens = torch.where(tokens == ignore_index, VOCAB - 2, tokens)
+    marked = torch.where(tokens == -100, ignore_index, tokens)
+    expected = linear_selected_logprobs(c.hidden, c.weight, tokens, vocab_parallel=PADDED)
+    got = linear_selected_logprobs(c.hidden, c.weight, marked, ignore_index=ignore_index, vocab_parallel=PADDED)
+    for name in NAMES:
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+
+
 class TestTop:
     @pytest.mark.parametrize("k", [1, 5, 200, VOCAB])
     @pytest.mark.parametrize("chunk_size", [None, 64])

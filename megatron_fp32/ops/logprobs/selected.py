@@ -119,7 +119,8 @@ def linear_selected_logprobs(
         chunk_size=chunk_size,
         bias=bias,
     )
-    positions = torch.where((tokens == ignore_index).all(-1), ignore_index, 0)
+    # Any other number marks positions that count, also where 0 is a token that marks empty slots.
+    positions = torch.where((tokens == ignore_index).all(-1), ignore_index, ignore_index + 1)
     inverse_temperature = inverse_temperature_of(temperature, positions, ignore_index)
     logprobs, logits, *others = apply_selected(hidden, weight, positions, tokens, inverse_temperature, options, bias)
     return SelectedLogprobs(logprobs, logits, tokens, *others[1:])
