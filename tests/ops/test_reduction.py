@@ -102,7 +102,7 @@ def test_the_sum_is_as_good_as_rounding_it_once(count: int) -> None:
     # In float32 it would stay 2^24 + 2 where the sum is 2^24 + 3, and so on.
     x[0], x[0, 0] = 1, 2.0**24
     for each in x:
-        found = Reduction(name="sum")(each, torch.zeros(count, dtype=torch.long), -100)
+        found = Reduction(name="sum").of(each, torch.zeros(count, dtype=torch.long), -100)
         assert found == sum(int(v * 2**80) for v in each.double().tolist()) / 2**80
     assert tree_sum(torch.arange(count)) == count * (count - 1) // 2
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from megatron_fp32.ops.first_order import first_order_only
 from megatron_fp32.ops.logits import custom_op
@@ -25,6 +24,7 @@ from megatron_fp32.ops.products.hidden_grad import HiddenGrad
 from megatron_fp32.ops.products.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
 from megatron_fp32.ops.products.operands import check_operands, check_plain, check_shapes
 from megatron_fp32.ops.products.ranks import gather_first_dim
+from megatron_fp32.ops.traced import is_traced
 from megatron_fp32.validation import check_flag
 
 
@@ -109,7 +109,7 @@ def fp32_logits(
         check_flag(name, flag)
     _check(hidden, weight, bias, grad_precision, deferred)
     parallel = tp_group is not None and dist.get_world_size(tp_group) > 1
-    traced = torch.compiler.is_compiling() or isinstance(weight, FakeTensor)
+    traced = is_traced(weight)
     if invariant and not traced:
         # A compiler does not know addresses; the custom operator checks them when it runs.
         check_fixed_order(hidden, weight)

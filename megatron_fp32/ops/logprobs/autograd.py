@@ -8,35 +8,26 @@ as many bits as `grad_precision` says, dX is summed over the ranks in fp32 and r
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_fp32.ops.first_order import first_order_only
-from megatron_fp32.ops.logprobs import workspace
-from megatron_fp32.ops.logprobs.accumulate import (
-    LogitsGradient,
-    operator_gradients,
-)
-from megatron_fp32.ops.logprobs.gradient import gradient_vectors, live_tokens
+from megatron_fp32.ops.logprobs import custom_op
 from megatron_fp32.ops.logprobs.options import (
     Backward,
     OperatorOptions,
     inverse_temperature_of,
     operator_options,
-    whole_hidden,
 )
+from megatron_fp32.ops.logprobs.passes import Results, Saved, backward_pass, forward_pass
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform
-from megatron_fp32.ops.logprobs.statistics import KeptLogits, TokenStatistics
-from megatron_fp32.ops.logprobs.tokens import join, token_statistics
-from megatron_fp32.ops.logprobs.topk import bytes_of_a_token, top_k_of
-from megatron_fp32.ops.products.chunks import even_chunks
+from megatron_fp32.ops.logprobs.statistics import TokenStatistics
 from megatron_fp32.ops.products.grad_precision import GradPrecision
-from megatron_fp32.ops.products.operands import check_operands
+from megatron_fp32.ops.products.main_grad import follows_main_grad
 from megatron_fp32.ops.products.shard import VocabParallel
+from megatron_fp32.ops.traced import is_traced
 from megatron_fp32.validation import check_flag
 
 
@@ -143,7 +134,6 @@ def linear_logprobs(
     return Logprobs(*results[:6])  # type: ignore[arg-type]
 
 
-@torch.compiler.disable
 def apply_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -151,8 +141,8 @@ def apply_logprobs(
     inverse_temperature: Tensor,
     options: OperatorOptions,
     bias: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
-    """Fields of `Logprobs`, the fourth of them the mean that the options ask for, and `TokenStatistics.correct`.
+) -> Results:
+    """Log-probs and what else the options ask for.
 
     Args:
         hidden: as for `linear_logprobs`.
@@ -163,13 +153,28 @@ def apply_logprobs(
         bias: as for `linear_logprobs`.
     """
     # Inside of forward, gradients are off in any case.
-    keep = options.keep_logits and torch.is_grad_enabled()
-    return _LinearLogprobs.apply(
-        hidden, weight, labels, inverse_temperature, dataclasses.replace(options, keep_logits=keep), bias
-    )
+    if not torch.is_grad_enabled():
+        options = dataclasses.replace(options, keep_logits=False)
+    if is_traced(weight) and not follows_main_grad(weight):
+        return custom_op.apply(hidden, weight, bias, labels, inverse_temperature, options)
+    return _eager(hidden, weight, labels, inverse_temperature, options, bias)
+
+
+@torch.compiler.disable
+def _eager(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    inverse_temperature: Tensor,
+    options: OperatorOptions,
+    bias: Tensor | None,
+) -> Results:
+    return Results(*_LinearLogprobs.apply(hidden, weight, labels, inverse_temperature, options, bias))
 
 
 class _LinearLogprobs(torch.autograd.Function):
+    """Outputs are the fields of `Results`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -179,109 +184,31 @@ class _LinearLogprobs(torch.autograd.Function):
         inverse_temperature: Tensor,
         options: OperatorOptions,
         bias: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> Results:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.weight_owner = options, weight
-        flat = labels.reshape(-1)
-        x = whole_hidden(hidden, weight, flat, options)
-        keep = None
-        if options.keep_logits and any(ctx.needs_input_grad):
-            keep = KeptLogits.allocate(len(x), weight, with_tops=options.top_k > 0)
-        statistics, top = _statistics_and_top(x, weight, flat, inverse_temperature, options, keep, bias)
-        ctx.save_for_backward(
-            hidden, weight, bias, flat, inverse_temperature, None if keep is None else keep.values, *statistics[:6]
-        )
-        outputs = (statistics.logprob, statistics.entropy, statistics.logsumexp, statistics.mean)
-        # New tensors: an output must not be what the backward pass reads, nor a view that cannot be changed in place.
-        shaped = [None if x is None else _copy(x, labels.shape) for x in outputs]
-        tops = [_copy(x, (*labels.shape, options.top_k)) for x in top]
-        correct = None if statistics.correct is None else _copy(statistics.correct, labels.shape)
-        ctx.mark_non_differentiable(*tops, *([] if correct is None else [correct]))
-        return *shaped, *(tops or (None, None)), correct
+        keep = options.keep_logits and any(ctx.needs_input_grad)
+        results, saved = forward_pass(hidden, weight, bias, labels, inverse_temperature, options, keep=keep)
+        ctx.save_for_backward(hidden, weight, bias, labels, inverse_temperature, saved.logits, *saved.statistics[:6])
+        discrete = (results.top_logprobs, results.top_tokens, results.correct)
+        ctx.mark_non_differentiable(*(x for x in discrete if x is not None))
+        return results
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, inverse_temperature, logits, *saved = ctx.saved_tensors
-        options: OperatorOptions = ctx.options
-        # TF32 may have been switched on since the forward pass.
-        check_operands(hidden, weight, names=("hidden", "weight"))
-        flat = [None if g is None else g.reshape(-1).float() for g in upstream[:4]]
-        vectors = gradient_vectors(
-            TokenStatistics(*saved),
-            inverse_temperature,
-            options.softmax,
-            labels,
-            logprob=flat[0],
-            entropy=flat[1],
-            logsumexp=flat[2],
-            mean=flat[3],
-            mean_of=options.mean,
-        )
-        x = whole_hidden(hidden, weight, labels, options)
-
-        def gradient_of(tokens: slice) -> LogitsGradient:
-            return LogitsGradient(
-                x[tokens],
-                weight,
-                labels=options.softmax.shard.local_labels(labels[tokens]),
-                vectors=vectors[:, tokens],
-                kept=None if logits is None else KeptLogits(values=logits[tokens], tops=None),
-                softmax=options.softmax,
-                pieces=options.pieces_of(weight),
-                bias=bias,
-            )
-
+        hidden, weight, bias, labels, inverse_temperature, logits, *statistics = ctx.saved_tensors
         needs_hidden, needs_weight, *_, needs_bias = ctx.needs_input_grad
-        grads = operator_gradients(
-            gradient_of,
-            x,
+        grads = backward_pass(
+            upstream[:4],
             hidden,
             weight,
             bias,
-            live_tokens(vectors),
-            options,
+            labels,
+            inverse_temperature,
+            Saved(TokenStatistics(*statistics), logits),
+            ctx.options,
             owner=ctx.weight_owner,
             needs=(needs_hidden, needs_weight, needs_bias),
-            stored=logits is not None,
         )
         return grads.hidden, grads.weight, None, None, None, grads.bias
-
-
-def _copy(x: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(shape), dtype=x.dtype, device=x.device).copy_(x.view(tuple(shape)))
-
-
-def _statistics_and_top(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    inverse_temperature: Tensor,
-    options: OperatorOptions,
-    keep: KeptLogits | None,
-    bias: Tensor | None,
-) -> tuple[TokenStatistics, tuple[Tensor, ...]]:
-    """Statistics of all tokens; with `top_k` also log-probs and tokens, from a chunk of logits at a time."""
-    take = functools.partial(
-        token_statistics,
-        weight=weight,
-        softmax=options.softmax,
-        mean=options.mean,
-        chunk_size=options.chunk_size,
-        correct=options.correct,
-        bias=bias,
-    )
-    if options.top_k == 0:
-        return take(x, labels=labels, inverse_temperature=inverse_temperature, keep=keep), ()
-    room = workspace.workspace_bytes(x.device, parallel=options.softmax.shard.group is not None)
-    largest = options.chunk_size or max(1, room // bytes_of_a_token(weight.shape[0], options.top_k))
-    parts, tops = [], []
-    for rows in even_chunks(len(x), largest) or [slice(0, 0)]:
-        kept = (
-            keep.rows(rows) if keep is not None else KeptLogits.allocate(rows.stop - rows.start, weight, with_tops=True)
-        )
-        y, inverse = labels[rows], inverse_temperature[rows]
-        part = take(x[rows], labels=y, inverse_temperature=inverse, keep=kept)
-        parts.append(part)
-        tops.append(top_k_of(kept, y, inverse, part, options.softmax, options.top_k))
-    return join(parts), tuple(torch.cat(column) for column in zip(*tops, strict=True))

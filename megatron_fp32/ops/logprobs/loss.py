@@ -20,11 +20,13 @@ from torch import Tensor
 
 from megatron_fp32.ops.first_order import first_order_only
 from megatron_fp32.ops.logprobs.autograd import apply_logprobs
-from megatron_fp32.ops.logprobs.options import Backward, OperatorOptions, inverse_temperature_of, operator_options
+from megatron_fp32.ops.logprobs.options import Backward, inverse_temperature_of, operator_options
+from megatron_fp32.ops.logprobs.passes import Results
 from megatron_fp32.ops.logprobs.reduction import Reduction, ReductionName
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform, Mean
 from megatron_fp32.ops.products.grad_precision import GradPrecision
 from megatron_fp32.ops.products.shard import VocabParallel
+from megatron_fp32.ops.traced import is_traced
 from megatron_fp32.validation import check_finite, check_flag
 
 
@@ -197,31 +199,19 @@ def linear_cross_entropy(
         bias=bias,
     )
     inverse_temperature = inverse_temperature_of(temperature, labels, ignore_index)
-    result = _eager(hidden, weight, labels, inverse_temperature, options, loss, reduce, bias)
-    return result if with_metrics else result.loss
+    found = apply_logprobs(hidden, weight, labels, inverse_temperature, options, bias)
+    losses = _losses(found, loss)
+    reduced = reduce.of(losses, labels, ignore_index)
+    if not with_metrics:
+        return reduced
+    assert found.correct is not None
+    return LossWithMetrics(loss=reduced, z_loss=loss.share_of_z(found.logsumexp.detach()), correct=found.correct)
 
 
-@torch.compiler.disable
-def _eager(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    inverse_temperature: Tensor,
-    options: OperatorOptions,
-    loss: TokenLoss,
-    reduce: Reduction,
-    bias: Tensor | None,
-) -> LossWithMetrics:
-    logprobs, _, logsumexp, mean, _, _, correct = apply_logprobs(
-        hidden, weight, labels, inverse_temperature, options, bias
-    )
-    losses = _LossOfTokens.apply(logprobs, logsumexp, mean, loss)
-    assert logsumexp is not None
-    return LossWithMetrics(
-        loss=reduce(losses, labels, options.softmax.ignore_index),
-        z_loss=loss.share_of_z(logsumexp.detach()),
-        correct=correct,  # type: ignore[arg-type]
-    )
+def _losses(found: Results, loss: TokenLoss) -> Tensor:
+    if is_traced(found.logprobs):
+        return token_losses(found.logprobs, found.logsumexp, found.mean, loss.label_smoothing, loss.z_loss)
+    return _LossOfTokens.apply(found.logprobs, found.logsumexp, found.mean, loss)
 
 
 class _LossOfTokens(torch.autograd.Function):
@@ -238,3 +228,46 @@ class _LossOfTokens(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.loss.gradients(upstream, *ctx.saved_tensors)
         return grads["logprob"], grads["logsumexp"], grads["mean"], None
+
+
+@torch.library.custom_op("megatron_fp32::token_losses", mutates_args=())
+def token_losses(
+    logprobs: Tensor, logsumexp: Tensor, mean_logprob: Tensor | None, label_smoothing: float, z_loss: float
+) -> Tensor:
+    """`TokenLoss` as an operator that FakeTensor and `torch.compile` know."""
+    return TokenLoss(label_smoothing=label_smoothing, z_loss=z_loss)(logprobs, logsumexp, mean_logprob)
+
+
+@token_losses.register_fake
+def _(
+    logprobs: Tensor, logsumexp: Tensor, mean_logprob: Tensor | None, label_smoothing: float, z_loss: float
+) -> Tensor:
+    return torch.empty_like(logprobs)
+
+
+@torch.library.custom_op("megatron_fp32::token_losses_backward", mutates_args=())
+def _token_losses_backward(upstream: Tensor, logsumexp: Tensor, label_smoothing: float, z_loss: float) -> list[Tensor]:
+    grads = TokenLoss(label_smoothing=label_smoothing, z_loss=z_loss).gradients(upstream, logsumexp)
+    return [grad.clone() for grad in grads.values() if grad is not None]
+
+
+@_token_losses_backward.register_fake
+def _(upstream: Tensor, logsumexp: Tensor, label_smoothing: float, z_loss: float) -> list[Tensor]:
+    return [torch.empty_like(logsumexp) for _ in range(1 + (z_loss > 0) + (label_smoothing > 0))]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, logsumexp, _, ctx.label_smoothing, ctx.z_loss = inputs
+    ctx.save_for_backward(logsumexp)
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    (logsumexp,) = ctx.saved_tensors
+    found = iter(_token_losses_backward(upstream, logsumexp, ctx.label_smoothing, ctx.z_loss))
+    of_logprobs = next(found)
+    of_logsumexp = next(found) if ctx.z_loss > 0 else None
+    of_mean = next(found) if ctx.label_smoothing > 0 else None
+    return of_logprobs, of_logsumexp, of_mean, None, None
+
+
+token_losses.register_autograd(_backward, setup_context=_setup)

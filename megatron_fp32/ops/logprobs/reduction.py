@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_fp32.ops.first_order import first_order_only
 from megatron_fp32.ops.products.shard import VocabParallel
+from megatron_fp32.ops.traced import is_traced
 from megatron_fp32.validation import check_choice
 
 ReductionName = Literal["none", "sum", "mean"]
@@ -54,7 +55,7 @@ class Reduction:
                 "got vocab_parallel.group, whose ranks have the same tokens"
             )
 
-    def __call__(self, losses: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    def of(self, losses: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
         """[] float32 of losses [...], or the losses themselves; differentiable.
 
         Args:
@@ -66,12 +67,20 @@ class Reduction:
             return losses
         valid = labels != ignore_index
         if self.name == "sum":
-            return _Reduced.apply(losses, valid, None)
+            return _reduced(losses, valid, None)
         count = valid.sum()
         if self.group is not None:
             dist.all_reduce(count, group=self.group)
         # Without a valid token the sum is 0, and so is the mean.
-        return _Reduced.apply(losses, valid, count.clamp(min=1))
+        return _reduced(losses, valid, count.clamp(min=1))
+
+
+def _reduced(losses: Tensor, valid: Tensor, count: Tensor | None) -> Tensor:
+    if is_traced(losses):
+        # The losses' own operator leaves out the gradient of tokens that are not valid.
+        total = tree_sum(losses.reshape(-1).double())
+        return (total if count is None else total / count).float()
+    return _Reduced.apply(losses, valid, count)
 
 
 class _Reduced(torch.autograd.Function):

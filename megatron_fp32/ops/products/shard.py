@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fp32.ops.products.ranks import gather_first_dim
+from megatron_fp32.ops.traced import is_traced
 from megatron_fp32.validation import check_count, check_flag
 
 BLOCK = 128
@@ -95,7 +96,9 @@ def shard_of(weight: Tensor, vocab_parallel: VocabParallel) -> Shard:
     group = vocab_parallel.group
     if group is not None and dist.get_world_size(group) == 1:
         group = None
-    check_even_shards(weight, group)
+    if group is not None and not is_traced(weight):
+        # A compiler cannot wait for an answer. It relies on the calls before, or after.
+        check_even_shards(weight, group)
     ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     columns = weight.shape[0]
     total = columns * ranks if vocab_parallel.vocab_size is None else vocab_parallel.vocab_size
