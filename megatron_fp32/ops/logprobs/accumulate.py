@@ -16,6 +16,7 @@ from megatron_fp32.ops.products.fixed_order import why_not_fixed_order
 from megatron_fp32.ops.products.forward import logits_product
 from megatron_fp32.ops.products.hidden_grad import HiddenGrad
 from megatron_fp32.ops.products.invariant_hidden_grad import InvariantHiddenGrad
+from megatron_fp32.ops.products.operands import piece_dtype
 from megatron_fp32.ops.products.split import Pieces
 from megatron_fp32.ops.products.weight_grad import WeightGrad
 
@@ -53,7 +54,8 @@ class LogitsGradient:
         self._vectors, self._kept = vectors.contiguous(), kept
         self._softmax, self._pieces = softmax, pieces
         self._consume = consume or kept is None
-        self._scale = gradient_scale(self._vectors, softmax, count=pieces, dtype=weight.dtype)
+        self._dtype = piece_dtype(hidden.dtype, weight.dtype)
+        self._scale = gradient_scale(self._vectors, softmax, count=pieces, dtype=self._dtype)
         self._fixed = softmax.invariant and why_not_fixed_order(hidden, weight) is None
 
     def bounds(self) -> Tensor:
@@ -75,7 +77,7 @@ class LogitsGradient:
             self._softmax,
             first=rows.start,
             count=self._pieces,
-            dtype=self._weight.dtype,
+            dtype=self._dtype,
             scale=self._scale,
             consume=self._consume,
         )

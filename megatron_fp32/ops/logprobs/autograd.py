@@ -42,7 +42,7 @@ from megatron_fp32.ops.products.chunks import even_chunks
 from megatron_fp32.ops.products.grad_precision import GradPrecision
 from megatron_fp32.ops.products.hidden_grad import HiddenGrad
 from megatron_fp32.ops.products.main_grad import weight_grad_for_autograd, weight_grad_target
-from megatron_fp32.ops.products.operands import check_operands
+from megatron_fp32.ops.products.operands import check_operands, piece_dtype
 from megatron_fp32.ops.products.shard import VocabParallel
 from megatron_fp32.ops.products.weight_grad import WeightGrad
 from megatron_fp32.validation import check_flag
@@ -294,9 +294,10 @@ def _accumulate(
     bias_grad: BiasGrad | None,
 ) -> None:
     """dX, dW and dbias, one block of tokens and of columns at a time."""
-    pieces = options.pieces if weight.dtype != torch.float32 else 1
+    dtype = piece_dtype(x.dtype, weight.dtype)
+    pieces = options.pieces if dtype != torch.float32 else 1
     blocks = even_chunks(len(x), options.chunk_size or workspace.GRADIENT_TOKENS)
-    per_element = (4 if logits is None else 0) + pieces * weight.element_size()
+    per_element = (4 if logits is None else 0) + pieces * dtype.itemsize
     room = workspace.workspace_bytes(weight.device, parallel=options.softmax.shard.group is not None)
     sums = FloatWeightGrad(target, blocks=len(blocks))
     if not blocks:

@@ -36,7 +36,7 @@ from megatron_fp32.ops.products.fixed_order import why_not_fixed_order
 from megatron_fp32.ops.products.grad_precision import GradPrecision
 from megatron_fp32.ops.products.hidden_grad import ChunkedHiddenSum, HiddenGrad
 from megatron_fp32.ops.products.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
-from megatron_fp32.ops.products.operands import check_plain
+from megatron_fp32.ops.products.operands import check_plain, piece_dtype
 from megatron_fp32.ops.products.shard import VocabParallel
 from megatron_fp32.ops.products.split import Pieces
 from megatron_fp32.ops.products.weight_grad import WeightGrad
@@ -291,7 +291,8 @@ class _GradientInForward:
             largest = workspace.workspace_bytes(device, parallel=parallel) // per_token if wanted else tokens
         self.chunks = even_chunks(tokens, largest)
         longest = max((c.stop - c.start for c in self.chunks), default=0)
-        self._pieces = options.pieces if weight.dtype != torch.float32 else 1
+        split = piece_dtype(hidden.dtype, weight.dtype) != torch.float32
+        self._pieces = options.pieces if split else 1
         self._kept = KeptLogits.allocate(longest, weight, exponentials=exponentials) if wanted else None
         self.target = weight_grad_target(weight) if needs[1] else None
         self._sums = FloatWeightGrad(self.target, blocks=max(1, len(self.chunks)))
