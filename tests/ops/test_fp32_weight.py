@@ -78,7 +78,8 @@ def test_logits_to_the_level_of_the_accumulator(
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("valid", [300, 290, 5, 0])
-def test_dx_of_the_pieces_that_dy_has(count: int, valid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("largest", [150, 300])
+def test_dx_of_the_pieces_that_dy_has(count: int, valid: int, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32, before it is rounded to the hidden states' dtype; what lies in the padding does not matter."""
     cut_small(monkeypatch)
     weight, grad = torch.randn(300, HIDDEN), torch.randn(70, 300)
@@ -86,7 +87,7 @@ def test_dx_of_the_pieces_that_dy_has(count: int, valid: int, monkeypatch: pytes
     out = torch.full((70, HIDDEN), torch.nan)
     total = ChunkedHiddenSum(out, valid=valid)
     pieces = split(grad, count, torch.bfloat16).parts
-    for columns in total.chunks(300, 150):
+    for columns in total.chunks(300, largest):
         part = split(grad[:, columns], count, torch.bfloat16)
         total.add(columns, part, weight[columns])
     exact = sum(p.double() for p in pieces) @ weight.nan_to_num().double()
