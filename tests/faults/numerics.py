@@ -64,7 +64,7 @@ NUMERICS = [
     Mutant(
         name="forget the chunks before the last",
         file="ops/products/hidden_grad.py",
-        old="accumulate=columns.start > 0)",
+        old="accumulate=columns.start + rows.start > 0)",
         new="accumulate=False)",
         test=PRODUCTS,
     ),

@@ -7,6 +7,7 @@ from faults.mutant import Mutant
 REDUCTION = "tests/ops/test_reduction.py"
 METRICS = "tests/ops/test_metrics.py"
 BIAS = "tests/ops/test_bias.py"
+FP32_WEIGHT = "tests/ops/test_fp32_weight.py"
 
 OPTIONS = [
     Mutant(
@@ -70,7 +71,7 @@ OPTIONS = [
         file="ops/logprobs/statistics.py",
         old="softmax.knows(labels) & largest",
         new="largest",
-        test=f"{METRICS}::test_labels_that_are_the_most_probable_tokens",
+        test=f"{METRICS}::test_an_ignored_label_of_the_vocabulary_is_not_correct",
     ),
     Mutant(
         name="know the ignored token of the vocabulary",
@@ -134,5 +135,61 @@ OPTIONS = [
         old=" and self._bias_grad is None",
         new="",
         test=f"{BIAS}::test_one_gradient_alone",
+    ),
+    Mutant(
+        name="multiply two pieces of an fp32 weight",
+        file="ops/products/forward.py",
+        old="pieces = split(weight[rows], 3, hidden.dtype)",
+        new="pieces = split(weight[rows], 2, hidden.dtype)",
+        test=f"{FP32_WEIGHT}::test_logits_to_the_level_of_the_accumulator",
+    ),
+    Mutant(
+        name="make dX of two pieces of an fp32 weight",
+        file="ops/products/hidden_grad.py",
+        old="split(weight[rows], 3, dtype)",
+        new="split(weight[rows], 2, dtype)",
+        test=f"{FP32_WEIGHT}::test_dx_of_the_pieces_that_dy_has",
+    ),
+    Mutant(
+        name="begin dX again with every part of a split weight",
+        file="ops/products/hidden_grad.py",
+        old="accumulate=columns.start + rows.start > 0",
+        new="accumulate=columns.start > 0",
+        test=f"{FP32_WEIGHT}::test_dx_of_the_pieces_that_dy_has",
+    ),
+    Mutant(
+        name="split an fp32 weight as a whole",
+        file="ops/products/forward.py",
+        old="for rows in even_chunks(weight.shape[0], CHUNK):",
+        new="for rows in even_chunks(weight.shape[0], weight.shape[0]):",
+        test=f"{FP32_WEIGHT}::test_no_second_copy_of_the_weight",
+    ),
+    Mutant(
+        name="split an fp32 weight as a whole for dX",
+        file="ops/products/hidden_grad.py",
+        old="largest = CHUNK if weight.dtype != dtype else count",
+        new="largest = count",
+        test=f"{FP32_WEIGHT}::test_no_second_copy_of_the_weight",
+    ),
+    Mutant(
+        name="keep one piece of dY beside an fp32 weight",
+        file="ops/logprobs/autograd.py",
+        old="pieces = options.pieces if dtype != torch.float32 else 1",
+        new="pieces = options.pieces if weight.dtype != torch.float32 else 1",
+        test=f"{FP32_WEIGHT}::test_without_logits_against_float64",
+    ),
+    Mutant(
+        name="keep one piece of dY beside an fp32 weight in the weighted loss",
+        file="ops/logprobs/weighted.py",
+        old="split = piece_dtype(hidden.dtype, weight.dtype) != torch.float32",
+        new="split = weight.dtype != torch.float32",
+        test=f"{FP32_WEIGHT}::test_without_logits_against_float64",
+    ),
+    Mutant(
+        name="defer dW of mixed operands",
+        file="ops/logits/autograd.py",
+        old="    if piece_dtype(hidden.dtype, weight.dtype) != weight.dtype:\n        raise",
+        new="    if False:\n        raise",
+        test=f"{FP32_WEIGHT}::test_what_is_refused",
     ),
 ]

@@ -28,21 +28,28 @@ class Head:
     operator: str
     dtype: torch.dtype = torch.bfloat16
     wide_hidden: bool = False
+    wide_weight: bool = False
+    biased: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     device: str = "cpu"
 
     def __str__(self) -> str:
         options = ",".join(f"{k}={v}" for k, v in self.options.items())
-        return f"{self.operator}-{self.dtype}{'-wide' if self.wide_hidden else ''}-{options}"
+        names = ("wide_hidden", "wide_weight", "biased")
+        flags = "".join(f"-{name}" for name in names if getattr(self, name))
+        return f"{self.operator}-{self.dtype}{flags}-{options}"
 
     def problem(self) -> Problem:
         """Fresh operands; all labels are tokens of the vocabulary."""
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(TOKENS, HIDDEN, generator=generator).to(self.dtype)
         weight = (torch.randn(ROWS, HIDDEN, generator=generator) / 4).to(self.dtype)
+        bias = torch.linspace(-1, 1, ROWS)
+        bias[VOCAB:] = NAN
         return Problem(
             hidden=(hidden.float() if self.wide_hidden else hidden).to(self.device),
-            weight=weight.to(self.device),
+            weight=(weight.float() + 2.0**-20 if self.wide_weight else weight).to(self.device),
+            bias=bias.to(self.device) if self.biased else None,
             labels=torch.randint(VOCAB, (TOKENS,), generator=generator).to(self.device),
             temperature=(torch.rand(TOKENS, generator=generator) + 0.5).to(self.device),
             weights=(torch.rand(TOKENS, generator=generator) + 0.5).to(self.device),
@@ -55,6 +62,7 @@ class Problem:
 
     hidden: Tensor
     weight: Tensor
+    bias: Tensor | None
     labels: Tensor
     temperature: Tensor
     weights: Tensor
@@ -62,7 +70,8 @@ class Problem:
     def run(self, head: Head) -> Result:
         """Call the operator and differentiate what it returns."""
         x, w = self.hidden.clone().requires_grad_(), self.weight.clone().requires_grad_()
-        options = grouped({"vocab_size": VOCAB, "temperature": self.temperature, **head.options})
+        b = None if self.bias is None else self.bias.clone().requires_grad_()
+        options = grouped({"vocab_size": VOCAB, "temperature": self.temperature, "bias": b, **head.options})
         if head.operator == "logprobs":
             out = linear_logprobs(x, w, self.labels, mean_logit=True, top_k=3, **options)
             values = dict(zip(out._fields, out, strict=True))
@@ -79,7 +88,9 @@ class Problem:
             values = {"losses": weighted.losses}
             weighted.total.backward()
             assert weighted.total.isfinite() == weighted.losses.isfinite().all()
-        return Result(values={k: v.detach() for k, v in values.items()}, dx=x.grad, dw=w.grad)
+        return Result(
+            values={k: v.detach() for k, v in values.items()}, dx=x.grad, dw=w.grad, db=None if b is None else b.grad
+        )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -89,6 +100,7 @@ class Result:
     values: dict[str, Tensor]
     dx: Tensor
     dw: Tensor
+    db: Tensor | None
 
     def assert_same(self, other: Result, rows: Tensor | None = None, *, gradients: bool = True) -> None:
         """Bit for bit, for all tokens or those of `rows`; dW always for all of them."""
@@ -98,6 +110,14 @@ class Result:
         if gradients:
             assert same_bits(self.dx[chosen], other.dx[chosen]), "dX"
             assert same_bits(self.dw, other.dw), "dW"
+            self.assert_same_bias_grad(other)
+
+    def assert_same_bias_grad(self, other: Result) -> None:
+        """Bit for bit, and 0 for padding."""
+        assert (self.db is None) == (other.db is None)
+        if self.db is not None and other.db is not None:
+            assert same_bits(self.db, other.db), "dbias"
+            assert not self.db[VOCAB:].any()
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -243,6 +263,7 @@ def upstream_gradients_of_zero(head: Head) -> None:
     rows = others(head)
     assert same_bits(result.dx[rows], expected.dx[rows])
     assert same_bits(result.dw, expected.dw)
+    result.assert_same_bias_grad(expected)
     for name, value in result.values.items():
         assert same_bits(value[rows], expected.values[name][rows]), name
         if name != "top_tokens":
@@ -324,6 +345,11 @@ def heads(device: str = "cpu") -> list[Head]:
         Head(operator="logprobs", options={"softcap": 5.0, "scale": 1.3, "grad_precision": "bf16x3"}),
         Head(operator="logprobs", dtype=float16, wide_hidden=True, options={"grad_precision": "bf16x2"}),
         Head(operator="logprobs", dtype=torch.float32),
+        Head(operator="logprobs", wide_weight=True, options={"grad_precision": "bf16x2"}),
+        Head(operator="weighted", wide_weight=True, biased=True, options={"chunk_size": 32}),
+        Head(operator="logprobs", biased=True, options={"softcap": 5.0, "grad_precision": "bf16x2"}),
+        Head(operator="loss", biased=True, options={"invariant": True, "backward": "saved", **smooth}),
+        Head(operator="weighted", dtype=float16, biased=True, options={"grad_precision": "bf16x2"}),
         Head(operator="weighted", wide_hidden=True, options={"grad_precision": "bf16x2", "chunk_size": 32}),
         Head(operator="loss", options={"invariant": True, "grad_precision": "bf16x2", "chunk_size": 32}),
     ]

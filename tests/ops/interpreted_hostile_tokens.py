@@ -85,6 +85,8 @@ CHOSEN = [
     Head(operator="loss", dtype=torch.float32, options={"label_smoothing": 0.1}),
     Head(operator="weighted", options={"label_smoothing": 0.1, "z_loss": 1e-3}),
     Head(operator="weighted", dtype=torch.float16, options={"grad_precision": "bf16x3", "softcap": 5.0}),
+    Head(operator="weighted", biased=True, options={"label_smoothing": 0.1}),
+    Head(operator="logprobs", wide_weight=True, biased=True, options={"grad_precision": "bf16x2"}),
 ]
 """Every kernel, and every branch in one."""
 

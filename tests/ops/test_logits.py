@@ -351,7 +351,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("hidden", "weight"),
         [
-            (torch.bfloat16, torch.float32),
+            (torch.float16, torch.float32),
             (torch.bfloat16, torch.float16),
             (torch.float64, torch.float64),
             (torch.int64, torch.int64),

@@ -22,7 +22,7 @@ from megatron_fp32.ops.products.forward import logits_product
 from megatron_fp32.ops.products.grad_precision import PIECES, GradPrecision, check_grad_precision
 from megatron_fp32.ops.products.hidden_grad import HiddenGrad
 from megatron_fp32.ops.products.main_grad import follows_main_grad, weight_grad_for_autograd, weight_grad_target
-from megatron_fp32.ops.products.operands import check_operands, check_plain, check_shapes
+from megatron_fp32.ops.products.operands import check_operands, check_plain, check_shapes, piece_dtype
 from megatron_fp32.ops.products.ranks import gather_first_dim
 from megatron_fp32.ops.traced import is_traced
 from megatron_fp32.validation import check_flag
@@ -78,17 +78,20 @@ def fp32_logits(
     equal.
 
     Args:
-        hidden: [..., hidden], 2-D or more, in the dtype of the weight, or float32 (an fp32 residual stream), of which
-            nothing is rounded; with `sequence_parallel` this rank's slice of dimension 0.
-        weight: [vocab / tp, hidden], bfloat16, float16 or float32. When it has Megatron's `main_grad` and
-            `grad_added_to_main_grad`, its gradient is added there in place and a dummy is returned to autograd.
+        hidden: [..., hidden], 2-D or more, in the dtype of the weight; or float32 (an fp32 residual stream) beside a
+            weight of 16 bits, of which nothing is rounded; with `sequence_parallel` this rank's slice of dimension 0.
+        weight: [vocab / tp, hidden], bfloat16, float16 or float32. A float32 weight beside bfloat16 hidden states is
+            multiplied in three bfloat16 pieces, which hold all of it, in the logits and in the gradient of `hidden`:
+            three products in place of one. The pieces exist for 8192 rows at a time. When the weight has Megatron's
+            `main_grad` and `grad_added_to_main_grad`, its gradient is added there in place and a dummy is returned to
+            autograd.
         bias: [vocab / tp] or None; added in fp32.
         tp_group: ranks that hold the other rows of the weight; None for one process.
         sequence_parallel: gather `hidden` over `tp_group` before the product and scatter its gradient after.
         reduce_hidden_grad: sum the gradient of `hidden` over `tp_group`. Megatron calls it `allreduce_dgrad`; it does
             not apply with `sequence_parallel`, which always reduces.
         grad_precision: see `Fp32Config.grad_precision`. With a float32 `hidden` it also sets how many bits of `hidden`
-            enter dW. With a float32 weight nothing is rounded, whatever it is.
+            enter dW. With two float32 operands nothing is rounded, whatever it is.
         deferred: do not compute dW, but keep dY for it; `grad_precision="bf16"` only.
         invariant: a token's logits do not change by a bit with the batch, its place in it, or the number of ranks,
             given hidden states that do not. Does not include gradients.
@@ -142,6 +145,11 @@ def _check(
     check_operands(hidden, weight, names=("hidden", "weight"))
     if deferred is None:
         return
+    if piece_dtype(hidden.dtype, weight.dtype) != weight.dtype:
+        raise ValueError(
+            "a deferred weight gradient is a product of dY and the hidden states in the dtype of the weight: "
+            f"expected hidden states of {weight.dtype}, got {hidden.dtype}"
+        )
     if grad_precision != "bf16":
         raise ValueError(
             f"a deferred weight gradient takes dY in the dtype of the weight, so grad_precision must be 'bf16', "
@@ -175,8 +183,10 @@ class _Fp32Logits(torch.autograd.Function):
         options: _Options = ctx.options
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad = grad_logits.reshape(-1, weight.shape[0])
-        # TF32 may have been switched on since the forward pass.
-        check_operands(grad, weight, names=("the gradient of the logits", "weight"))
+        dtype = piece_dtype(ctx.hidden_dtype, weight.dtype)
+        if dtype == weight.dtype:
+            # TF32 may have been switched on since the forward pass. It does not touch pieces of a weight.
+            check_operands(grad, weight, names=("the gradient of the logits", "weight"))
         grad_bias = bias_grad(grad, ctx.bias_dtype) if needs_bias else None
 
         target = None
@@ -196,7 +206,7 @@ class _Fp32Logits(torch.autograd.Function):
             reduce=options.reduce_hidden_grad,
         )
         accumulate_gradients(
-            pieces_of(grad, options.pieces, weight.dtype),
+            pieces_of(grad, options.pieces, dtype),
             weight=weight,
             pieces=options.pieces,
             hidden_sum=reduction.of(slice(None)) if needs_hidden else None,

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_fp32.ops.products.backward import accumulate_gradients, bias_grad, pieces_of
 from megatron_fp32.ops.products.forward import logits_product
 from megatron_fp32.ops.products.hidden_grad import ChunkedHiddenSum
+from megatron_fp32.ops.products.operands import piece_dtype
 from megatron_fp32.ops.products.weight_grad import WeightGrad
 
 
@@ -38,7 +39,7 @@ def _logits_backward(
     hidden_grad = torch.empty(hidden_2d.shape, dtype=torch.float32, device=hidden.device) if needs_hidden else None
     weight_grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if needs_weight else None
     accumulate_gradients(
-        pieces_of(grad_2d, pieces, weight.dtype),
+        pieces_of(grad_2d, pieces, piece_dtype(hidden.dtype, weight.dtype)),
         weight=weight,
         pieces=pieces,
         hidden_sum=None if hidden_grad is None else ChunkedHiddenSum(hidden_grad),

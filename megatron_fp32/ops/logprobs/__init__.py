@@ -2,7 +2,7 @@
 
 from megatron_fp32.ops.logprobs.autograd import Logprobs, linear_logprobs
 from megatron_fp32.ops.logprobs.divergence import Divergence
-from megatron_fp32.ops.logprobs.loss import linear_cross_entropy
+from megatron_fp32.ops.logprobs.loss import LossWithMetrics, linear_cross_entropy
 from megatron_fp32.ops.logprobs.selected import SelectedLogprobs, linear_selected_logprobs, linear_top_logprobs
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform
 from megatron_fp32.ops.logprobs.thresholds import linear_truncation_thresholds
@@ -15,6 +15,7 @@ __all__ = [
     "Divergence",
     "LogitsTransform",
     "Logprobs",
+    "LossWithMetrics",
     "SelectedLogprobs",
     "TopKDistillation",
     "TruncatedLogprobs",

@@ -23,6 +23,7 @@ from megatron_fp32.ops.products.forward import logits_product
 from megatron_fp32.ops.products.hidden_grad import HiddenGrad
 from megatron_fp32.ops.products.invariant_hidden_grad import InvariantHiddenGrad
 from megatron_fp32.ops.products.main_grad import weight_grad_for_autograd, weight_grad_target
+from megatron_fp32.ops.products.operands import piece_dtype
 from megatron_fp32.ops.products.split import Pieces
 from megatron_fp32.ops.products.weight_grad import WeightGrad
 
@@ -63,7 +64,8 @@ class LogitsGradient:
         self._vectors, self._kept, self._cuts = vectors.contiguous(), kept, cuts
         self._softmax, self._pieces = softmax, pieces
         self._consume = consume or kept is None
-        self._scale = gradient_scale(self._vectors, softmax, count=pieces, dtype=weight.dtype)
+        self._dtype = piece_dtype(hidden.dtype, weight.dtype)
+        self._scale = gradient_scale(self._vectors, softmax, count=pieces, dtype=self._dtype)
         self._fixed = softmax.invariant and why_not_fixed_order(hidden, weight) is None
 
     def bounds(self) -> Tensor:
@@ -85,7 +87,7 @@ class LogitsGradient:
             self._softmax,
             first=rows.start,
             count=self._pieces,
-            dtype=self._weight.dtype,
+            dtype=self._dtype,
             scale=self._scale,
             cuts=self._cuts,
             consume=self._consume,
@@ -185,7 +187,8 @@ def accumulate_blocks(
     """
     if blocks is None:
         blocks = even_chunks(len(x), options.chunk_size or workspace.GRADIENT_TOKENS)
-    per_element = (0 if stored else 4) + options.pieces_of(weight) * weight.element_size()
+    of_pieces = options.pieces_of(x, weight) * piece_dtype(x.dtype, weight.dtype).itemsize
+    per_element = (0 if stored else 4) + of_pieces
     room = workspace.workspace_bytes(weight.device, parallel=options.softmax.shard.group is not None)
     sums = FloatWeightGrad(target, blocks=len(blocks))
     if not blocks:

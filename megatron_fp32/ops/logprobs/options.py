@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform, Mean, Softmax
 from megatron_fp32.ops.products.fixed_order import check_fixed_order
 from megatron_fp32.ops.products.grad_precision import PIECES, GradPrecision, check_grad_precision
-from megatron_fp32.ops.products.operands import check_bias, check_operands, check_plain, check_shapes
+from megatron_fp32.ops.products.operands import check_bias, check_operands, check_plain, check_shapes, piece_dtype
 from megatron_fp32.ops.products.ranks import gather_first_dim
 from megatron_fp32.ops.products.shard import BLOCK, VocabParallel, shard_of
 from megatron_fp32.ops.traced import is_traced
@@ -45,9 +45,9 @@ class OperatorOptions:
     correct: bool
     """Tell whether the label is the most probable token."""
 
-    def pieces_of(self, weight: Tensor) -> int:
-        """How many tensors stand for dY beside this weight: a float32 one needs no pieces."""
-        return self.pieces if weight.dtype != torch.float32 else 1
+    def pieces_of(self, hidden: Tensor, weight: Tensor) -> int:
+        """How many tensors stand for dY beside these operands: two float32 ones need no pieces."""
+        return self.pieces if piece_dtype(hidden.dtype, weight.dtype) != torch.float32 else 1
 
 
 def operator_options(

@@ -130,7 +130,7 @@ def backward_pass(
             vectors=vectors[:, tokens],
             kept=None if logits is None else KeptLogits(values=logits[tokens], tops=None),
             softmax=options.softmax,
-            pieces=options.pieces_of(weight),
+            pieces=options.pieces_of(x, weight),
             bias=bias,
         )
 

@@ -301,10 +301,10 @@ class _SelectedGradient(LogitsGradient):
         no_label = torch.full((len(hidden),), -1, dtype=torch.int32, device=hidden.device)
         super().__init__(
             hidden, weight, labels=no_label, vectors=grads.vectors, kept=None, softmax=options.softmax,
-            pieces=options.pieces_of(weight), bias=bias,
+            pieces=options.pieces_of(hidden, weight), bias=bias,
         )  # fmt: skip
         self._local = local
-        self._elements = split_torch(grads.elements, self._pieces, weight.dtype, self._scale)
+        self._elements = split_torch(grads.elements, self._pieces, self._dtype, self._scale)
 
     def __call__(self, rows: slice) -> Pieces:
         pieces = super().__call__(rows)

@@ -118,7 +118,7 @@ class _Threshold(torch.autograd.Function):
             return LogitsGradient(
                 x[rows], weight, labels=softmax.shard.local_labels(labels[rows]), vectors=vectors[:, rows],
                 kept=KeptLogits(values=raw, tops=None), cuts=cuts[rows], consume=True, softmax=softmax,
-                pieces=options.pieces_of(weight),
+                pieces=options.pieces_of(x, weight),
             )  # fmt: skip
 
         needs_hidden, needs_weight, *_, needs_bias = ctx.needs_input_grad

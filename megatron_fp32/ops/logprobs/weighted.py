@@ -291,7 +291,7 @@ class _GradientInForward:
             largest = workspace.workspace_bytes(device, parallel=parallel) // per_token if wanted else tokens
         self.chunks = even_chunks(tokens, largest)
         longest = max((c.stop - c.start for c in self.chunks), default=0)
-        self._pieces = options.pieces_of(weight)
+        self._pieces = options.pieces_of(hidden, weight)
         self._kept = KeptLogits.allocate(longest, weight, exponentials=exponentials) if wanted else None
         self.target = weight_grad_target(weight) if needs[1] else None
         self._sums = FloatWeightGrad(self.target, blocks=max(1, len(self.chunks)))

@@ -79,8 +79,8 @@ def accumulate_gradients(
             assert hidden is not None
             if hidden_pieces is None:
                 x = hidden()
-                scale = split_scale(x, pieces, weight.dtype, may_overflow=False)
-                hidden_pieces = split(x, pieces, weight.dtype, scale=scale)
+                dtype = dy.parts[0].dtype
+                hidden_pieces = split(x, pieces, dtype, scale=split_scale(x, pieces, dtype, may_overflow=False))
             weight_grad.add_rows(rows, dy.parts, hidden_pieces.parts, _product(dy.inverse_scale, hidden_pieces))
         # Its memory is for the next one.
         del dy

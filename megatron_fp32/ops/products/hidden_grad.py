@@ -8,9 +8,9 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fp32.ops.products.chunks import even_chunks
+from megatron_fp32.ops.products.chunks import CHUNK, even_chunks
 from megatron_fp32.ops.products.gemm import sum_of_products_
-from megatron_fp32.ops.products.split import Pieces
+from megatron_fp32.ops.products.split import Pieces, small_first, split
 
 
 class HiddenSum(Protocol):
@@ -46,10 +46,15 @@ class ChunkedHiddenSum:
         return even_chunks(columns, largest) or [slice(0, 0)]
 
     def add(self, columns: slice, grad: Pieces, weight: Tensor) -> None:
-        """Small terms first."""
+        """Small terms first. A float32 weight beside 16-bit pieces is split, some rows at a time."""
         count = len(weight) if self._valid is None else max(0, min(columns.stop, self._valid) - columns.start)
-        products = ((part[:, :count], weight[:count]) for part in reversed(grad.parts))
-        sum_of_products_(self._out, products, accumulate=columns.start > 0)
+        dtype = grad.parts[0].dtype
+        largest = CHUNK if weight.dtype != dtype else count
+        for rows in even_chunks(count, largest) or [slice(0, 0)]:
+            pieces = split(weight[rows], 3, dtype).parts
+            pairs = small_first(len(grad.parts), len(pieces))
+            products = ((grad.parts[i][:, rows], pieces[j]) for i, j in pairs)
+            sum_of_products_(self._out, products, accumulate=columns.start + rows.start > 0)
 
     def finish(self, inverse_scale: Tensor | None) -> None:
         """Undo the scale."""

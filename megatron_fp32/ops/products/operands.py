@@ -9,21 +9,35 @@ from torch.distributed.tensor import DTensor
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
+def piece_dtype(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
+    """The dtype that these operands are multiplied in: a float32 one beside one of 16 bits is split into pieces.
+
+    Args:
+        hidden: the dtype of the hidden states.
+        weight: the dtype of the weight.
+    """
+    return hidden if weight == torch.float32 else weight
+
+
 def check_operands(hidden: Tensor, weight: Tensor, *, names: tuple[str, str]) -> None:
     """Refuse operands that a matrix product here would have to round.
 
     Raises:
-        TypeError: for DTensors, and unless the second is bfloat16, float16 or float32 and the first has its dtype or is
-            float32.
+        TypeError: for DTensors, and unless both are bfloat16, float16 or float32 alike, or the first is float32 beside
+            a second of 16 bits, or the second is float32 beside a first in bfloat16.
         ValueError: for two float32 operands on CUDA while TF32 is allowed.
     """
     check_plain(**dict(zip(names, (hidden, weight), strict=True)))
-    if weight.dtype not in (*SIXTEEN_BIT, torch.float32) or hidden.dtype not in (weight.dtype, torch.float32):
+    # float16 pieces of a float32 weight would need a scale for each row, and dX, a sum over rows, could not undo those.
+    split_weight = hidden.dtype == torch.bfloat16 and weight.dtype == torch.float32
+    alike = hidden.dtype in (weight.dtype, torch.float32)
+    if weight.dtype not in (*SIXTEEN_BIT, torch.float32) or not (alike or split_weight):
         raise TypeError(
-            f"{names[0]} and {names[1]} must both be bfloat16, float16 or float32, or {names[0]} float32, "
-            f"got {hidden.dtype} and {weight.dtype}"
+            f"{names[0]} and {names[1]} must both be bfloat16, float16 or float32, or {names[0]} float32, or "
+            f"{names[1]} float32 beside bfloat16, got {hidden.dtype} and {weight.dtype}"
         )
-    if weight.is_cuda and weight.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    whole = piece_dtype(hidden.dtype, weight.dtype) == torch.float32
+    if weight.is_cuda and whole and torch.backends.cuda.matmul.fp32_precision == "tf32":
         raise ValueError(
             f"{names[0]} and {names[1]} are float32 and TF32 is allowed: the product would keep 10 of their 23 bits. "
             "Set torch.backends.cuda.matmul.fp32_precision = 'ieee', or pass 16-bit operands, which TF32 does not touch"

@@ -52,6 +52,19 @@ def split(x: Tensor, count: int, dtype: torch.dtype, *, scale: Tensor | None = N
     return Pieces(parts, None if scale is None else scale.reciprocal())
 
 
+def small_first(first: int, second: int) -> list[tuple[int, int]]:
+    """Which pieces of two factors to multiply, small products first.
+
+    Products beyond the precision of the factor with more pieces are left out.
+
+    Args:
+        first: how many pieces the one factor has.
+        second: how many the other one has.
+    """
+    pairs = [(i, j) for i in range(first) for j in range(second) if i + j < max(first, second)]
+    return sorted(pairs, key=sum, reverse=True)
+
+
 def split_scale(x: Tensor, count: int, dtype: torch.dtype, *, may_overflow: bool = True) -> Tensor | None:
     """The power of two [] float32 that `x` is multiplied by before it is split; None where it need not be.
 

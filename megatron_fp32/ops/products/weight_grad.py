@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_fp32.ops.products.chunks import CHUNK, even_chunks
 from megatron_fp32.ops.products.gemm import sum_of_products_
+from megatron_fp32.ops.products.split import small_first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,7 @@ def _weight_products(grads: tuple[Tensor, ...], hiddens: tuple[Tensor, ...]) -> 
     tokens = grads[0].shape[0]
     # Without tokens there is one empty product, which writes zeros.
     chunks = even_chunks(tokens, CHUNK if order > 1 else tokens) or [slice(0, 0)]
-    pairs = [(i, j) for i in range(len(grads)) for j in range(len(hiddens)) if i + j < order]
-    for i, j in sorted(pairs, key=sum, reverse=True):
+    for i, j in small_first(len(grads), len(hiddens)):
         for rows in chunks:
             yield grads[i][rows].t(), hiddens[j][rows]
 
