@@ -73,7 +73,7 @@ def _store_sum(term, valid, out, inside):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sums_kernel(  # type: ignore[no-untyped-def]
+def _divergence_sums_kernel(  # type: ignore[no-untyped-def]
     raw, raw_stride, teacher_raw, teacher_stride, tokens, columns, valid_columns, vectors, sums, scale, cap,
     teacher_scale, teacher_cap, beta, rest,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, JSD: tl.constexpr, CAPPED: tl.constexpr,
@@ -129,7 +129,7 @@ def sums_triton(raw: Tensor, teacher_raw: Tensor, vectors: Tensor, pair: Pair) -
     blocks = triton.cdiv(columns, BLOCK)
     divergence, student, teacher = pair.divergence, pair.student.transform, pair.teacher.transform
     sums = torch.empty(blocks, divergence.fields, tokens, dtype=torch.float32, device=raw.device)
-    _sums_kernel[(triton.cdiv(tokens, _SUM_ROWS), blocks)](
+    _divergence_sums_kernel[(triton.cdiv(tokens, _SUM_ROWS), blocks)](
         raw, raw.stride(0), teacher_raw, teacher_raw.stride(0), tokens, columns, pair.student.shard.valid_columns,
         vectors.contiguous(), sums, student.scale, student.softcap or 0.0, teacher.scale, teacher.softcap or 0.0,
         divergence.beta, 1 - divergence.beta,
