@@ -39,7 +39,7 @@ def definition(z: Tensor, y: Tensor, divergence: Divergence) -> Tensor:
         (divergence.jsd * divergence.beta, lambda: kl(q, log_q, m.log())),
         (divergence.jsd * (1 - divergence.beta), lambda: kl(p, log_p, m.log())),
     )
-    return sum((weight * part() for weight, part in parts if weight), torch.zeros(len(z), dtype=z.dtype))
+    return sum((weight * part() for weight, part in parts if weight), z.new_zeros(len(z)))
 
 
 def logits(
