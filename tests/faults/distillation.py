@@ -64,9 +64,16 @@ DISTILLATION = [
     _fault(
         "take log q - log p from rounded log-probs",
         "divergence",
-        "torch.where(z.isneginf() & y.isneginf(), 0.0, (y - z) - shift[:, None])",
-        "(y - y.logsumexp(1, keepdim=True)) - (z - z.logsumexp(1, keepdim=True))",
+        "return ((y - z) - (teacher_top - top)[:, None]) - shift[:, None]",
+        "return (y - teacher_top[:, None] - vectors[4, :, None]) - (z - top[:, None] - vectors[1, :, None])",
         CLOSE,
+    ),
+    _fault(
+        "add the logits' difference to that of the log sums before it is taken away",
+        "divergence",
+        "return ((y - z) - (teacher_top - top)[:, None]) - shift[:, None]",
+        "return (y - z) - ((teacher_top - top) + shift)[:, None]",
+        EXTREMES,
     ),
     _fault(
         "swap teacher and student in the mixture",
@@ -83,10 +90,10 @@ DISTILLATION = [
         EXTREMES,
     ),
     _fault(
-        "subtract two infinite logits",
-        "divergence",
-        "torch.where(z.isneginf() & y.isneginf(), 0.0, (y - z) - shift[:, None])",
-        "(y - z) - shift[:, None]",
+        "multiply an infinite slope by a probability of 0",
+        "divergence_gradient",
+        "torch.where(p == 0, 0.0, p * (d + reverse))",
+        "p * (d + reverse)",
         EXTREMES,
     ),
     _fault(
@@ -111,11 +118,11 @@ DISTILLATION = [
         MASKED,
     ),
     _fault(
-        "let an impossible label into the divergence's gradient",
+        "multiply an upstream gradient of 0 of a log-prob by an infinite logit",
         "divergence_gradient",
         "torch.where(of_label[:, None], own * inverse_temperature[:, None], 0.0)",
         "own * inverse_temperature[:, None]",
-        MASKED,
+        EXTREMES,
     ),
     _fault(
         "sum over the padding",
@@ -176,15 +183,15 @@ DISTILLATION = [
     _fault(
         "leave the error of the logsumexps in the kernel's gradient",
         "distillation_kernels",
-        "_difference(z, y, shift) - correction",
-        "_difference(z, y, shift)",
+        "_difference(z, y, top, teacher_top, shift) - correction",
+        "_difference(z, y, top, teacher_top, shift)",
         KERNELS,
     ),
     _fault(
-        "subtract two infinite logits in the kernels",
+        "multiply an impossible token's infinite log by its probability of 0 in the kernels",
         "distillation_kernels",
-        "return tl.where(impossible, 0.0, (y - z) - shift)",
-        "return (y - z) - shift",
+        "return tl.where(probability == 0.0, 0.0, probability * x)",
+        "return probability * x",
         KERNELS,
     ),
     _fault(

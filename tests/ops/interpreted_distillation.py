@@ -51,7 +51,7 @@ def problem(name: str, capped: bool, close: str) -> tuple[Tensor, Tensor, Tensor
     for logits in (z, y):
         top = logits.amax(1)
         rows += [top, (logits - top[:, None]).double().exp().sum(1).log().float()]
-    shift = (rows[2] - rows[0]) + (rows[3] - rows[1])
+    shift = rows[3] - rows[1]
     vectors = torch.stack([rows[0], rows[1], inverse, rows[2], rows[3], shift])
     return raw, teacher_raw, vectors, pair, pair.student.shard.local_labels(torch.randint(VOCAB, (TOKENS,)))
 

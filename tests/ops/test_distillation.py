@@ -199,6 +199,19 @@ class TestCloseToTheTeacher:
 
 
 class TestExtremes:
+    @pytest.mark.parametrize("level", [-8192.0, 8192.0])
+    @EVERY
+    def test_a_teacher_whose_logits_are_far_from_zero(self, name: str, level: float) -> None:
+        """All logits are exact in fp32, and so are their differences."""
+        torch.manual_seed(0)
+        z, y = torch.randint(-80, 81, (2, 20, 300)) / 16
+        c, upstream = case_of_logits(z, y + level), torch.randn(20)
+        out = c.run(DIVERGENCES[name])
+        out.divergence.backward(upstream)
+        expected, dx, _ = c.truth(DIVERGENCES[name], upstream)
+        assert ((out.divergence.detach() / expected.divergence) - 1).abs().max() < 2e-6
+        assert relative_error(c.hidden.grad, dx) < 2e-6
+
     @EVERY
     def test_a_probability_that_underflows_is_not_0(self, name: str) -> None:
         """exp(-300) is 0 in fp32; its logarithm is not."""
@@ -226,7 +239,7 @@ class TestExtremes:
         c, upstream, expected, _ = self.impossible("student", name)
         out = c.run(DIVERGENCES[name], labels=c.labels)
         torch.testing.assert_close(out.divergence.double(), expected, rtol=1e-5, atol=1e-7)
-        out.divergence.backward(upstream)
+        torch.autograd.backward(out[:2], [upstream, torch.zeros(10)])
         # The infinite weight of the impossible word makes dX NaN, and nothing else does.
         assert c.weight.grad.isfinite().all()
 
@@ -286,9 +299,9 @@ class TestExtremes:
 class TestTokensThatDoNotCount:
     MASKED = [0, 5, 64, 69]
 
-    def spoiled(self, how: str) -> tuple[Case, Case, dict[str, Any]]:
+    def spoiled(self, how: str, dtype: torch.dtype) -> tuple[Case, Case, dict[str, Any]]:
         """The same tokens masked twice: with what is harmless, and with NaN in all that belongs to them."""
-        clean, dirty = case(torch.float16), case(torch.float16)
+        clean, dirty = case(dtype), case(dtype)
         mask = torch.ones(TOKENS, dtype=torch.bool)
         options: dict[str, Any] = {"labels": clean.labels}
         if how == "labels":
@@ -297,16 +310,19 @@ class TestTokensThatDoNotCount:
             mask[self.MASKED] = False
             options["mask"] = mask
         for c in (clean, dirty):
-            c.hidden, c.teacher_hidden = c.hidden.detach().float(), c.teacher_hidden.float()
+            c.hidden = c.hidden.detach()
+            if dtype == torch.float16:
+                # An fp32 residual stream, whose pieces share a scale.
+                c.hidden, c.teacher_hidden = c.hidden.float(), c.teacher_hidden.float()
         dirty.hidden[0], dirty.hidden[5], dirty.hidden[64] = math.nan, math.inf, 3e38
         dirty.teacher_hidden[5], dirty.teacher_hidden[69] = math.nan, 3e38
         return clean.copy(), dirty.copy(), options
 
     @pytest.mark.parametrize("precision", ["bf16", "bf16x3"])
     @pytest.mark.parametrize("how", ["labels", "mask"])
-    def test_they_touch_nothing(self, how: str, precision: Any) -> None:
-        """An fp32 residual stream beside fp16 weights: its pieces share a scale."""
-        clean, dirty, options = self.spoiled(how)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_they_touch_nothing(self, dtype: torch.dtype, how: str, precision: Any) -> None:
+        clean, dirty, options = self.spoiled(how, dtype)
         results = []
         for c in (clean, dirty):
             temperature, upstream = (

@@ -121,6 +121,8 @@ def linear_distillation(
     transform = LogitsTransform() if teacher_logits_transform is None else teacher_logits_transform
     if not isinstance(transform, LogitsTransform):
         raise TypeError(f"teacher_logits_transform must be a LogitsTransform or None, got {transform!r}")
+    if labels is None and not (isinstance(label_temperature, int | float) and label_temperature == 1):
+        raise ValueError("label_temperature divides the logits for the log-probs of labels: expected labels, got None")
     _check_teacher(hidden, weight, teacher_hidden, teacher_weight)
     marks = _marks(hidden, labels, mask, ignore_index, vocab_parallel)
     options = operator_options(
@@ -134,8 +136,6 @@ def linear_distillation(
         invariant=False,
         chunk_size=chunk_size,
     )
-    if labels is None and not (isinstance(label_temperature, int | float) and label_temperature == 1):
-        raise ValueError("label_temperature divides the logits for the log-probs of labels: expected labels, got None")
     inverse = inverse_temperature_of(temperature, marks, ignore_index)
     label_inverse = inverse_temperature_of(label_temperature, marks, ignore_index)
     plan = Plan(
@@ -183,8 +183,8 @@ def _marks(
     """The labels, or zeros where there are none; `ignore_index` for tokens that do not count."""
     if labels is None:
         ranks = 1
-        if isinstance(vocab_parallel, VocabParallel) and vocab_parallel.sequence_parallel and vocab_parallel.group:
-            ranks = dist.get_world_size(vocab_parallel.group)
+        if isinstance(vocab_parallel, VocabParallel) and vocab_parallel.sequence_parallel:
+            ranks = 1 if vocab_parallel.group is None else dist.get_world_size(vocab_parallel.group)
         labels = torch.zeros(hidden.shape[0] * ranks, *hidden.shape[1:-1], dtype=torch.int64, device=hidden.device)
     if mask is None:
         return labels

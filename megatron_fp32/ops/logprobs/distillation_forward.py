@@ -120,7 +120,7 @@ def _of_chunk(operands: Operands, plan: Plan) -> Forward:
     if plan.with_labels:
         own_inverse = operands.label_inverse_temperature
         of_labels = student if plan.same_temperature else _statistics(raw, labels, own_inverse, pair.student)
-    shift = (teacher.top - student.top) + (teacher.log_sum - student.log_sum)
+    shift = teacher.log_sum - student.log_sum
     vectors = torch.stack([student.top, student.log_sum, inverse, teacher.top, teacher.log_sum, shift])
     sums = _over_ranks(block_sums(raw, teacher_raw, vectors, pair), pair.student.shard)
     ignored = labels == pair.student.ignore_index

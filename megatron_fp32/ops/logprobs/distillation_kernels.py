@@ -61,10 +61,9 @@ def _times(probability, x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _difference(z, y, shift):  # type: ignore[no-untyped-def]
-    """log q - log p of logits z and y; 0 where neither model finds a token possible."""
-    impossible = (z == float("-inf")) & (y == float("-inf"))
-    return tl.where(impossible, 0.0, (y - z) - shift)
+def _difference(z, y, top, teacher_top, shift):  # type: ignore[no-untyped-def]
+    """log q - log p of logits z and y."""
+    return ((y - z) - (teacher_top - top)) - shift
 
 
 @triton.jit
@@ -100,7 +99,7 @@ def _divergence_sums_kernel(  # type: ignore[no-untyped-def]
     y = transform(t, teacher_scale, teacher_cap, inverse, TEACHER_CAPPED)
     p = tl.exp((z - top) - log_sum)
     q = tl.exp((y - teacher_top) - teacher_log_sum)
-    d = _difference(z, y, shift)
+    d = _difference(z, y, top, teacher_top, shift)
     near = tl.abs(d) < 1.0
     valid = (offsets < valid_columns)[None, :]
     count: tl.constexpr = 1 + FORWARD + REVERSE + 2 * JSD
@@ -158,6 +157,7 @@ def _divergence_gradient_kernel(  # type: ignore[no-untyped-def]
     top = tl.load(vector, mask=row_inside, other=0.0)[:, None]
     log_sum = tl.load(vector + field, mask=row_inside, other=0.0)[:, None]
     inverse = tl.load(vector + 2 * field, mask=row_inside, other=0.0)[:, None]
+    teacher_top = tl.load(vector + 3 * field, mask=row_inside, other=0.0)[:, None]
     shift = tl.load(vector + 5 * field, mask=row_inside, other=0.0)[:, None]
     correction = tl.load(vector + 6 * field, mask=row_inside, other=0.0)[:, None]
     of_forward = tl.load(vector + 7 * field, mask=row_inside, other=0.0)[:, None]
@@ -170,10 +170,9 @@ def _divergence_gradient_kernel(  # type: ignore[no-untyped-def]
     z = transform(x, scale, cap, inverse, CAPPED)
     y = transform(t, teacher_scale, teacher_cap, inverse, TEACHER_CAPPED)
     p = tl.exp((z - top) - log_sum)
-    d = _difference(z, y, shift) - correction
+    d = _difference(z, y, top, teacher_top, shift) - correction
     grad = tl.zeros((ROWS, COLUMNS), tl.float32)
     if FORWARD:
-        teacher_top = tl.load(vector + 3 * field, mask=row_inside, other=0.0)[:, None]
         teacher_log_sum = tl.load(vector + 4 * field, mask=row_inside, other=0.0)[:, None]
         q = tl.exp((y - teacher_top) - teacher_log_sum)
         grad += of_forward * tl.where(tl.abs(d) < 1.0, q * (_psi(-d) - d), p - q)

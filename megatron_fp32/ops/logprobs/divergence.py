@@ -123,9 +123,9 @@ class TokenDivergence(NamedTuple):
     teacher_log_sum: Tensor
     """As `log_sum`, of the teacher."""
     shift: Tensor
-    """Difference of the two logsumexps, teacher less student."""
+    """Difference of the two log_sums, teacher less student."""
     correction: Tensor
-    """What d = (y - z) - shift has too much, for all elements alike."""
+    """What the difference d of the log-probs has too much with this shift, for all elements alike."""
     value: Tensor
     """The divergence."""
     reverse: Tensor
@@ -147,14 +147,22 @@ def log_probs(raw: Tensor, softmax: Softmax, inverse_temperature: Tensor, top: T
     return softmax.logits(raw, inverse_temperature) - top[:, None] - log_sum[:, None]
 
 
-def differences(raw: Tensor, teacher_raw: Tensor, pair: Pair, inverse_temperature: Tensor, shift: Tensor) -> Tensor:
+def differences(raw: Tensor, teacher_raw: Tensor, pair: Pair, vectors: Tensor) -> Tensor:
     """d = log q - log p, from logits instead of log-probs: close logits have an exact difference.
 
-    Where neither model finds a token possible it is 0.
+    Where neither model finds a token possible it is NaN. What is made of it looks at the probabilities, which are 0.
+
+    Args:
+        raw: [tokens, columns] float32, the student's products.
+        teacher_raw: [tokens, columns] float32.
+        pair: how they become logits.
+        vectors: as for `block_sums`; more rows do not matter.
     """
+    top, _, inverse_temperature, teacher_top, _, shift = vectors[:6]
     z = pair.student.logits(raw, inverse_temperature)
     y = pair.teacher.logits(teacher_raw, inverse_temperature)
-    return torch.where(z.isneginf() & y.isneginf(), 0.0, (y - z) - shift[:, None])
+    # One after the other: beside logits far from zero, their sum would lose the digits of the shift.
+    return ((y - z) - (teacher_top - top)[:, None]) - shift[:, None]
 
 
 def log_ratio_of_mixture(d: Tensor, part: float, rest: float) -> Tensor:
@@ -192,10 +200,10 @@ def _terms(log_p: Tensor, log_q: Tensor, d: Tensor, divergence: Divergence) -> l
 
 def sums_torch(raw: Tensor, teacher_raw: Tensor, vectors: Tensor, pair: Pair) -> Tensor:
     """The definition of `block_sums`, in torch operators."""
-    top, log_sum, inverse_temperature, teacher_top, teacher_log_sum, shift = vectors
+    top, log_sum, inverse_temperature, teacher_top, teacher_log_sum, _ = vectors
     log_p = log_probs(raw, pair.student, inverse_temperature, top, log_sum)
     log_q = log_probs(teacher_raw, pair.teacher, inverse_temperature, teacher_top, teacher_log_sum)
-    d = differences(raw, teacher_raw, pair, inverse_temperature, shift)
+    d = differences(raw, teacher_raw, pair, vectors)
     tokens, columns = raw.shape
     blocks = -(-columns // BLOCK)
     valid = torch.arange(columns, device=raw.device) < pair.student.shard.valid_columns

@@ -157,11 +157,11 @@ def gradient_torch(
 
 def _of_divergence(raw: Tensor, teacher_raw: Tensor, vectors: Tensor, pair: Pair) -> Tensor:
     """With respect to the logits."""
-    top, log_sum, inverse_temperature, teacher_top, teacher_log_sum, shift, correction = vectors[:7]
+    top, log_sum, inverse_temperature, teacher_top, teacher_log_sum, _, correction = vectors[:7]
     divergence: Divergence = pair.divergence
     of_forward, of_reverse, reverse, of_jsd, to_mixture = vectors[7:DIVERGENCE_FIELDS, :, None]
     p = log_probs(raw, pair.student, inverse_temperature, top, log_sum).exp()
-    d = differences(raw, teacher_raw, pair, inverse_temperature, shift) - correction[:, None]
+    d = differences(raw, teacher_raw, pair, vectors) - correction[:, None]
     grad = torch.zeros_like(raw)
     if divergence.forward > 0:
         q = log_probs(teacher_raw, pair.teacher, inverse_temperature, teacher_top, teacher_log_sum).exp()
