@@ -2,6 +2,7 @@
 
 from faults.checkpoints import CHECKPOINTS
 from faults.cli import COMMANDS
+from faults.distillation import DISTILLATION
 from faults.files import FILES
 from faults.fp8 import FP8
 from faults.hostile import CONTENTS
@@ -31,6 +32,7 @@ MUTANTS = [
     *CHECKPOINTS,
     *FILES,
     *CONTENTS,
+    *DISTILLATION,
     *FP8,
     *ENTRANCES,
     *COMMANDS,

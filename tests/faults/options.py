@@ -173,16 +173,9 @@ OPTIONS = [
     ),
     Mutant(
         name="keep one piece of dY beside an fp32 weight",
-        file="ops/logprobs/autograd.py",
-        old="pieces = options.pieces if dtype != torch.float32 else 1",
-        new="pieces = options.pieces if weight.dtype != torch.float32 else 1",
-        test=f"{FP32_WEIGHT}::test_without_logits_against_float64",
-    ),
-    Mutant(
-        name="keep one piece of dY beside an fp32 weight in the weighted loss",
-        file="ops/logprobs/weighted.py",
-        old="split = piece_dtype(hidden.dtype, weight.dtype) != torch.float32",
-        new="split = weight.dtype != torch.float32",
+        file="ops/logprobs/options.py",
+        old="piece_dtype(hidden.dtype, weight.dtype) != torch.float32",
+        new="weight.dtype != torch.float32",
         test=f"{FP32_WEIGHT}::test_without_logits_against_float64",
     ),
     Mutant(

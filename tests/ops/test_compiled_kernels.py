@@ -19,6 +19,7 @@ import torch
 import megatron_fp32.ops
 import megatron_fp32.transfer
 from megatron_fp32.ops.fp8.scales import ScaleFormat
+from megatron_fp32.ops.logprobs.divergence import Divergence, Pair
 from megatron_fp32.ops.logprobs.softmax import FIELDS, Mean
 from megatron_fp32.ops.logprobs.statistics import KeptLogits
 from megatron_fp32.ops.products.devices import SHARED_MEMORY, why_not_tiles
@@ -40,6 +41,23 @@ def all_kernels() -> set[str]:
                 if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
                     found.add(name)
     return found
+
+
+def call_distillation(raw: torch.Tensor, labels: torch.Tensor) -> None:
+    """With every branch of its kernels, and without."""
+    from megatron_fp32.ops.logprobs.distillation_kernels import gradient_triton, sums_triton
+
+    every = Divergence(forward=1.0, reverse=1.0, jsd=1.0)
+    for divergence, cap, tokens, count in (
+        (every, 5.0, TOKENS, 3), (Divergence.reverse_kl(), None, 1, 1), (Divergence.generalized_jsd(), None, TOKENS, 2),
+    ):  # fmt: skip
+        part, x = softmax(290, scale=1.1, softcap=cap), raw[:tokens]
+        pair = Pair(student=part, teacher=part, divergence=divergence)
+        sums_triton(x, x, torch.zeros(6, tokens), pair)
+        dtype = torch.float16 if count == 2 else torch.bfloat16
+        scale = torch.ones(()) if count == 2 else None
+        for vectors in (torch.zeros(12, tokens), torch.zeros(17, tokens)):
+            gradient_triton(x, x, vectors, labels[:tokens], pair, 1, count, dtype, scale)
 
 
 def call_every_host_function() -> None:
@@ -90,6 +108,7 @@ def call_every_host_function() -> None:
         vectors = torch.zeros(6, tokens)
         kernels.gradient_triton(kept.values, vectors, labels[:tokens], part, 1, count, torch.bfloat16, None)
         kernels.combine_triton(torch.zeros(1, 3, tokens))
+    call_distillation(raw, labels)
     formats: list[ScaleFormat] = ["float32", "bf16", "ue8m0"]
     for columns, block in ((256, (128, 128)), (256, (1, 256)), (LONGEST_ROW + 8, (1, LONGEST_ROW + 8))):
         weight = torch.zeros(2, 130, columns).bfloat16()

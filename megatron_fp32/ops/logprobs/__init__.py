@@ -1,6 +1,7 @@
 """Log-probs, entropy and loss of the output layer, from hidden states and weight, without the logits."""
 
 from megatron_fp32.ops.logprobs.autograd import Logprobs, linear_logprobs
+from megatron_fp32.ops.logprobs.distillation import Distillation, linear_distillation
 from megatron_fp32.ops.logprobs.divergence import Divergence
 from megatron_fp32.ops.logprobs.loss import LossWithMetrics, linear_cross_entropy
 from megatron_fp32.ops.logprobs.selected import SelectedLogprobs, linear_selected_logprobs, linear_top_logprobs
@@ -12,6 +13,7 @@ from megatron_fp32.ops.logprobs.weighted import WeightedLoss, weighted_cross_ent
 from megatron_fp32.ops.products.shard import VocabParallel
 
 __all__ = [
+    "Distillation",
     "Divergence",
     "LogitsTransform",
     "Logprobs",
@@ -22,6 +24,7 @@ __all__ = [
     "VocabParallel",
     "WeightedLoss",
     "linear_cross_entropy",
+    "linear_distillation",
     "linear_logprobs",
     "linear_selected_logprobs",
     "linear_top_k_distillation",

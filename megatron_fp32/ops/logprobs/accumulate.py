@@ -168,7 +168,7 @@ def accumulate_blocks(
     reduction: HiddenGrad | None,
     target: WeightGrad | None,
     bias_grad: BiasGrad | None = None,
-    stored: bool = False,
+    products: int = 1,
     blocks: list[slice] | None = None,
 ) -> None:
     """dX and dW, one block of tokens and of columns at a time.
@@ -182,13 +182,13 @@ def accumulate_blocks(
         reduction: where dX goes, whose sum over the ranks is started here; None when it is not needed.
         target: where dW goes; None when it is not needed.
         bias_grad: where dbias goes; None when it is not needed.
-        stored: the logits are in memory already, and take no room.
+        products: how many fp32 products exist for each element of dY; 0 where the logits are in memory already.
         blocks: of tokens; None to choose.
     """
     if blocks is None:
         blocks = even_chunks(len(x), options.chunk_size or workspace.GRADIENT_TOKENS)
     of_pieces = options.pieces_of(x, weight) * piece_dtype(x.dtype, weight.dtype).itemsize
-    per_element = (0 if stored else 4) + of_pieces
+    per_element = 4 * products + of_pieces
     room = workspace.workspace_bytes(weight.device, parallel=options.softmax.shard.group is not None)
     sums = FloatWeightGrad(target, blocks=len(blocks))
     if not blocks:
@@ -234,7 +234,7 @@ def operator_gradients(
     *,
     owner: Tensor,
     needs: tuple[bool, bool, bool],
-    stored: bool = False,
+    products: int = 1,
     blocks: list[slice] | None = None,
 ) -> OperatorGradients:
     """dX, dW and dbias, from dY of blocks of tokens.
@@ -249,7 +249,7 @@ def operator_gradients(
         options: of the operator.
         owner: the Parameter that may have a `main_grad`.
         needs: which of the three gradients are asked for.
-        stored: see `accumulate_blocks`.
+        products: see `accumulate_blocks`.
         blocks: see `accumulate_blocks`.
     """
     needs_hidden, needs_weight, needs_bias = needs
@@ -265,7 +265,7 @@ def operator_gradients(
         reduction=reduction,
         target=target,
         bias_grad=bias_grad,
-        stored=stored,
+        products=products,
         blocks=blocks,
     )
     grad_hidden = None if reduction is None else finished_hidden_grad(reduction, live, hidden, options)

@@ -123,9 +123,9 @@ class TokenDivergence(NamedTuple):
     teacher_log_sum: Tensor
     """As `log_sum`, of the teacher."""
     shift: Tensor
-    """Difference of the two logsumexps, teacher less student."""
+    """Difference of the two log_sums, teacher less student."""
     correction: Tensor
-    """What d = (y - z) - shift has too much, for all elements alike."""
+    """What the difference d of the log-probs has too much with this shift, for all elements alike."""
     value: Tensor
     """The divergence."""
     reverse: Tensor
@@ -147,20 +147,31 @@ def log_probs(raw: Tensor, softmax: Softmax, inverse_temperature: Tensor, top: T
     return softmax.logits(raw, inverse_temperature) - top[:, None] - log_sum[:, None]
 
 
-def differences(raw: Tensor, teacher_raw: Tensor, pair: Pair, inverse_temperature: Tensor, shift: Tensor) -> Tensor:
+def differences(raw: Tensor, teacher_raw: Tensor, pair: Pair, vectors: Tensor) -> Tensor:
     """d = log q - log p, from logits instead of log-probs: close logits have an exact difference.
 
-    Where neither model finds a token possible it is 0.
+    Where neither model finds a token possible it is NaN. What is made of it looks at the probabilities, which are 0.
+
+    Args:
+        raw: [tokens, columns] float32, the student's products.
+        teacher_raw: [tokens, columns] float32.
+        pair: how they become logits.
+        vectors: as for `block_sums`; more rows do not matter.
     """
+    top, _, inverse_temperature, teacher_top, _, shift = vectors[:6]
     z = pair.student.logits(raw, inverse_temperature)
     y = pair.teacher.logits(teacher_raw, inverse_temperature)
-    return torch.where(z.isneginf() & y.isneginf(), 0.0, (y - z) - shift[:, None])
+    # One after the other: beside logits far from zero, their sum would lose the digits of the shift.
+    return ((y - z) - (teacher_top - top)[:, None]) - shift[:, None]
 
 
-def log_ratio_of_mixture(d: Tensor, part: float) -> Tensor:
-    """log(part exp(d) + 1 - part)."""
+def log_ratio_of_mixture(d: Tensor, part: float, rest: float) -> Tensor:
+    """log(part exp(d) + rest), where `part` and `rest` are positive and add up to 1."""
     inside = d.clamp(-FAR, FAR)
-    return torch.log1p(part * torch.expm1(inside)) + (d - FAR).clamp(min=0)
+    excess = part * torch.expm1(inside)
+    # What 1 + excess leaves of a small ratio is the rounding of the excess.
+    log = torch.where(excess < -0.5, torch.log(part * inside.exp() + rest), excess.log1p())
+    return log + (d - FAR).clamp(min=0)
 
 
 def _times(probability: Tensor, x: Tensor) -> Tensor:
@@ -168,7 +179,7 @@ def _times(probability: Tensor, x: Tensor) -> Tensor:
     return torch.where(probability == 0, 0.0, probability * x)
 
 
-def event_sums(log_p: Tensor, log_q: Tensor, d: Tensor, divergence: Divergence) -> list[Tensor]:
+def divergence_terms(log_p: Tensor, log_q: Tensor, d: Tensor, divergence: Divergence) -> list[Tensor]:
     """What is summed over the vocabulary, in the order of the fields."""
     p, q, near = log_p.exp(), log_q.exp(), d.abs() < 1
     excess = torch.where(near, q * torch.expm1(-d), p - q)
@@ -179,7 +190,7 @@ def event_sums(log_p: Tensor, log_q: Tensor, d: Tensor, divergence: Divergence) 
         terms.append(torch.where(near, p * psi(d), -excess - _times(p, d)))
     if divergence.jsd > 0:
         beta = divergence.beta
-        of_teacher, of_student = log_ratio_of_mixture(-d, 1 - beta), log_ratio_of_mixture(d, beta)
+        of_teacher, of_student = log_ratio_of_mixture(-d, 1 - beta, beta), log_ratio_of_mixture(d, beta, 1 - beta)
         far = (1 - beta) * excess - _times(q, of_teacher)
         terms.append(torch.where(of_teacher.abs() < 1, q * psi(of_teacher), far))
         far = -beta * excess - _times(p, of_student)
@@ -189,15 +200,15 @@ def event_sums(log_p: Tensor, log_q: Tensor, d: Tensor, divergence: Divergence) 
 
 def sums_torch(raw: Tensor, teacher_raw: Tensor, vectors: Tensor, pair: Pair) -> Tensor:
     """The definition of `block_sums`, in torch operators."""
-    top, log_sum, inverse_temperature, teacher_top, teacher_log_sum, shift = vectors
+    top, log_sum, inverse_temperature, teacher_top, teacher_log_sum, _ = vectors
     log_p = log_probs(raw, pair.student, inverse_temperature, top, log_sum)
     log_q = log_probs(teacher_raw, pair.teacher, inverse_temperature, teacher_top, teacher_log_sum)
-    d = differences(raw, teacher_raw, pair, inverse_temperature, shift)
+    d = differences(raw, teacher_raw, pair, vectors)
     tokens, columns = raw.shape
     blocks = -(-columns // BLOCK)
     valid = torch.arange(columns, device=raw.device) < pair.student.shard.valid_columns
     sums = raw.new_empty(blocks, pair.divergence.fields, tokens)
-    for field, term in enumerate(event_sums(log_p, log_q, d, pair.divergence)):
+    for field, term in enumerate(divergence_terms(log_p, log_q, d, pair.divergence)):
         room = raw.new_zeros(tokens, blocks * BLOCK)
         room[:, :columns] = torch.where(valid, term, 0.0)
         sums[:, field] = room.view(tokens, blocks, BLOCK).sum(2).t()

@@ -133,20 +133,24 @@ def _check_invariant(hidden: Tensor, weight: Tensor, ranks: int, grad_precision:
 def positions_of(
     hidden: Tensor, mask: Tensor | None, vocab_parallel: VocabParallel | None, ignore_index: int
 ) -> Tensor:
-    """[...] int64, in the leading shape of all ranks' `hidden`: 0, and `ignore_index` where `mask` is False.
+    """[...] int64, in the leading shape of all ranks' `hidden`: `ignore_index` where `mask` is False.
 
     Raises:
         TypeError: for a mask that is not a plain tensor of bool.
+        ValueError: for a mask of another shape.
     """
-    if mask is not None:
-        check_plain(mask=mask)
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor or None, got {getattr(mask, 'dtype', type(mask))}")
-        return torch.where(mask, 0, ignore_index)
-    group = None if vocab_parallel is None or not vocab_parallel.sequence_parallel else vocab_parallel.group
+    sharded = isinstance(vocab_parallel, VocabParallel) and vocab_parallel.sequence_parallel
+    group = vocab_parallel.group if sharded and vocab_parallel is not None else None
     ranks = 1 if group is None else dist.get_world_size(group)
     shape = (hidden.shape[0] * ranks, *hidden.shape[1:-1])
-    return torch.zeros(shape, dtype=torch.int64, device=hidden.device)
+    if mask is None:
+        return torch.full(shape, ignore_index + 1, dtype=torch.int64, device=hidden.device)
+    check_plain(mask=mask)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor or None, got {getattr(mask, 'dtype', type(mask))}")
+    if mask.shape != shape:
+        raise ValueError(f"expected a mask {shape}, got {tuple(mask.shape)}")
+    return torch.where(mask, ignore_index + 1, ignore_index)
 
 
 def inverse_temperature_of(temperature: float | Tensor, labels: Tensor, ignore_index: int) -> Tensor:

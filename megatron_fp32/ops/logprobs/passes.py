@@ -144,7 +144,7 @@ def backward_pass(
         options,
         owner=owner,
         needs=needs,
-        stored=logits is not None,
+        products=1 if logits is None else 0,
     )
 
 

@@ -78,8 +78,7 @@ class Reduction:
 def _reduced(losses: Tensor, valid: Tensor, count: Tensor | None) -> Tensor:
     if is_traced(losses):
         # The losses' own operator leaves out the gradient of tokens that are not valid.
-        total = tree_sum(losses.reshape(-1).double())
-        return (total if count is None else total / count).float()
+        return _quotient(losses, count)
     return _Reduced.apply(losses, valid, count)
 
 
@@ -87,8 +86,7 @@ class _Reduced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, losses: Tensor, valid: Tensor, count: Tensor | None) -> Tensor:
         ctx.save_for_backward(valid, count)
-        total = tree_sum(losses.reshape(-1).double())
-        return (total if count is None else total / count).float()
+        return _quotient(losses, count)
 
     @staticmethod
     @first_order_only
@@ -96,6 +94,11 @@ class _Reduced(torch.autograd.Function):
         valid, count = ctx.saved_tensors
         each = upstream if count is None else (upstream.double() / count).float()
         return torch.where(valid, each, 0.0), None, None
+
+
+def _quotient(losses: Tensor, count: Tensor | None) -> Tensor:
+    total = tree_sum(losses.reshape(-1).double())
+    return (total if count is None else total / count).float()
 
 
 def tree_sum(x: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ class _Threshold(torch.autograd.Function):
             options,
             owner=ctx.weight_owner,
             needs=(needs_hidden, needs_weight, needs_bias),
-            stored=True,
+            products=0,
             blocks=ctx.chunks,
         )
         return grads.hidden, grads.weight, None, None, None, None, grads.bias

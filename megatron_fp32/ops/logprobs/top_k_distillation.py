@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.ops.first_order import first_order_only
-from megatron_fp32.ops.logprobs.divergence import Divergence, event_sums, finish, log_ratio_of_mixture
+from megatron_fp32.ops.logprobs.divergence import Divergence, divergence_terms, finish, log_ratio_of_mixture
 from megatron_fp32.ops.logprobs.selected import SelectedLogprobs, linear_selected_logprobs
 from megatron_fp32.ops.logprobs.slots import sum_of_slots
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform
@@ -170,7 +170,7 @@ class _Divergence(torch.autograd.Function):
         if mode == "drop":
             value = _dropped(events, divergence)
         else:
-            sums = [sum_of_slots(term) for term in event_sums(log_p, log_q, events.difference, divergence)]
+            sums = [sum_of_slots(term) for term in divergence_terms(log_p, log_q, events.difference, divergence)]
             _, value, _, _ = finish(torch.stack(sums), divergence)
         ignored = empty.reshape(len(log_p), -1).all(1)
         return torch.where(ignored, 0.0, value).float().reshape(rest.shape)
@@ -205,7 +205,7 @@ def _slope(events: _Events, divergence: Divergence, *, drop: bool) -> Tensor:
         slope = slope + divergence.reverse * (term + p if drop else term - p * sum_of_slots(term)[:, None])
     if divergence.jsd > 0:
         beta = divergence.beta
-        term = torch.where(p == 0, 0.0, -p * log_ratio_of_mixture(d, beta))
+        term = torch.where(p == 0, 0.0, -p * log_ratio_of_mixture(d, beta, 1 - beta))
         slope = slope + divergence.jsd * (1 - beta) * (term if drop else term - p * sum_of_slots(term)[:, None])
     return slope
 
@@ -221,7 +221,7 @@ def _dropped(events: _Events, divergence: Divergence) -> Tensor:
         value = value - divergence.reverse * sum_of_slots(torch.where(p == 0, 0.0, p * d))
     if divergence.jsd > 0:
         beta = divergence.beta
-        of_teacher = torch.where(q == 0, 0.0, -q * log_ratio_of_mixture(-d, 1 - beta))
-        of_student = torch.where(p == 0, 0.0, -p * log_ratio_of_mixture(d, beta))
+        of_teacher = torch.where(q == 0, 0.0, -q * log_ratio_of_mixture(-d, 1 - beta, beta))
+        of_student = torch.where(p == 0, 0.0, -p * log_ratio_of_mixture(d, beta, 1 - beta))
         value = value + divergence.jsd * sum_of_slots(beta * of_teacher + (1 - beta) * of_student)
     return value
