@@ -36,8 +36,8 @@ DISTILLATION = [
     _fault(
         "leave the error of the logsumexps in the gradient",
         "divergence_gradient",
-        "shift) - correction[:, None]",
-        "shift)",
+        "differences(raw, teacher_raw, pair, vectors) - correction[:, None]",
+        "differences(raw, teacher_raw, pair, vectors)",
         CLOSE,
     ),
     _fault(
