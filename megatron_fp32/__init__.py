@@ -27,6 +27,7 @@ if _typing.TYPE_CHECKING:
     from megatron_fp32.ops.logprobs import LogitsTransform as LogitsTransform
     from megatron_fp32.ops.logprobs import VocabParallel as VocabParallel
     from megatron_fp32.ops.logprobs import linear_cross_entropy as linear_cross_entropy
+    from megatron_fp32.ops.logprobs import linear_distillation as linear_distillation
     from megatron_fp32.ops.logprobs import linear_logprobs as linear_logprobs
     from megatron_fp32.ops.logprobs import linear_selected_logprobs as linear_selected_logprobs
     from megatron_fp32.ops.logprobs import linear_top_k_distillation as linear_top_k_distillation
@@ -77,6 +78,7 @@ _MODULES = {
     "install_optimizer_repairs": "optimizer.native_fp32",
     "keep_in_fp32": "kept_parameters.keep_in_fp32",
     "linear_cross_entropy": "ops.logprobs",
+    "linear_distillation": "ops.logprobs",
     "linear_logprobs": "ops.logprobs",
     "linear_selected_logprobs": "ops.logprobs",
     "linear_top_k_distillation": "ops.logprobs",

@@ -43,6 +43,7 @@ NAMES = [
     "install_optimizer_repairs",
     "keep_in_fp32",
     "linear_cross_entropy",
+    "linear_distillation",
     "linear_logprobs",
     "linear_selected_logprobs",
     "linear_top_k_distillation",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from faults.mutant import Mutant
 
 TESTS = "tests/ops/test_distillation.py"
+EDGES = "tests/ops/test_distillation_edges.py"
 CLOSE = f"{TESTS}::TestCloseToTheTeacher"
-MASKED = f"{TESTS}::TestTokensThatDoNotCount"
+MASKED = f"{EDGES}::TestTokensThatDoNotCount"
 EXTREMES = f"{TESTS}::TestExtremes"
 EXACT = f"{TESTS}::TestAgainstFloat64"
-AUTOGRAD = f"{TESTS}::TestAutograd"
+AUTOGRAD = f"{EDGES}::TestAutograd"
 KERNELS = "tests/ops/test_distillation_kernels.py"
 RANKS = "tests/ops/test_distillation_ranks.py"
 
@@ -36,8 +37,8 @@ DISTILLATION = [
     _fault(
         "leave the error of the logsumexps in the gradient",
         "divergence_gradient",
-        "vectors) - correction[:, None]",
-        "vectors)",
+        "differences(raw, teacher_raw, pair, vectors) - correction[:, None]",
+        "differences(raw, teacher_raw, pair, vectors)",
         CLOSE,
     ),
     _fault(
@@ -164,7 +165,7 @@ DISTILLATION = [
         "distillation",
         "if torch.is_grad_enabled() and (teacher_hidden.requires_grad or teacher_weight.requires_grad):",
         "if False:",
-        f"{TESTS}::TestRefusals",
+        f"{EDGES}::TestRefusals",
     ),
     _fault(
         "sum the divergence over one rank's words",
