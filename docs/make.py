@@ -195,9 +195,8 @@ def build(out: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module="pdoc")  # a name that pdoc does not find
         # pdoc looks up a NamedTuple's field types in the package that exports it, not in the module that defines it.
-        warnings.filterwarnings(
-            "ignore", message=r".*\.(\w*Logprobs|WeightedLoss|\w*Distillation)\.__init__", module="pdoc"
-        )
+        results = r".*\.(\w*Logprobs|WeightedLoss|LossWithMetrics|\w*Distillation)\.__init__"
+        warnings.filterwarnings("ignore", message=results, module="pdoc")
         pdoc.pdoc("megatron_fp32", *[f"megatron_fp32.{name}" for name in MODULES], output_directory=out)
 
 

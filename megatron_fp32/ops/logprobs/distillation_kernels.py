@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_fp32.ops.logprobs.divergence import FAR, Pair
-from megatron_fp32.ops.logprobs.divergence_gradient import has_labels
+from megatron_fp32.ops.logprobs.divergence import FAR, Pair, has_labels
 from megatron_fp32.ops.logprobs.kernels import _log, _twice_atanh
 from megatron_fp32.ops.products.project_triton import transform
 from megatron_fp32.ops.products.shard import BLOCK

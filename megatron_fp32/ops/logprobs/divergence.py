@@ -31,6 +31,8 @@ from megatron_fp32.ops.logprobs.softmax import Softmax
 from megatron_fp32.ops.products.shard import BLOCK
 from megatron_fp32.validation import check_finite
 
+DIVERGENCE_FIELDS, LABEL_FIELDS = 12, 5
+
 FAR = 40.0
 """Beyond this |d| the log of a mixture is linear in it: exp(-40) is below the last bit of 1."""
 
@@ -132,6 +134,11 @@ class TokenDivergence(NamedTuple):
     """KL(p || q); 0 where it has no weight."""
     to_mixture: Tensor
     """KL(p || m); 0 where the JSD has no weight."""
+
+
+def has_labels(vectors: Tensor) -> bool:
+    """Whether the vectors are also for the labels' log-probs."""
+    return len(vectors) > DIVERGENCE_FIELDS
 
 
 def psi(t: Tensor) -> Tensor:

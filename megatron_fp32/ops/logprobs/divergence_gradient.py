@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.ops.logprobs.divergence import (
+    DIVERGENCE_FIELDS,
+    LABEL_FIELDS,
     Divergence,
     Pair,
     TokenDivergence,
     differences,
+    has_labels,
     log_probs,
     log_ratio_of_mixture,
     psi,
 )
 from megatron_fp32.ops.products.split import Pieces, split_scale, split_torch
-
-DIVERGENCE_FIELDS, LABEL_FIELDS = 12, 5
 
 
 def divergence_vectors(
@@ -53,11 +54,6 @@ def divergence_vectors(
     )  # fmt: skip
     vectors = torch.where(g != 0, vectors, 0.0)
     return vectors if label_vectors is None else torch.cat([vectors, label_vectors[:LABEL_FIELDS]])
-
-
-def has_labels(vectors: Tensor) -> bool:
-    """Whether the vectors are also for the labels' log-probs."""
-    return len(vectors) > DIVERGENCE_FIELDS
 
 
 def _live(vectors: Tensor) -> tuple[Tensor, Tensor]:
