@@ -5,6 +5,7 @@ from faults.cli import COMMANDS
 from faults.files import FILES
 from faults.fp8 import FP8
 from faults.hostile import CONTENTS
+from faults.integrations import INTEGRATIONS
 from faults.layers import LAYERS
 from faults.messages import ENTRANCES
 from faults.models import MODELS
@@ -22,6 +23,7 @@ __all__ = ["MUTANTS", "Mutant"]
 MUTANTS = [
     *NUMERICS,
     *TOKENS,
+    *INTEGRATIONS,
     *LAYERS,
     *OPTIMIZERS,
     *CHECKPOINTS,
