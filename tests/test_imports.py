@@ -56,6 +56,8 @@ ALLOWED: dict[str, set[str]] = {
     "check": GROUND | {"config", "find_layers"} | LAYERS,
     # Building a model from a Hugging Face config, and reading its tensors.
     "models": GROUND | {"config", "apply", "check", "weights", "checkpoint"} | OPS | LAYERS,
+    # RL frameworks' functions, with their names and arguments.
+    "integrations": GROUND | OPS,
     # What runs in the processes of vLLM: no Megatron.
     "vllm_plugin": {"errors", "validation", "needs_vllm", "transfer"},
     # Tensors of a live model on their way to an engine or a directory.

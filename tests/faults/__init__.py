@@ -6,6 +6,7 @@ from faults.distillation import DISTILLATION
 from faults.files import FILES
 from faults.fp8 import FP8
 from faults.hostile import CONTENTS
+from faults.integrations import INTEGRATIONS
 from faults.layers import LAYERS
 from faults.messages import ENTRANCES
 from faults.models import MODELS
@@ -27,6 +28,7 @@ MUTANTS = [
     *TOKENS,
     *OPTIONS,
     *SELECTED_TOKENS,
+    *INTEGRATIONS,
     *LAYERS,
     *OPTIMIZERS,
     *CHECKPOINTS,

@@ -225,6 +225,27 @@ def kept_exponentials(peaked: bool) -> None:
         assert relative_error(got.double(), expected[rows]) < 2.5 * relative_error(expected.bfloat16(), expected)
 
 
+def stored_logits(dtype: torch.dtype, entropy: bool, same: bool) -> None:
+    """Statistics of logits in their own dtype; their gradient in it, into room of its own or over the logits."""
+    logits, vectors, labels, part = gradient_operands(None, entropy)
+    logits = logits.to(dtype)
+    inverse_temperature = vectors[2].contiguous()
+    got, expected = torch.full((2, BLOCKS, 3, TOKENS), torch.nan)
+    got_labels, expected_labels = torch.zeros(2, TOKENS)
+    statistics_triton(logits, labels, inverse_temperature, part, got, got_labels)
+    statistics_torch(logits.float(), labels, inverse_temperature, part, expected, expected_labels)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(got_labels, expected_labels, rtol=1e-6, atol=1e-6)
+    rest = (vectors, labels, part, 0, 1)
+    (exact,) = gradient_torch(logits.float(), *rest, torch.float32, None)
+    # Rows of a wider matrix, as those of a chunk.
+    room = logits if same else torch.full((TOKENS, logits.shape[1] + 8), torch.nan, dtype=dtype)[:, : logits.shape[1]]
+    (gradient,) = gradient_triton(logits, *rest, dtype, None, False, room)
+    assert gradient.data_ptr() == room.data_ptr()
+    bound = 2e-6 if dtype == torch.float32 else 2.5 * relative_error(exact.to(dtype), exact.double())
+    assert relative_error(room.float(), exact.double()) < bound
+
+
 def weight_gradient(count: int) -> None:
     tokens, rows, columns = 150, 200, 296
     room = torch.randn(tokens, 3, 256).to(torch.bfloat16)
@@ -278,5 +299,8 @@ CASES: dict[str, Callable[[], None]] = {
     **cases(gradient, softcap=CAPS, entropy=(False, True), count=COUNTS),
     **cases(gradient_above_a_cut, softcap=CAPS, count=(1, 2)),
     **cases(gradient_in_place, softcap=CAPS, entropy=(False, True)),
+    **cases(
+        stored_logits, dtype=(torch.float32, torch.bfloat16, torch.float16), entropy=(False, True), same=(False, True)
+    ),
     **cases(kept_exponentials, peaked=(False, True)),
 }

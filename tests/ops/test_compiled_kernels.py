@@ -91,6 +91,11 @@ def call_every_host_function() -> None:
             split_triton(raw, count, dtype, scale)
         kernels.gradient_triton(raw, torch.zeros(6, TOKENS), labels, part, 0, 1, torch.bfloat16, None, cuts=vector)
         kernels.gradient_triton(raw, torch.zeros(6, TOKENS), labels, part, 0, 2, torch.bfloat16, None, True)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            stored = raw.to(dtype)
+            kernels.statistics_triton(stored, labels, vector, part, statistics, vector)
+            for out in (stored, torch.empty_like(stored)):
+                kernels.gradient_triton(stored, torch.zeros(8, TOKENS), labels, part, 0, 1, dtype, None, False, out)
         exponentials = KeptLogits.allocate(TOKENS, w, exponentials=True)
         kernels.exponentials_gradient_triton(exponentials.values, exponentials.tops, torch.zeros(6, 40), labels, part)
     # The compiler may know an argument of 1 by its value.

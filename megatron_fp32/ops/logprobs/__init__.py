@@ -1,8 +1,9 @@
-"""Log-probs, entropy and loss of the output layer, from hidden states and weight, without the logits."""
+"""Log-probs, entropy and loss of the output layer: from hidden states and weight, or from logits that are stored."""
 
 from megatron_fp32.ops.logprobs.autograd import Logprobs, linear_logprobs
 from megatron_fp32.ops.logprobs.distillation import Distillation, linear_distillation
 from megatron_fp32.ops.logprobs.divergence import Divergence
+from megatron_fp32.ops.logprobs.from_logits import logprobs_from_logits
 from megatron_fp32.ops.logprobs.loss import LossWithMetrics, linear_cross_entropy
 from megatron_fp32.ops.logprobs.selected import SelectedLogprobs, linear_selected_logprobs, linear_top_logprobs
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform
@@ -31,5 +32,6 @@ __all__ = [
     "linear_top_logprobs",
     "linear_truncated_logprobs",
     "linear_truncation_thresholds",
+    "logprobs_from_logits",
     "weighted_cross_entropy",
 ]

@@ -120,11 +120,12 @@ def softmax_gradient(
     scale: Tensor | None,
     cuts: Tensor | None = None,
     consume: bool = False,
+    out: Tensor | None = None,
 ) -> Pieces:
     """dY of some columns, through the temperature, the soft cap and the scale to the products.
 
     Args:
-        raw: [tokens, columns] float32, products of columns `first` and following of this shard.
+        raw: [tokens, columns] float32, products of columns `first` and following of this shard; or 16-bit logits.
         vectors: from `gradient_vectors`.
         labels: [tokens] int32, from `Shard.local_labels`.
         softmax: over the vocabulary, with this rank's columns.
@@ -134,7 +135,9 @@ def softmax_gradient(
         scale: from `gradient_scale`.
         cuts: [tokens] float32: columns with a lower logit have no gradient, but for the label; None when all have.
         consume: nobody needs `raw` after this; two pieces take its place.
+        out: [tokens, columns] of `dtype`, where a single piece goes; it may be `raw` itself.
     """
+    assert out is None or count == 1
     if raw.is_cuda:
         from megatron_fp32.ops.logprobs.kernels import IN_PLACE_COLUMNS, gradient_triton
 
@@ -143,9 +146,11 @@ def softmax_gradient(
         fits = raw.shape[1] <= IN_PLACE_COLUMNS and aligned
         in_place = consume and count == 2 and dtype.itemsize == 2 and fits
         with torch.cuda.device(raw.device):
-            parts = gradient_triton(raw, vectors, labels, softmax, first, count, dtype, scale, in_place, cuts)
+            parts = gradient_triton(raw, vectors, labels, softmax, first, count, dtype, scale, in_place, cuts, out)
     else:
-        parts = gradient_torch(raw, vectors, labels, softmax, first, count, dtype, scale, cuts)
+        parts = gradient_torch(raw.float(), vectors, labels, softmax, first, count, dtype, scale, cuts)
+        if out is not None:
+            parts = (out.copy_(parts[0]),)
     return Pieces(parts, None if scale is None else scale.reciprocal())
 
 

@@ -34,7 +34,8 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     column = tl.program_id(1) * WIDTH
     offsets = column + tl.arange(0, WIDTH)
     inside = (rows < tokens)[:, None] & (offsets < columns)[None, :]
-    tile = tl.load(raw + rows.to(tl.int64)[:, None] * raw_stride + offsets[None, :], mask=inside, other=0.0)
+    pointers = raw + rows.to(tl.int64)[:, None] * raw_stride + offsets[None, :]
+    tile = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.load(inverse_temperature + rows, mask=rows < tokens, other=1.0)
     z = transform(tile, scale, cap, inverse[:, None], CAPPED)
     store_statistics(
@@ -233,9 +234,10 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     live = (of_all != 0.0) | (at_label != 0.0) | (constant != 0.0)
     label = tl.load(labels + rows, mask=row_inside, other=-1)[:, None]
 
-    x = tl.load(raw + rows.to(tl.int64)[:, None] * raw_stride + offsets[None, :], mask=inside, other=0.0)
+    logits = raw + rows.to(tl.int64)[:, None] * raw_stride + offsets[None, :]
+    x = tl.load(logits, mask=inside, other=0.0).to(tl.float32)
     if IN_PLACE:
-        # One thread's piece lies where another one's logit was.
+        # One thread's piece may lie where another one's logit was.
         tl.debug_barrier()
     z = transform(x, scale, cap, inverse_temperature, CAPPED)
     log_p = (z - top) - log_sum
@@ -272,9 +274,12 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
 
 def gradient_triton(
     raw: Tensor, vectors: Tensor, labels: Tensor, softmax: Softmax, first: int, count: int, dtype: torch.dtype,
-    split_scale: Tensor | None, in_place: bool = False, cuts: Tensor | None = None,
+    split_scale: Tensor | None, in_place: bool = False, cuts: Tensor | None = None, out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """As `gradient_torch`; `in_place` writes two pieces of up to `IN_PLACE_COLUMNS` columns where `raw` was."""
+    """As `gradient_torch`; `in_place` writes two pieces of up to `IN_PLACE_COLUMNS` columns where `raw` was.
+
+    A single piece goes to `out`, which may be `raw`.
+    """
     shard, scale, softcap = softmax.shard, softmax.transform.scale, softmax.transform.softcap
     tokens, columns = raw.shape
     rows, width = (1, triton.next_power_of_2(columns)) if in_place else (_GRADIENT_ROWS, _GRADIENT_COLUMNS)
@@ -288,6 +293,10 @@ def gradient_triton(
         pieces = torch.empty(0, dtype=dtype, device=raw.device).set_(
             raw.untyped_storage(), 2 * raw.storage_offset(), (count, tokens, columns), (step, 2 * raw.stride(0), 1)
         )
+    elif out is not None:
+        assert count == 1
+        assert out.stride(1) == 1
+        pieces = out[None]
     else:
         pieces = torch.empty(count, tokens, columns, dtype=dtype, device=raw.device)
     grid = (triton.cdiv(tokens, rows), triton.cdiv(columns, width))
@@ -296,7 +305,8 @@ def gradient_triton(
         pieces.stride(0), vectors if split_scale is None else split_scale, scale, softcap or 0.0,
         vectors if cuts is None else cuts.contiguous(),
         ENTROPY=len(vectors) == 8, CAPPED=softcap is not None, COUNT=count, SCALED=split_scale is not None,
-        IN_PLACE=in_place, CUT=cuts is not None, ROWS=rows, COLUMNS=width, num_warps=8 if in_place else 4,
+        IN_PLACE=in_place or out is not None, CUT=cuts is not None, ROWS=rows, COLUMNS=width,
+        num_warps=8 if in_place else 4,
     )  # fmt: skip
     return tuple(pieces.unbind(0))
 

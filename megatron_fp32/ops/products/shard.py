@@ -93,23 +93,66 @@ def shard_of(weight: Tensor, vocab_parallel: VocabParallel) -> Shard:
     Raises:
         ValueError: on every rank, where ranks have different numbers of rows, or fewer than `vocab_size` in all.
     """
-    group = vocab_parallel.group
-    if group is not None and dist.get_world_size(group) == 1:
-        group = None
+    group = _ranks_of(vocab_parallel)
     if group is not None and not is_traced(weight):
         # A compiler cannot wait for an answer. It relies on the calls before, or after.
         check_even_shards(weight, group)
+    return _shard(weight.shape[0], group, vocab_parallel.vocab_size, "the rows of the weight")
+
+
+def shard_of_columns(columns: int, vocab_parallel: VocabParallel) -> Shard:
+    """This rank's shard of logits that are stored. Nothing is compared: see `columns_are_even`.
+
+    Args:
+        columns: of this rank's logits.
+        vocab_parallel: how the columns are spread over ranks.
+
+    Raises:
+        ValueError: where all ranks have fewer columns than `vocab_size`.
+    """
+    return _shard(columns, _ranks_of(vocab_parallel), vocab_parallel.vocab_size, "the columns of the logits")
+
+
+def _ranks_of(vocab_parallel: VocabParallel) -> dist.ProcessGroup | None:
+    group = vocab_parallel.group
+    return None if group is not None and dist.get_world_size(group) == 1 else group
+
+
+def _shard(columns: int, group: dist.ProcessGroup | None, vocab_size: int | None, what: str) -> Shard:
     ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-    columns = weight.shape[0]
-    total = columns * ranks if vocab_parallel.vocab_size is None else vocab_parallel.vocab_size
+    total = columns * ranks if vocab_size is None else vocab_size
     if total > columns * ranks:
-        raise ValueError(f"vocab_size must be 1 to {columns * ranks}, the rows of the weight, got {total}")
+        raise ValueError(f"vocab_size must be 1 to {columns * ranks}, {what}, got {total}")
     return Shard(
         group=group,
         first_column=rank * columns,
         valid_columns=min(max(total - rank * columns, 0), columns),
         vocab_size=total,
     )
+
+
+def columns_are_even(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[] bool on the logits' device: whether all ranks have equally many columns. Every rank takes part in every call.
+
+    Logits are new in every step, so there is nowhere to remember an answer as `check_even_shards` does on a weight. On
+    CUDA the caller uses the answer on the device, and the host does not wait.
+
+    Args:
+        logits: [..., vocab / tp], this rank's columns.
+        group: the tensor-parallel ranks.
+
+    Raises:
+        ValueError: on every rank, where the numbers differ and the logits are on the CPU.
+    """
+    columns = logits.shape[-1]
+    every = gather_first_dim(torch.full((1,), columns, dtype=torch.int64, device=logits.device), group)
+    if not logits.is_cuda and (numbers := every.tolist()) != [columns] * len(numbers):
+        raise ValueError(
+            f"expected logits with equally many columns on every rank of vocab_parallel.group, got {numbers} columns: "
+            "pad the vocabulary to a multiple of the number of ranks, and pass its real size as "
+            "vocab_parallel.vocab_size"
+        )
+    return (every == columns).all()
 
 
 @torch.compiler.disable
