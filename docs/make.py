@@ -49,6 +49,7 @@ SECTIONS = {
         "linear_truncation_thresholds",
         "linear_cross_entropy",
         "weighted_cross_entropy",
+        "logprobs_from_logits",
         "linear_distillation",
         "linear_top_k_distillation",
         "Divergence",

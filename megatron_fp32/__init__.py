@@ -34,6 +34,7 @@ if _typing.TYPE_CHECKING:
     from megatron_fp32.ops.logprobs import linear_top_logprobs as linear_top_logprobs
     from megatron_fp32.ops.logprobs import linear_truncated_logprobs as linear_truncated_logprobs
     from megatron_fp32.ops.logprobs import linear_truncation_thresholds as linear_truncation_thresholds
+    from megatron_fp32.ops.logprobs import logprobs_from_logits as logprobs_from_logits
     from megatron_fp32.ops.logprobs import weighted_cross_entropy as weighted_cross_entropy
     from megatron_fp32.optimizer.native_fp32 import install_optimizer_repairs as install_optimizer_repairs
     from megatron_fp32.output_layer.layer import Fp32OutputLayer as Fp32OutputLayer
@@ -85,6 +86,7 @@ _MODULES = {
     "linear_top_logprobs": "ops.logprobs",
     "linear_truncated_logprobs": "ops.logprobs",
     "linear_truncation_thresholds": "ops.logprobs",
+    "logprobs_from_logits": "ops.logprobs",
     "logprobs_processor": "output_layer.logprobs_processor",
     "model_provider": "models.provider",
     "named_scheme": "weights.fp8.scheme",

@@ -50,6 +50,7 @@ NAMES = [
     "linear_top_logprobs",
     "linear_truncated_logprobs",
     "linear_truncation_thresholds",
+    "logprobs_from_logits",
     "logprobs_processor",
     "model_provider",
     "named_scheme",
