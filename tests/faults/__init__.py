@@ -11,6 +11,7 @@ from faults.models import MODELS
 from faults.mutant import Mutant
 from faults.numerics import NUMERICS
 from faults.optimizers import OPTIMIZERS
+from faults.returning import RETURNED_RESULTS
 from faults.selected import SELECTED_TOKENS
 from faults.sglang import SGLANG
 from faults.streaming import STREAMING
@@ -23,6 +24,7 @@ __all__ = ["MUTANTS", "Mutant"]
 MUTANTS = [
     *NUMERICS,
     *TOKENS,
+    *RETURNED_RESULTS,
     *SELECTED_TOKENS,
     *LAYERS,
     *OPTIMIZERS,

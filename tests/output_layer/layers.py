@@ -141,11 +141,10 @@ def inputs(labels: bool = True) -> dict[str, Any]:
     }
 
 
-def fill(model: Any, tensor: int = 1) -> None:
-    """Give matrices random values, the same ones for every tensor-parallel size."""
+def fill(model: Any) -> None:
+    """Give matrices random values, the same ones in every call, and on every tensor-parallel rank."""
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
-                whole = torch.randn(parameter.shape[0] * tensor, parameter.shape[1]) * 0.05
-                parameter.copy_(whole[: parameter.shape[0]])
+                parameter.copy_(torch.randn(parameter.shape) * 0.05)

@@ -53,7 +53,7 @@ def step(config: Fp32Config, fields: dict[str, Any], overlap: bool = False) -> d
             model = stock_model(model={"vocab_size": VOCAB}, **sizes)
         else:
             model = gpt(**fields)
-        fill(model, fields.get("tensor", 1))
+        fill(model)
         apply_fp32(model, config, weights="initialized")
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=overlap, overlap_param_gather=overlap,
