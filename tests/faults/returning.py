@@ -6,7 +6,7 @@ from faults.mutant import Mutant
 
 RETURNING = "tests/output_layer/test_returning.py"
 RANKS = "tests/output_layer/test_returning_ranks.py"
-FILE = "output_layer/returning.py"
+FILE = "results.py"
 REQUESTS = "output_layer/requests.py"
 
 RETURNED_RESULTS = [

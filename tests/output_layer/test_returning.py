@@ -27,7 +27,7 @@ from megatron_fp32.output_layer.requests import (
     TopLogprobsRequest,
     WeightedLossRequest,
 )
-from megatron_fp32.output_layer.returning import returning
+from megatron_fp32.results import returning
 from tests.output_layer.layers import LENGTH, VOCAB, SoftCapped, fill, gpt, hybrid, inputs, scaled_layer
 
 pytestmark = pytest.mark.usefixtures("megatron")

@@ -25,7 +25,7 @@ from megatron_fp32.config import Fp32Config
 from megatron_fp32.ops.logits.reference import relative_error
 from megatron_fp32.ops.logprobs import Logprobs, WeightedLoss
 from megatron_fp32.output_layer.requests import LogprobsRequest, SelectedLogprobsRequest, WeightedLossRequest
-from megatron_fp32.output_layer.returning import returning
+from megatron_fp32.results import returning
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
 from tests.output_layer.layers import LENGTH, VOCAB, fill, gpt, inputs
