@@ -54,6 +54,8 @@ ALLOWED: dict[str, set[str]] = {
     "find_layers": GROUND,
     "apply": GROUND | {"config", "find_layers"} | LAYERS,
     "check": GROUND | {"config", "find_layers"} | LAYERS,
+    # What the output layer of a model returns in place of its logits.
+    "results": GROUND | {"find_layers"} | LAYERS,
     # Building a model from a Hugging Face config, and reading its tensors.
     "models": GROUND | {"config", "apply", "check", "weights", "checkpoint"} | OPS | LAYERS,
     # RL frameworks' functions, with their names and arguments.

@@ -35,6 +35,7 @@ from megatron_fp32.ops.logits import fp32_logits
 from megatron_fp32.ops.logprobs import VocabParallel, linear_cross_entropy, linear_logprobs, weighted_cross_entropy
 from megatron_fp32.output_layer.layer import to_fp32_output_layer
 from megatron_fp32.output_layer.logprobs_processor import logprobs_processor
+from megatron_fp32.output_layer.requests import LogprobsRequest, TopLogprobsRequest
 from megatron_fp32.testing.cpu import model_parallel, single_process
 from megatron_fp32.testing.qwen3_5 import write_qwen3_5
 from megatron_fp32.testing.ranks import RankPool
@@ -158,6 +159,8 @@ CASES: list[tuple[Callable[..., Any], str, tuple[Any, ...]]] = [
     (logprobs_processor, "top_k", ("2", 2.0, True, None, -1)),
     (logprobs_processor, "backward", ("save", None)),
     (logprobs_processor, "chunk_size", (0, -1, "8", 8.0, True)),
+    (TopLogprobsRequest, "k", ("2", 2.0, True, None, 0)),
+    (LogprobsRequest, "top_k", ("2", 2.0, True, None, -1)),
     (TrainerConfig, "distributed_optimizer", NO_FLAGS),
     (TrainerConfig, "grad_reduce_in_fp32", NO_FLAGS),
     (TrainerConfig, "sharding", ("fully", None)),
@@ -167,6 +170,7 @@ CASES: list[tuple[Callable[..., Any], str, tuple[Any, ...]]] = [
     (_batch, "vocab_size", NO_SIZES),
     (_parallel, "tensor", NO_SIZES),
     (_parallel, "pipeline", NO_SIZES),
+    (_parallel, "context", NO_SIZES),
     (_parallel, "expert", NO_SIZES),
     (_parallel, "virtual", ("2", 0, True)),
     (_parallel, "expert_tensor", ("2", 0, True)),

@@ -59,9 +59,13 @@ class DeferredLogits:
     def __mul__(self, factor: float) -> DeferredLogits:
         if not isinstance(factor, (int, float)):
             raise TypeError(f"logits that are not computed yet can be scaled by a number, got {type(factor).__name__}")
-        return DeferredLogits(self._layer, self._hidden, self._weight, self._scale * factor)
+        return self._with_scale(self._scale * factor)
 
-    __rmul__ = __mul__
+    def __rmul__(self, factor: float) -> DeferredLogits:
+        return self * factor
+
+    def _with_scale(self, scale: float) -> DeferredLogits:
+        return DeferredLogits(self._layer, self._hidden, self._weight, scale)
 
     def transpose(self, first: int, second: int) -> Tensor:
         """Compute the logits and transpose them."""
@@ -165,7 +169,7 @@ def check_owner(name: str, owner: nn.Module, config: Fp32Config) -> None:
     """Raise ValueError if the model around the output layer `name` cannot use `DeferredLogits`."""
     if config.fused_loss == "off":
         return
-    wrapped = name.rpartition(".")[2] != "output_layer"
+    wrapped = not name.endswith("output_layer")
     if wrapped or not isinstance(owner, LanguageModule):
         what = "is wrapped by a LoRA layer" if wrapped else f"belongs to a {type(owner).__name__}, not a LanguageModule"
         raise ValueError(f"fused_loss needs the output layer of a megatron-core language model: {name} {what}")

@@ -7,6 +7,7 @@ from megatron_fp32 import needs_megatron  # noqa: F401
 # isort: split
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,10 +43,13 @@ class Fp32OutputLayer(ColumnParallelLinear):
     Attributes:
         fp32_config: the configuration that the layer was made with.
         fp32_calls: how often the fp32 product ran (in compiled code, only whether it ran); `check_fp32` reads it.
+        deferred_results: set in a block of `returning`: makes what the layer returns instead of logits, from hidden
+            states and weight.
     """
 
     fp32_config: Fp32Config
     fp32_calls: int
+    deferred_results: Callable[[Tensor, Tensor | None], DeferredLogits] | None = None
 
     def __init__(self, *args: Any, fp32_config: Fp32Config | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -81,6 +85,8 @@ class Fp32OutputLayer(ColumnParallelLinear):
         """
         if use is not None:
             return use(self, input_, weight)
+        if self.deferred_results is not None:
+            return self.deferred_results(input_, weight), None
         gather = self.gather_output if runtime_gather_output is None else runtime_gather_output
         if self.fp32_config.fused_loss != "off" and not gather:
             return DeferredLogits(self, input_, weight), None

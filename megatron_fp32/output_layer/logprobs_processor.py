@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from megatron_fp32.kept_parameters.fp32_calls import count_fp32_call
-from megatron_fp32.ops.logprobs import LogitsTransform, Logprobs, linear_logprobs
+from megatron_fp32.ops.logprobs import Logprobs
 from megatron_fp32.ops.logprobs.options import Backward
 from megatron_fp32.output_layer.layer import Fp32OutputLayer, check_plain_product
-from megatron_fp32.validation import check_choice, check_count, check_flag
+from megatron_fp32.output_layer.requests import LogprobsRequest
 
 
 def logprobs_processor(
@@ -27,8 +25,7 @@ def logprobs_processor(
 
     `model(input_ids, position_ids, attention_mask, labels=labels, output_processor=logprobs_processor())`. The output
     layer must be an `Fp32OutputLayer`. Its configuration gives `grad_precision`, `invariant` and `vocab_size`.
-    megatron-core before 0.18 does not have `output_processor`; use `fused_loss` there, whose loss is the negative
-    log-prob.
+    `returning` does the same in every megatron-core and every language model; schedule plans need `output_processor`.
 
     Args:
         temperature: a positive number, or a tensor of positive numbers that broadcasts to [b, s]: [b, 1] has one number
@@ -43,12 +40,9 @@ def logprobs_processor(
         ValueError: for an argument with a value that is not allowed. The forward pass raises it without labels, for an
             output layer with a bias, for a subclass that changes logits, and where `linear_logprobs` raises it.
     """
-
-    check_flag("mean_logit", mean_logit)
-    check_count("top_k", top_k, least=0)
-    check_choice("backward", backward, get_args(Backward))
-    if chunk_size is not None:
-        check_count("chunk_size", chunk_size)
+    request = LogprobsRequest(
+        temperature=temperature, mean_logit=mean_logit, top_k=top_k, backward=backward, chunk_size=chunk_size
+    )
 
     def process(
         *,
@@ -66,26 +60,12 @@ def logprobs_processor(
         if labels is None:
             raise ValueError("log-probs need labels, got None")
         check_plain_product(output_layer)
-        of_tokens = torch.atleast_2d(temperature).t() if isinstance(temperature, Tensor) else temperature
+        # Megatron passes MuP's scale as a function of the logits.
+        scale = 1.0 if scale_logits is None else float(scale_logits(1.0))
 
-        def use(layer: Any, hidden: Tensor, weight: Tensor | None) -> Logprobs:
-            count_fp32_call(layer)
-            return linear_logprobs(
-                hidden,
-                layer.choose_and_mark_weight(weight),
-                labels.t().contiguous(),
-                temperature=of_tokens,
-                # Megatron passes MuP's scale as a function of the logits.
-                logits_transform=LogitsTransform(scale=1.0 if scale_logits is None else float(scale_logits(1.0))),
-                backward=backward,
-                mean_logit=mean_logit,
-                top_k=top_k,
-                chunk_size=chunk_size,
-                **layer.operator_arguments(),
-            )
+        def use(layer: Any, hidden: Tensor, weight: Tensor | None) -> Any:
+            return request.compute(layer, hidden, weight, labels, scale)
 
-        result = output_layer(hidden_states, weight=output_weight, use=use)
-        columns = [None if x is None else x.transpose(0, 1).contiguous() for x in result]
-        return Logprobs(*columns)  # type: ignore[arg-type]
+        return output_layer(hidden_states, weight=output_weight, use=use)  # type: ignore[no-any-return]
 
     return process

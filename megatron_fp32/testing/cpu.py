@@ -68,6 +68,7 @@ def model_parallel(
     *,
     tensor: int = 1,
     pipeline: int = 1,
+    context: int = 1,
     virtual: int | None = None,
     expert: int = 1,
     expert_tensor: int | None = None,
@@ -76,13 +77,14 @@ def model_parallel(
     """Initialize and seed megatron-core's parallel state for the block. The process group must be initialized.
 
     Args:
-        tensor, pipeline: tensor-parallel and pipeline-parallel size. The data-parallel size follows from them.
+        tensor, pipeline, context: tensor-parallel, pipeline-parallel and context-parallel size. The data-parallel size
+            follows from them.
         virtual: model chunks on each pipeline rank; None if stages are not interleaved.
         expert: expert-parallel size.
         expert_tensor: tensor-parallel size of each expert; None for the size `tensor`.
         seed: seed of megatron-core's generators, like `--seed`.
     """
-    for name, size in (("tensor", tensor), ("pipeline", pipeline), ("expert", expert)):
+    for name, size in (("tensor", tensor), ("pipeline", pipeline), ("context", context), ("expert", expert)):
         check_count(name, size)
     for name, optional in (("virtual", virtual), ("expert_tensor", expert_tensor)):
         if optional is not None:
@@ -98,6 +100,7 @@ def model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=context,
         expert_model_parallel_size=expert,
         expert_tensor_parallel_size=expert_tensor,
     )

@@ -14,6 +14,7 @@ from faults.mutant import Mutant
 from faults.numerics import NUMERICS
 from faults.optimizers import OPTIMIZERS
 from faults.options import OPTIONS
+from faults.returning import RETURNED_RESULTS
 from faults.selected import SELECTED_TOKENS
 from faults.sglang import SGLANG
 from faults.streaming import STREAMING
@@ -27,6 +28,7 @@ MUTANTS = [
     *NUMERICS,
     *TOKENS,
     *OPTIONS,
+    *RETURNED_RESULTS,
     *SELECTED_TOKENS,
     *INTEGRATIONS,
     *LAYERS,

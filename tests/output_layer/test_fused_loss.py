@@ -12,15 +12,12 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from megatron_fp32.apply import apply_fp32
 from megatron_fp32.check import check_fp32
 from megatron_fp32.config import Fp32Config
-from megatron_fp32.models.provider import cpu_overrides
 from megatron_fp32.ops.logits.reference import relative_error
 from megatron_fp32.output_layer.fused_loss import has_fused_loss
 from megatron_fp32.output_layer.layer import to_fp32_output_layer
@@ -28,22 +25,21 @@ from megatron_fp32.output_layer.logprobs_processor import logprobs_processor
 from megatron_fp32.testing.cpu import model_parallel
 from megatron_fp32.testing.ranks import RankPool
 from megatron_fp32.testing.training import Batch, Trainer
-from tests.output_layer.layers import FUSED, HIDDEN, LENGTH, VOCAB, SoftCapped, gpt, scaled_layer
+from tests.output_layer.layers import (
+    FUSED,
+    HIDDEN,
+    LENGTH,
+    VOCAB,
+    SoftCapped,
+    fill,
+    gpt,
+    hybrid,
+    inputs,
+    scaled_layer,
+)  # fmt: skip
 from tests.support import stock_model
 
 Pool = Callable[[int], RankPool]
-
-
-def inputs(labels: bool = True) -> dict[str, Any]:
-    torch.manual_seed(3)
-    tokens = torch.randint(VOCAB, (2, LENGTH))
-    return {
-        "input_ids": tokens,
-        "position_ids": torch.arange(LENGTH).expand(2, LENGTH),
-        "attention_mask": torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1),
-        "labels": tokens.roll(-1, 1) if labels else None,
-        "loss_mask": torch.ones(2, LENGTH),
-    }
 
 
 def step(config: Fp32Config, fields: dict[str, Any], overlap: bool = False) -> dict[str, Any]:
@@ -57,12 +53,7 @@ def step(config: Fp32Config, fields: dict[str, Any], overlap: bool = False) -> d
             model = stock_model(model={"vocab_size": VOCAB}, **sizes)
         else:
             model = gpt(**fields)
-        torch.manual_seed(5)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 2:
-                    whole = torch.randn(parameter.shape[0] * fields.get("tensor", 1), parameter.shape[1]) * 0.05
-                    parameter.copy_(whole[: parameter.shape[0]])
+        fill(model)
         apply_fp32(model, config, weights="initialized")
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=overlap, overlap_param_gather=overlap,
@@ -183,6 +174,12 @@ class TestOneProcess:
         assert "compute_language_model_loss" not in vars(model)
         assert model(**inputs()).shape == (2, LENGTH)
 
+    def test_chunks_of_a_virtual_pipeline(self) -> None:
+        chunks = [gpt(post_process=False), gpt()]
+        report = apply_fp32(chunks, FUSED[0], weights="initialized")
+        assert report.output_layers == ("chunk 1: output_layer",)
+        assert [has_fused_loss(chunk) for chunk in chunks] == [False, True]
+
     def test_the_trainer_and_the_provider(self) -> None:
         model = stock_model()
         apply_fp32(model, Fp32Config(fused_loss="recompute"), weights="initialized")
@@ -236,22 +233,7 @@ class TestOneProcess:
 
 @pytest.mark.usefixtures("megatron")
 def test_a_hybrid_model() -> None:
-    hybrid = pytest.importorskip("megatron.core.models.hybrid.hybrid_model", reason="megatron-core < 0.18")
-    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
-    config = TransformerConfig(
-        num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, bf16=True, params_dtype=torch.bfloat16,
-        hidden_dropout=0.0, attention_dropout=0.0, **cpu_overrides(),
-    )  # fmt: skip
-    stack = HybridStackSubmodules(attention_layer=get_gpt_layer_local_spec())
-    model = hybrid.HybridModel(
-        config=config,
-        hybrid_stack_spec=ModuleSpec(module=HybridStack, params={"post_layer_norm": False}, submodules=stack),
-        vocab_size=VOCAB,
-        max_sequence_length=LENGTH,
-        hybrid_layer_pattern="*",
-    )
+    model = hybrid()
     apply_fp32(model, Fp32Config(gated_delta_net=()), weights="initialized")
     expected = model(**inputs())
     apply_fp32(model, FUSED[0], weights="initialized")
