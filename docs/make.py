@@ -29,7 +29,17 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 SECTIONS = {
     "Configuration": ("Fp32Config", "add_fp32_arguments", "fp32_config_from_args"),
     "On a model that your script or framework builds": ("apply_fp32", "pre_wrap_hook", "check_fp32", "keep_in_fp32"),
-    "Building and training": ("model_provider", "install_optimizer_repairs", "logprobs_processor"),
+    "Building and training": ("model_provider", "install_optimizer_repairs"),
+    "Results of the output layer in place of logits": (
+        "returning",
+        "LogprobsRequest",
+        "SelectedLogprobsRequest",
+        "TopLogprobsRequest",
+        "WeightedLossRequest",
+        "logprobs_processor",
+        "Logprobs",
+        "SelectedLogprobs",
+    ),
     "Weights of a live model": (
         "WeightStreamer",
         "VllmSink",
@@ -84,6 +94,8 @@ MODULES = (
     "ops.logprobs.weighted",
     "output_layer.cross_entropy",
     "output_layer.logprobs_processor",
+    "output_layer.requests",
+    "results",
     "checkpoint.convert",
     "checkpoint.quantize",
     "checkpoint.inspect",

@@ -25,6 +25,8 @@ if _typing.TYPE_CHECKING:
     from megatron_fp32.ops.logits import fp32_logits as fp32_logits
     from megatron_fp32.ops.logprobs import Divergence as Divergence
     from megatron_fp32.ops.logprobs import LogitsTransform as LogitsTransform
+    from megatron_fp32.ops.logprobs import Logprobs as Logprobs
+    from megatron_fp32.ops.logprobs import SelectedLogprobs as SelectedLogprobs
     from megatron_fp32.ops.logprobs import VocabParallel as VocabParallel
     from megatron_fp32.ops.logprobs import linear_cross_entropy as linear_cross_entropy
     from megatron_fp32.ops.logprobs import linear_distillation as linear_distillation
@@ -40,6 +42,11 @@ if _typing.TYPE_CHECKING:
     from megatron_fp32.output_layer.layer import Fp32OutputLayer as Fp32OutputLayer
     from megatron_fp32.output_layer.layer import to_fp32_output_layer as to_fp32_output_layer
     from megatron_fp32.output_layer.logprobs_processor import logprobs_processor as logprobs_processor
+    from megatron_fp32.output_layer.requests import LogprobsRequest as LogprobsRequest
+    from megatron_fp32.output_layer.requests import SelectedLogprobsRequest as SelectedLogprobsRequest
+    from megatron_fp32.output_layer.requests import TopLogprobsRequest as TopLogprobsRequest
+    from megatron_fp32.output_layer.requests import WeightedLossRequest as WeightedLossRequest
+    from megatron_fp32.results import returning as returning
     from megatron_fp32.streaming import HuggingFaceDirectory as HuggingFaceDirectory
     from megatron_fp32.streaming import SGLangOptions as SGLangOptions
     from megatron_fp32.streaming import SGLangSink as SGLangSink
@@ -61,13 +68,19 @@ _MODULES = {
     "Fp8Scheme": "weights.fp8.scheme",
     "HuggingFaceDirectory": "streaming",
     "LogitsTransform": "ops.logprobs",
+    "Logprobs": "ops.logprobs",
+    "LogprobsRequest": "output_layer.requests",
     "SGLangOptions": "streaming",
     "SGLangSink": "streaming",
+    "SelectedLogprobs": "ops.logprobs",
+    "SelectedLogprobsRequest": "output_layer.requests",
+    "TopLogprobsRequest": "output_layer.requests",
     "TransferError": "errors",
     "VllmOptions": "streaming",
     "VllmSink": "streaming",
     "VocabParallel": "ops.logprobs",
     "WeightStreamer": "streaming",
+    "WeightedLossRequest": "output_layer.requests",
     "add_fp32_arguments": "models.flags",
     "apply_fp32": "apply",
     "check_fp32": "check",
@@ -92,6 +105,7 @@ _MODULES = {
     "named_scheme": "weights.fp8.scheme",
     "pre_wrap_hook": "apply",
     "quantize_checkpoint": "checkpoint.quantize",
+    "returning": "results",
     "to_fp32_output_layer": "output_layer.layer",
     "verify_checkpoints": "checkpoint.compare.verify",
     "weighted_cross_entropy": "ops.logprobs",

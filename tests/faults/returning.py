@@ -69,7 +69,7 @@ RETURNED_RESULTS = [
     Mutant(
         name="leave temperatures in the order of the batch",
         file=REQUESTS,
-        old="temperature=sequence_first(temperature) if isinstance(temperature, Tensor) else temperature",
+        old="temperature=torch.atleast_2d(temperature).t() if isinstance(temperature, Tensor) else temperature",
         new="temperature=temperature",
         test=f"{RETURNING}::test_results_and_gradients[labels-gpt-logits]",
     ),

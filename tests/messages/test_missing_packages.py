@@ -58,10 +58,10 @@ for name in megatron_fp32.__all__:
         assert isinstance(error, ImportError)
         failed.append(name)
 assert failed == [
-    "Fp32GatedDeltaNet", "Fp32OutputLayer", "HuggingFaceDirectory", "SGLangOptions", "SGLangSink",
-    "VllmOptions", "VllmSink", "WeightStreamer",
+    "Fp32GatedDeltaNet", "Fp32OutputLayer", "HuggingFaceDirectory", "LogprobsRequest", "SGLangOptions", "SGLangSink",
+    "SelectedLogprobsRequest", "TopLogprobsRequest", "VllmOptions", "VllmSink", "WeightStreamer", "WeightedLossRequest",
     "apply_fp32", "check_fp32", "install_optimizer_repairs",
-    "logprobs_processor", "model_provider", "pre_wrap_hook", "to_fp32_output_layer",
+    "logprobs_processor", "model_provider", "pre_wrap_hook", "returning", "to_fp32_output_layer",
 ], failed
 from megatron_fp32.testing import cpu
 for enter in (cpu.cpu_megatron, cpu.model_parallel):

@@ -363,7 +363,11 @@ class TestRefusals:
         [
             (lambda: SelectedLogprobsRequest(tokens=torch.zeros(2, 3)), ValueError, r"tokens must be .* \(2, 3\)"),
             (lambda: SelectedLogprobsRequest(tokens=[1]), TypeError, r"tokens must be a tensor \[b, s, K\], got \[1\]"),
-            (lambda: LogprobsRequest(temperature=torch.ones(3)), ValueError, r"temperature must be a tensor \[b, s\]"),
+            (
+                lambda: LogprobsRequest(temperature=torch.ones(1, 2, 3)),
+                ValueError,
+                "temperature must broadcast",
+            ),
             (lambda: TopLogprobsRequest(k=0), ValueError, "k must be at least 1"),
             (lambda: TopLogprobsRequest(k=1, mask=torch.ones(3)), ValueError, "mask must be"),
             (lambda: WeightedLossRequest(loss_weights=1.0, grad_scale=1.0), TypeError, "loss_weights must be"),
