@@ -35,6 +35,7 @@ SECTIONS = {
         "LogprobsRequest",
         "SelectedLogprobsRequest",
         "TopLogprobsRequest",
+        "TruncatedLogprobsRequest",
         "WeightedLossRequest",
         "logprobs_processor",
         "Logprobs",

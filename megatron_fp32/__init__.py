@@ -45,6 +45,7 @@ if _typing.TYPE_CHECKING:
     from megatron_fp32.output_layer.requests import LogprobsRequest as LogprobsRequest
     from megatron_fp32.output_layer.requests import SelectedLogprobsRequest as SelectedLogprobsRequest
     from megatron_fp32.output_layer.requests import TopLogprobsRequest as TopLogprobsRequest
+    from megatron_fp32.output_layer.requests import TruncatedLogprobsRequest as TruncatedLogprobsRequest
     from megatron_fp32.output_layer.requests import WeightedLossRequest as WeightedLossRequest
     from megatron_fp32.results import returning as returning
     from megatron_fp32.streaming import HuggingFaceDirectory as HuggingFaceDirectory
@@ -76,6 +77,7 @@ _MODULES = {
     "SelectedLogprobsRequest": "output_layer.requests",
     "TopLogprobsRequest": "output_layer.requests",
     "TransferError": "errors",
+    "TruncatedLogprobsRequest": "output_layer.requests",
     "VllmOptions": "streaming",
     "VllmSink": "streaming",
     "VocabParallel": "ops.logprobs",

@@ -47,7 +47,8 @@ def returning(model: Model, request: Request) -> Iterator[None]:
 
     Args:
         model: the model, wrapped or not, or a list of chunks, after `apply_fp32`.
-        request: a `LogprobsRequest`, `SelectedLogprobsRequest`, `TopLogprobsRequest` or `WeightedLossRequest`.
+        request: a `LogprobsRequest`, `SelectedLogprobsRequest`, `TopLogprobsRequest`, `TruncatedLogprobsRequest` or
+            `WeightedLossRequest`.
 
     Raises:
         TypeError: when `request` is not a request, or the output layer is not an `Fp32OutputLayer`.

@@ -32,6 +32,7 @@ NAMES = [
     "SelectedLogprobsRequest",
     "TopLogprobsRequest",
     "TransferError",
+    "TruncatedLogprobsRequest",
     "VllmOptions",
     "VllmSink",
     "VocabParallel",

@@ -13,10 +13,12 @@ from megatron_fp32.ops.logprobs import (
     LogitsTransform,
     Logprobs,
     SelectedLogprobs,
+    TruncatedLogprobs,
     WeightedLoss,
     linear_logprobs,
     linear_selected_logprobs,
     linear_top_logprobs,
+    linear_truncated_logprobs,
     weighted_cross_entropy,
 )
 from megatron_fp32.ops.logprobs.options import Backward
@@ -141,6 +143,39 @@ class TopLogprobsRequest(Request):
     def _operator(self, hidden: Tensor, weight: Tensor, labels: Any, **options: Any) -> SelectedLogprobs:
         mask = None if self.mask is None else sequence_first(self.mask)
         return SelectedLogprobs(*_batch_first(linear_top_logprobs(hidden, weight, self.k, mask=mask, **options)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TruncatedLogprobsRequest(Request):
+    """`TruncatedLogprobs` of the labels that the model is called with, over the tokens that a sampler kept, [b, s].
+
+    See `linear_truncated_logprobs`. One of the two fields is given.
+
+    Raises:
+        TypeError: for a field of another type.
+        ValueError: for a field with a value that is not allowed, and unless one of the two is given.
+    """
+
+    kept_tokens: Tensor | None = None
+    """[b, s, K], integer; -100 fills positions with fewer tokens."""
+    min_logprob: Tensor | None = None
+    """[b, s]: the least log-prob that was kept."""
+
+    needs_labels: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.kept_tokens is None) == (self.min_logprob is None):
+            raise ValueError("expected kept_tokens or min_logprob, and not both")
+        if self.kept_tokens is not None:
+            _check_dimensions("kept_tokens", self.kept_tokens, "[b, s, K]")
+        if self.min_logprob is not None:
+            _check_dimensions("min_logprob", self.min_logprob, "[b, s]")
+
+    def _operator(self, hidden: Tensor, weight: Tensor, labels: Any, **options: Any) -> TruncatedLogprobs:
+        kept, least = (None if x is None else sequence_first(x) for x in (self.kept_tokens, self.min_logprob))
+        found = linear_truncated_logprobs(hidden, weight, labels, kept_tokens=kept, min_logprob=least, **options)
+        return TruncatedLogprobs(*_batch_first(found))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

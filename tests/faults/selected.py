@@ -80,6 +80,13 @@ SELECTED_TOKENS = [
         test=f"{TRUNCATED}::test_what_is_wrong_with_one_token_stays_there",
     ),
     Mutant(
+        name="take the mass of a threshold from a difference",
+        file="ops/logprobs/threshold.py",
+        old="torch.where(of_dropped < 0.5, (-of_dropped).log1p(), difference)",
+        new="difference",
+        test=f"{TRUNCATED}::test_a_mass_of_almost_one_keeps_its_digits",
+    ),
+    Mutant(
         name="renormalize top-p over the whole vocabulary",
         file="ops/logprobs/thresholds.py",
         old="e = torch.where(z < cut[:, None], 0.0, (z - of.top[:, None]).exp())",

@@ -59,7 +59,8 @@ for name in megatron_fp32.__all__:
         failed.append(name)
 assert failed == [
     "Fp32GatedDeltaNet", "Fp32OutputLayer", "HuggingFaceDirectory", "LogprobsRequest", "SGLangOptions", "SGLangSink",
-    "SelectedLogprobsRequest", "TopLogprobsRequest", "VllmOptions", "VllmSink", "WeightStreamer", "WeightedLossRequest",
+    "SelectedLogprobsRequest", "TopLogprobsRequest", "TruncatedLogprobsRequest", "VllmOptions", "VllmSink",
+    "WeightStreamer", "WeightedLossRequest",
     "apply_fp32", "check_fp32", "install_optimizer_repairs",
     "logprobs_processor", "model_provider", "pre_wrap_hook", "returning", "to_fp32_output_layer",
 ], failed

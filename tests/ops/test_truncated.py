@@ -208,6 +208,17 @@ def test_probabilities_of_almost_one_keep_their_digits() -> None:
 
 
 @pytest.mark.parametrize("by", ["tokens", "threshold"])
+def test_a_mass_of_almost_one_keeps_its_digits(by: str) -> None:
+    x = torch.tensor([[20.0, 19.0, 1.0, 0.0, -30.0]])
+    which: dict[str, Tensor] = {"kept_tokens": torch.tensor([[0, 1]])}
+    if by == "threshold":
+        which = {"min_logprob": torch.tensor([-10.0])}
+    out = linear_truncated_logprobs(x, torch.eye(5), torch.tensor([1]), **which)
+    exact = (-x.double().softmax(1)[:, 2:].sum(1)).log1p()
+    torch.testing.assert_close(out.mass.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("by", ["tokens", "threshold"])
 def test_what_is_wrong_with_one_token_stays_there(by: str) -> None:
     c = case()
     kept = as_tokens(keep_set(logits_of(c, vocab_size=VOCAB)[2].detach(), top_k=20))
@@ -224,6 +235,8 @@ def test_what_is_wrong_with_one_token_stays_there(by: str) -> None:
     out = linear_truncated_logprobs(c.hidden, c.weight, c.labels, vocab_parallel=PADDED, **which)
     bad = {8, 10} | ({12} if by == "threshold" else set())
     assert set(out.logprobs.isnan().nonzero()[:, 0].tolist()) == bad
+    assert out.mass[12].isnan() == (12 in bad)
+    assert out.mass[3] == 0
     assert out.logprobs[3] == 0
     g = torch.ones(TOKENS)
     g[list(bad)] = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from megatron_fp32.output_layer.requests import (
     LogprobsRequest,
     SelectedLogprobsRequest,
     TopLogprobsRequest,
+    TruncatedLogprobsRequest,
     WeightedLossRequest,
 )
 from megatron_fp32.results import returning
@@ -80,6 +82,33 @@ def of_top() -> tuple[Any, Exact]:
     )
 
 
+def truncated(logits: Tensor, labels: Tensor, kept: Tensor) -> tuple[Any, ...]:
+    kept = kept.scatter(2, labels[..., None], True)
+    logp = logits.masked_fill(~kept, -torch.inf).log_softmax(-1)
+    entropy = -(logp.exp() * logp.masked_fill(~kept, 0.0)).sum(-1)
+    mass = logits.log_softmax(-1).masked_fill(~kept, -torch.inf).logsumexp(-1)
+    return logp.gather(2, labels[..., None])[..., 0], entropy, mass.detach()
+
+
+def of_kept_tokens() -> tuple[Any, Exact]:
+    tokens = drawn(VOCAB).argsort(-1)[..., :6]
+
+    def exact(logits: Tensor, labels: Tensor) -> tuple[Any, ...]:
+        return truncated(logits, labels, torch.zeros_like(logits, dtype=torch.bool).scatter(2, tokens, True))
+
+    return TruncatedLogprobsRequest(kept_tokens=tokens), exact
+
+
+def of_threshold() -> tuple[Any, Exact]:
+    # Below the mean probability, also where all of them are almost equal.
+    least = torch.full((2, LENGTH), -math.log(VOCAB))
+
+    def exact(logits: Tensor, labels: Tensor) -> tuple[Any, ...]:
+        return truncated(logits, labels, logits.log_softmax(-1) >= least[..., None])
+
+    return TruncatedLogprobsRequest(min_logprob=least), exact
+
+
 def of_weights() -> tuple[Any, Exact]:
     weights = drawn()
 
@@ -90,7 +119,10 @@ def of_weights() -> tuple[Any, Exact]:
     return WeightedLossRequest(loss_weights=weights, grad_scale=0.25), exact
 
 
-REQUESTS = {"labels": of_labels, "tokens": of_tokens, "top": of_top, "weights": of_weights}
+REQUESTS = {
+    "labels": of_labels, "tokens": of_tokens, "top": of_top, "kept": of_kept_tokens, "threshold": of_threshold,
+    "weights": of_weights,
+}  # fmt: skip
 
 
 def built(name: str, config: Fp32Config = EXACT) -> tuple[Any, list[Tensor]]:
@@ -370,6 +402,8 @@ class TestRefusals:
             ),
             (lambda: TopLogprobsRequest(k=0), ValueError, "k must be at least 1"),
             (lambda: TopLogprobsRequest(k=1, mask=torch.ones(3)), ValueError, "mask must be"),
+            (lambda: TruncatedLogprobsRequest(), ValueError, "expected kept_tokens or min_logprob, and not both"),
+            (lambda: TruncatedLogprobsRequest(min_logprob=torch.ones(3)), ValueError, "min_logprob must be"),
             (lambda: WeightedLossRequest(loss_weights=1.0, grad_scale=1.0), TypeError, "loss_weights must be"),
             (lambda: LogprobsRequest(chunk_size=0), ValueError, "chunk_size must be"),
         ],

@@ -73,10 +73,16 @@ class _Threshold(torch.autograd.Function):
             y, inverse = extended(flat[rows], more, softmax.ignore_index), extended(inverse_temperature[rows], more, 1)
             whole = _finished(raw, y, inverse, softmax)
             cut = whole.top + (whole.log_sum + extended(min_logprob[rows], more, 0))
+            z = softmax.finished_logits(raw, inverse)
+            dropped = _dropped(z, y, cut, softmax)
+            of_dropped = _mass(z.masked_fill(~dropped, -torch.inf), whole, softmax)
             kept = _finished(
-                truncated(raw, y, inverse, cut, softmax), y, torch.ones_like(inverse), softmax.of_finished_logits
+                z.masked_fill_(dropped, -torch.inf), y, torch.ones_like(inverse), softmax.of_finished_logits
             )
-            mass = (kept.top - whole.top) + (kept.log_sum - whole.log_sum)
+            difference = (kept.top - whole.top) + (kept.log_sum - whole.log_sum)
+            # Where most is kept, what is left out has more digits than the difference.
+            mass = torch.where(of_dropped < 0.5, (-of_dropped).log1p(), difference)
+            mass = mass.masked_fill(y == softmax.ignore_index, 0.0)
             count = rows.stop - rows.start
             # No logit is below NaN, so that a threshold of NaN would keep all.
             wrong = cut.isnan() & (y != softmax.ignore_index)
@@ -84,7 +90,7 @@ class _Threshold(torch.autograd.Function):
                 TokenStatistics(*(None if f is None else f.masked_fill(wrong, torch.nan)[:count] for f in kept))  # type: ignore[arg-type]
             )
             cuts.append(cut[:count])
-            masses.append(mass[:count])
+            masses.append(mass.masked_fill(wrong, torch.nan)[:count])
         statistics = join(parts)
         ctx.save_for_backward(hidden, weight, bias, flat, inverse_temperature, torch.cat(cuts), *statistics)
         found = (statistics.logprob, statistics.entropy, torch.cat(masses))
@@ -143,7 +149,7 @@ def _chunks(tokens: int, weight: Tensor, options: OperatorOptions) -> list[slice
     if not weight.is_cuda:
         return [slice(start, min(start + ROWS, tokens)) for start in range(0, max(tokens, 1), ROWS)]
     room = workspace.workspace_bytes(weight.device, parallel=options.softmax.shard.group is not None)
-    return even_chunks(tokens, options.chunk_size or max(1, room // (16 * weight.shape[0]))) or [slice(0, 0)]
+    return even_chunks(tokens, options.chunk_size or max(1, room // (20 * weight.shape[0]))) or [slice(0, 0)]
 
 
 def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None, more: int, softmax: Softmax) -> Tensor:
@@ -159,9 +165,16 @@ def _finished(raw: Tensor, labels: Tensor, inverse: Tensor, softmax: Softmax) ->
     return finish(*over_ranks(statistics, label_logits, softmax), labels, softmax)
 
 
-def truncated(raw: Tensor, labels: Tensor, inverse: Tensor, cut: Tensor, softmax: Softmax) -> Tensor:
-    """Logits [tokens, columns]: -inf where they are below `cut` [tokens], but for the label's. A NaN stays."""
-    z = softmax.finished_logits(raw, inverse)
+def _dropped(z: Tensor, labels: Tensor, cut: Tensor, softmax: Softmax) -> Tensor:
+    """[tokens, columns] bool: logits below `cut` [tokens], but for the label's. A NaN is not below."""
     columns = torch.arange(z.shape[1], device=z.device)
-    dropped = (z < cut[:, None]) & (columns != softmax.shard.local_labels(labels)[:, None])
-    return z.masked_fill_(dropped, -torch.inf)
+    return (z < cut[:, None]) & (columns != softmax.shard.local_labels(labels)[:, None])
+
+
+def _mass(z: Tensor, whole: TokenStatistics, softmax: Softmax) -> Tensor:
+    """[tokens]: the probability of the logits that are not -inf, under the whole distribution."""
+    no_label = torch.full((len(z),), -1, dtype=torch.int32, device=z.device)
+    one, plain = torch.ones_like(whole.top), softmax.of_finished_logits
+    statistics, _ = over_ranks(*stored_statistics(z, no_label, one, plain, mean="none"), softmax)
+    top, total, _ = statistics[0]
+    return total * ((top - whole.top) - whole.log_sum).exp()
