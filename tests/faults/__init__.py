@@ -2,6 +2,7 @@
 
 from faults.checkpoints import CHECKPOINTS
 from faults.cli import COMMANDS
+from faults.compiled import COMPILED
 from faults.distillation import DISTILLATION
 from faults.files import FILES
 from faults.fp8 import FP8
@@ -27,6 +28,7 @@ __all__ = ["MUTANTS", "Mutant"]
 MUTANTS = [
     *NUMERICS,
     *TOKENS,
+    *COMPILED,
     *OPTIONS,
     *RETURNED_RESULTS,
     *SELECTED_TOKENS,
