@@ -240,7 +240,7 @@ def stored_logits(dtype: torch.dtype, entropy: bool, same: bool) -> None:
     (exact,) = gradient_torch(logits.float(), *rest, torch.float32, None)
     # Rows of a wider matrix, as those of a chunk.
     room = logits if same else torch.full((TOKENS, logits.shape[1] + 8), torch.nan, dtype=dtype)[:, : logits.shape[1]]
-    (gradient,) = gradient_triton(logits, *rest, dtype, None, False, room)
+    (gradient,) = gradient_triton(logits, *rest, dtype, None, out=room)
     assert gradient.data_ptr() == room.data_ptr()
     bound = 2e-6 if dtype == torch.float32 else 2.5 * relative_error(exact.to(dtype), exact.double())
     assert relative_error(room.float(), exact.double()) < bound

@@ -95,7 +95,7 @@ def call_every_host_function() -> None:
             stored = raw.to(dtype)
             kernels.statistics_triton(stored, labels, vector, part, statistics, vector)
             for out in (stored, torch.empty_like(stored)):
-                kernels.gradient_triton(stored, torch.zeros(8, TOKENS), labels, part, 0, 1, dtype, None, False, out)
+                kernels.gradient_triton(stored, torch.zeros(8, TOKENS), labels, part, 0, 1, dtype, None, out=out)
         exponentials = KeptLogits.allocate(TOKENS, w, exponentials=True)
         kernels.exponentials_gradient_triton(exponentials.values, exponentials.tops, torch.zeros(6, 40), labels, part)
     # The compiler may know an argument of 1 by its value.

@@ -146,7 +146,9 @@ def softmax_gradient(
         fits = raw.shape[1] <= IN_PLACE_COLUMNS and aligned
         in_place = consume and count == 2 and dtype.itemsize == 2 and fits
         with torch.cuda.device(raw.device):
-            parts = gradient_triton(raw, vectors, labels, softmax, first, count, dtype, scale, in_place, cuts, out)
+            parts = gradient_triton(
+                raw, vectors, labels, softmax, first, count, dtype, scale, in_place, cuts=cuts, out=out
+            )
     else:
         parts = gradient_torch(raw.float(), vectors, labels, softmax, first, count, dtype, scale, cuts)
         if out is not None:

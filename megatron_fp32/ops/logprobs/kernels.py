@@ -274,7 +274,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
 
 def gradient_triton(
     raw: Tensor, vectors: Tensor, labels: Tensor, softmax: Softmax, first: int, count: int, dtype: torch.dtype,
-    split_scale: Tensor | None, in_place: bool = False, cuts: Tensor | None = None, out: Tensor | None = None,
+    split_scale: Tensor | None, in_place: bool = False, *, cuts: Tensor | None = None, out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As `gradient_torch`; `in_place` writes two pieces of up to `IN_PLACE_COLUMNS` columns where `raw` was.
 
