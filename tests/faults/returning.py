@@ -5,6 +5,7 @@ from __future__ import annotations
 from faults.mutant import Mutant
 
 RETURNING = "tests/output_layer/test_returning.py"
+BLOCKS = "tests/output_layer/test_returning_blocks.py"
 RANKS = "tests/output_layer/test_returning_ranks.py"
 FILE = "results.py"
 REQUESTS = "output_layer/requests.py"
@@ -36,28 +37,28 @@ RETURNED_RESULTS = [
         file=FILE,
         old="            if own is not None:\n",
         new="            if False:\n",
-        test=f"{RETURNING}::TestTheBlock::test_it_leaves_no_trace",
+        test=f"{BLOCKS}::TestTheBlock::test_it_leaves_no_trace",
     ),
     Mutant(
         name="leave a hook behind",
         file=FILE,
         old="                hook.remove()\n",
         new="                pass\n",
-        test=f"{RETURNING}::TestTheBlock::test_it_leaves_no_trace",
+        test=f"{BLOCKS}::TestTheBlock::test_it_leaves_no_trace",
     ),
     Mutant(
         name="say nothing where no results were computed",
         file=FILE,
         old="        if self._results != 1:\n",
         new="        if False:\n",
-        test=f"{RETURNING}::TestTheBlock::test_a_model_that_changes_its_labels",
+        test=f"{BLOCKS}::TestTheBlock::test_a_model_that_changes_its_labels",
     ),
     Mutant(
         name="read labels of another forward pass",
         file=FILE,
         old="        if not self._running:\n",
         new="        if False:\n",
-        test=f"{RETURNING}::TestTheBlock::test_a_model_that_ran_without_its_hooks",
+        test=f"{BLOCKS}::TestTheBlock::test_a_model_that_ran_without_its_hooks",
     ),
     Mutant(
         name="take the name of a chunk for a LoRA wrapper",

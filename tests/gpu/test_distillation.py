@@ -115,6 +115,9 @@ def test_the_host_does_not_wait_for_the_device() -> None:
         c.run(DIVERGENCES["all"], labels=c.labels, mask=mask, vocab_parallel=PADDED).divergence.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert c.hidden.grad is not None
+    assert c.hidden.grad.isfinite().all()
+    assert c.hidden.grad.any()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16x2", "bf16x3"])

@@ -77,3 +77,6 @@ def test_the_host_does_not_wait() -> None:
         call(logits, *arguments).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode(before)
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert logits.grad.any()

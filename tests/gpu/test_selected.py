@@ -92,6 +92,9 @@ def test_the_host_does_not_wait(which: str) -> None:
         runs[which]().logprobs.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert c.hidden.grad is not None
+    assert c.hidden.grad.isfinite().all()
+    assert c.hidden.grad.any()
 
 
 def test_a_large_problem() -> None:

@@ -82,6 +82,18 @@ def case(dtype: torch.dtype = torch.bfloat16, *, device: str = "cpu", spread: fl
     return Case(hidden=hidden, weight=weight, labels=labels)
 
 
+def exact_logits(c: Case, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Leaves for hidden states and weight, and logits [tokens, vocab] of them in float64; options as in `BENT`.
+
+    A `bias` among them is added as it is, so that it may be a leaf, too.
+    """
+    x, w = c.hidden.detach().double().requires_grad_(), c.weight.detach().double().requires_grad_()
+    z = (x @ w.t() + options.get("bias", 0.0))[:, : options.get("vocab_size")] * options.get("scale", 1.0)
+    if options.get("softcap"):
+        z = options["softcap"] * torch.tanh(z / options["softcap"])
+    return x, w, z / options.get("temperature", 1.0)
+
+
 def with_main_grad(weight: Tensor) -> Tensor:
     """Give the weight what Megatron's DistributedDataParallel gives it."""
     weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from megatron_fp32.ops.logprobs import (
     linear_top_logprobs,
     workspace,
 )
-from tests.ops.logprobs_cases import BENT, PADDED, TOKENS, VOCAB, Case, case, grouped, with_main_grad
+from tests.ops.logprobs_cases import BENT, PADDED, TOKENS, VOCAB, Case, case, exact_logits, grouped, with_main_grad
 
 FP32 = 1e-6
 K = 6
@@ -34,11 +34,7 @@ def chosen(c: Case, k: int = K) -> Tensor:
 
 def truth(c: Case, tokens: Tensor, upstream: dict[str, Tensor], **options: Any) -> tuple[dict[str, Tensor], Any, Any]:
     """Everything in float64 from one log-softmax, and dX and dW by autograd."""
-    x, w = c.hidden.detach().double().requires_grad_(), c.weight.detach().double().requires_grad_()
-    z = (x @ w.t() + options.get("bias", 0.0))[:, : options.get("vocab_size")] * options.get("scale", 1.0)
-    if options.get("softcap"):
-        z = options["softcap"] * torch.tanh(z / options["softcap"])
-    z = z / options.get("temperature", 1.0)
+    x, w, z = exact_logits(c, **options)
     logp = z.log_softmax(1)
     empty = tokens == -100
     ids = tokens.masked_fill(empty, 0)
@@ -193,6 +189,27 @@ def test_probabilities_near_one_and_zero_keep_their_digits(name: str) -> None:
         first.sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad.double(), exact.grad, rtol=3e-6, atol=1e-44)
+
+
+def test_a_rest_of_almost_one_keeps_its_digits() -> None:
+    """The log of its probability is -2e-13."""
+    x = torch.zeros(2, 300)
+    x[:, 4:6] = -24.0
+    exact = x.double().requires_grad_()
+    leaf = x.requires_grad_()
+    out = linear_selected_logprobs(leaf, torch.eye(300), torch.tensor([[4, 5]] * 2))
+    others = torch.cat([exact[:, :4], exact[:, 6:]], 1)
+    truth = -(exact[:, 4:6].exp().sum(1) / others.exp().sum(1)).log1p()
+    torch.testing.assert_close(out.rest.double(), truth.detach(), rtol=1e-6, atol=0)
+    assert -3e-13 < truth[0] < -2e-13
+    out.rest.sum().backward()
+    assert leaf.grad is not None
+    # With R the rest's probability: p (1 - R) / R for the others, -p for the chosen tokens.
+    p = exact.detach().softmax(1)
+    chosen = p[:, 4:6].sum(1, keepdim=True)
+    expected = p / (1 - chosen) * chosen
+    expected[:, 4:6] = -p[:, 4:6]
+    torch.testing.assert_close(leaf.grad.double(), expected, rtol=1e-6, atol=0)
 
 
 def test_the_whole_vocabulary_leaves_no_rest() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_fp32.ops.logits.reference import relative_error
 from megatron_fp32.ops.logprobs import Divergence, linear_top_k_distillation
-from tests.ops.logprobs_cases import BENT, PADDED, TOKENS, VOCAB, Case, case, grouped, with_main_grad
+from tests.ops.logprobs_cases import BENT, PADDED, TOKENS, VOCAB, Case, case, exact_logits, grouped, with_main_grad
 
 K = 8
 DIVERGENCES = {
@@ -21,17 +21,9 @@ DIVERGENCES = {
 }
 
 
-def student_logits(c: Case, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, w = c.hidden.detach().double().requires_grad_(), c.weight.detach().double().requires_grad_()
-    z = x @ w.t()[:, : options.get("vocab_size")] * options.get("scale", 1.0)
-    if options.get("softcap"):
-        z = options["softcap"] * torch.tanh(z / options["softcap"])
-    return x, w, z / options.get("temperature", 1.0)
-
-
 def teacher(c: Case, distance: float, **options: Any) -> tuple[Tensor, Tensor]:
     """Tokens and log-probs of a teacher whose logits differ by so much; row 3 is ignored, row 4 has an empty slot."""
-    z = student_logits(c, **options)[2].detach()
+    z = exact_logits(c, **options)[2].detach()
     logq = (z + distance * torch.randn(z.shape, generator=torch.Generator().manual_seed(2))).log_softmax(1)
     logprobs, tokens = logq.topk(K, 1)
     tokens[3], tokens[4, 2] = -100, -100
@@ -44,7 +36,7 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
 
 
 def truth(c: Case, tokens: Tensor, logq: Tensor, rest: str, how: Divergence, **options: Any) -> tuple[Tensor, Any, Any]:
-    x, w, z = student_logits(c, **options)
+    x, w, z = exact_logits(c, **options)
     empty = tokens == -100
     ids = tokens.masked_fill(empty, 0)
     p = z.softmax(1).gather(1, ids).masked_fill(empty, 0.0)

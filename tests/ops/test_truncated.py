@@ -19,7 +19,7 @@ from megatron_fp32.ops.logprobs import (
     linear_truncation_thresholds,
 )
 from megatron_fp32.testing.ranks import RankPool
-from tests.ops.logprobs_cases import BENT, PADDED, TOKENS, VOCAB, Case, case, grouped, with_main_grad
+from tests.ops.logprobs_cases import BENT, PADDED, TOKENS, VOCAB, Case, case, exact_logits, grouped, with_main_grad
 
 Pool = Callable[[int], RankPool]
 FP32 = 1e-6
@@ -29,15 +29,6 @@ FILTERS: list[dict[str, Any]] = [
     {"min_p": 0.05},
     {"top_k": 30, "top_p": 0.7, "min_p": 0.01},
 ]
-
-
-def logits_of(c: Case, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Leaves and logits [tokens, VOCAB] in float64."""
-    x, w = c.hidden.detach().double().requires_grad_(), c.weight.detach().double().requires_grad_()
-    z = (x @ w.t() + options.get("bias", 0.0))[:, : options.get("vocab_size")] * options.get("scale", 1.0)
-    if options.get("softcap"):
-        z = options["softcap"] * torch.tanh(z / options["softcap"])
-    return x, w, z / options.get("temperature", 1.0)
 
 
 def keep_set(z: Tensor, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None) -> Tensor:
@@ -58,7 +49,7 @@ def keep_set(z: Tensor, top_k: int | None = None, top_p: float | None = None, mi
 
 
 def truth(c: Case, kept: Tensor, g: Tensor, h: Tensor, **options: Any) -> dict[str, Tensor]:
-    x, w, z = logits_of(c, **options)
+    x, w, z = exact_logits(c, **options)
     known = c.labels >= 0
     label = c.labels.clamp(min=0)[:, None]
     kept = kept | torch.zeros_like(kept).scatter(1, label, True)
@@ -90,12 +81,12 @@ def as_tokens(kept: Tensor) -> Tensor:
 @pytest.mark.parametrize("filters", FILTERS, ids=lambda f: "+".join(f))
 def test_results_and_gradients(filters: dict[str, Any], by: str, options: dict[str, Any]) -> None:
     c = case()
-    kept = keep_set(logits_of(c, **options)[2].detach(), **filters)
+    kept = keep_set(exact_logits(c, **options)[2].detach(), **filters)
     which: dict[str, Tensor]
     if by == "tokens":
         which = {"kept_tokens": as_tokens(kept)}
     else:
-        logp = logits_of(c, **options)[2].detach().log_softmax(1)
+        logp = exact_logits(c, **options)[2].detach().log_softmax(1)
         least = logp.masked_fill(~kept, torch.inf).amin(1)
         most = logp.masked_fill(kept, -torch.inf).amax(1)
         which = {"min_logprob": ((least + most) / 2).float()}
@@ -119,7 +110,7 @@ def test_bias(by: str) -> None:
     c = case()
     bias = torch.randn(c.weight.shape[0])
     leaf = bias.double().requires_grad_()
-    z = logits_of(c, vocab_size=VOCAB, bias=leaf)[2].detach()
+    z = exact_logits(c, vocab_size=VOCAB, bias=leaf)[2].detach()
     kept = keep_set(z, top_k=20)
     g, h = torch.randn(2, TOKENS, generator=torch.Generator().manual_seed(7))
     mine = bias.clone().requires_grad_()
@@ -143,7 +134,7 @@ def test_bias(by: str) -> None:
 @pytest.mark.parametrize("by", ["tokens", "threshold"])
 def test_other_dtypes(dtype: torch.dtype, by: str) -> None:
     c = case(dtype)
-    z = logits_of(c, vocab_size=VOCAB)[2].detach()
+    z = exact_logits(c, vocab_size=VOCAB)[2].detach()
     kept = keep_set(z, top_k=20)
     g, h = torch.randn(2, TOKENS, generator=torch.Generator().manual_seed(7))
     threshold = z.log_softmax(1).sort(1, descending=True).values[:, 19:21].mean(1).float()
@@ -172,7 +163,7 @@ def test_a_threshold_that_keeps_all_is_no_threshold() -> None:
 def test_a_label_alone(by: str) -> None:
     """Its log-prob is 0, and so are all gradients, although its own probability is tiny."""
     c = case()
-    least = logits_of(c, vocab_size=VOCAB)[2].detach().argmin(1)
+    least = exact_logits(c, vocab_size=VOCAB)[2].detach().argmin(1)
     which: dict[str, Tensor] = {"kept_tokens": least[:, None]}
     if by == "threshold":
         which = {"min_logprob": torch.full((TOKENS,), 0.5)}
@@ -221,7 +212,7 @@ def test_a_mass_of_almost_one_keeps_its_digits(by: str) -> None:
 @pytest.mark.parametrize("by", ["tokens", "threshold"])
 def test_what_is_wrong_with_one_token_stays_there(by: str) -> None:
     c = case()
-    kept = as_tokens(keep_set(logits_of(c, vocab_size=VOCAB)[2].detach(), top_k=20))
+    kept = as_tokens(keep_set(exact_logits(c, vocab_size=VOCAB)[2].detach(), top_k=20))
     x, weight = c.hidden.detach().clone(), c.weight.detach().clone()
     x[3] = x[8] = torch.nan
     weight[VOCAB:] = torch.nan
@@ -256,7 +247,7 @@ class TestThresholds:
         found = linear_truncation_thresholds(
             c.hidden, c.weight, mask=mask, chunk_size=40, **filters, **grouped(options)
         )
-        z = logits_of(c, **options)[2].detach()
+        z = exact_logits(c, **options)[2].detach()
         assert torch.equal(z.log_softmax(1)[mask] >= found[mask, None], keep_set(z, **filters)[mask])
         assert found[3] == 0
         assert not found.requires_grad
@@ -315,7 +306,7 @@ def test_types_that_do_not_match(arguments: dict[str, Any]) -> None:
 @pytest.mark.parametrize("by", ["tokens", "threshold"])
 def test_invariance(by: str) -> None:
     c = case()
-    kept = as_tokens(keep_set(logits_of(c, vocab_size=VOCAB)[2].detach(), top_k=20))
+    kept = as_tokens(keep_set(exact_logits(c, vocab_size=VOCAB)[2].detach(), top_k=20))
     which = {"kept_tokens": kept} if by == "tokens" else {"min_logprob": torch.linspace(-9, -1, TOKENS)}
     g, h = torch.randn(2, TOKENS)
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,138 +11,32 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_fp32.apply import apply_fp32
 from megatron_fp32.config import Fp32Config
 from megatron_fp32.ops.logits.reference import relative_error
-from megatron_fp32.ops.logprobs import Logprobs, SelectedLogprobs, WeightedLoss
-from megatron_fp32.output_layer.layer import to_fp32_output_layer
+from megatron_fp32.ops.logprobs import Logprobs
 from megatron_fp32.output_layer.requests import (
     LogprobsRequest,
     SelectedLogprobsRequest,
     TopLogprobsRequest,
-    TruncatedLogprobsRequest,
-    WeightedLossRequest,
 )
 from megatron_fp32.results import returning
-from tests.output_layer.layers import LENGTH, VOCAB, SoftCapped, fill, gpt, hybrid, inputs, scaled_layer
+from tests.output_layer.layers import LENGTH, VOCAB, fill, gpt, inputs
+from tests.output_layer.requested import (
+    EXACT,
+    FUSED,
+    MODELS,
+    REQUESTS,
+    built,
+    drawn,
+    of_top,
+    total_of,
+    weight_of,
+)
 
 pytestmark = pytest.mark.usefixtures("megatron")
-
-EXACT = Fp32Config(gated_delta_net=(), grad_precision="bf16x3")
-FUSED = Fp32Config(gated_delta_net=(), grad_precision="bf16x3", fused_loss="recompute")
-MODELS: dict[str, Callable[[], Any]] = {
-    "gpt": gpt,
-    "tied": functools.partial(gpt, tied=True),
-    "mtp": functools.partial(gpt, mtp=2),
-    "hybrid": hybrid,
-}
-Exact = Callable[[Tensor, Tensor], tuple[Any, ...]]
-
-
-def drawn(*shape: int) -> Tensor:
-    return torch.rand(2, LENGTH, *shape, generator=torch.Generator().manual_seed(1))
-
-
-def of_labels() -> tuple[Any, Exact]:
-    temperature = drawn() + 0.5
-
-    def exact(logits: Tensor, labels: Tensor) -> tuple[Any, ...]:
-        logits = logits / temperature.double()[..., None]
-        logp = logits.log_softmax(-1)
-        top = logp.topk(3)
-        label = logp.gather(2, labels[..., None])[..., 0]
-        entropy = -(logp.exp() * logp).sum(-1)
-        return label, entropy, logits.logsumexp(-1), logits.mean(-1), top.values.detach(), top.indices
-
-    return LogprobsRequest(temperature=temperature, top_k=3, mean_logit=True, backward="saved"), exact
-
-
-def selected(logits: Tensor, tokens: Tensor) -> tuple[Any, ...]:
-    logp = logits.log_softmax(-1)
-    chosen = torch.zeros_like(logits).scatter(2, tokens, 1.0).bool()
-    rest = logp.masked_fill(chosen, -torch.inf).logsumexp(-1)
-    entropy = -(logp.exp() * logp).sum(-1)
-    return logp.gather(2, tokens), logits.gather(2, tokens), tokens, rest, entropy, logits.logsumexp(-1)
-
-
-def of_tokens() -> tuple[Any, Exact]:
-    tokens = drawn(VOCAB).argsort(-1)[..., :4]
-    return SelectedLogprobsRequest(tokens=tokens), lambda logits, labels: selected(logits, tokens)
-
-
-def of_top() -> tuple[Any, Exact]:
-    return TopLogprobsRequest(k=5, temperature=0.7), lambda logits, labels: selected(
-        logits / 0.7, logits.topk(5).indices
-    )
-
-
-def truncated(logits: Tensor, labels: Tensor, kept: Tensor) -> tuple[Any, ...]:
-    kept = kept.scatter(2, labels[..., None], True)
-    logp = logits.masked_fill(~kept, -torch.inf).log_softmax(-1)
-    entropy = -(logp.exp() * logp.masked_fill(~kept, 0.0)).sum(-1)
-    mass = logits.log_softmax(-1).masked_fill(~kept, -torch.inf).logsumexp(-1)
-    return logp.gather(2, labels[..., None])[..., 0], entropy, mass.detach()
-
-
-def of_kept_tokens() -> tuple[Any, Exact]:
-    tokens = drawn(VOCAB).argsort(-1)[..., :6]
-
-    def exact(logits: Tensor, labels: Tensor) -> tuple[Any, ...]:
-        return truncated(logits, labels, torch.zeros_like(logits, dtype=torch.bool).scatter(2, tokens, True))
-
-    return TruncatedLogprobsRequest(kept_tokens=tokens), exact
-
-
-def of_threshold() -> tuple[Any, Exact]:
-    # Below the mean probability, also where all of them are almost equal.
-    least = torch.full((2, LENGTH), -math.log(VOCAB))
-
-    def exact(logits: Tensor, labels: Tensor) -> tuple[Any, ...]:
-        return truncated(logits, labels, logits.log_softmax(-1) >= least[..., None])
-
-    return TruncatedLogprobsRequest(min_logprob=least), exact
-
-
-def of_weights() -> tuple[Any, Exact]:
-    weights = drawn()
-
-    def exact(logits: Tensor, labels: Tensor) -> tuple[Any, ...]:
-        losses = -logits.log_softmax(-1).gather(2, labels[..., None])[..., 0]
-        return (losses * weights).sum(), losses.detach()
-
-    return WeightedLossRequest(loss_weights=weights, grad_scale=0.25), exact
-
-
-REQUESTS = {
-    "labels": of_labels, "tokens": of_tokens, "top": of_top, "kept": of_kept_tokens, "threshold": of_threshold,
-    "weights": of_weights,
-}  # fmt: skip
-
-
-def built(name: str, config: Fp32Config = EXACT) -> tuple[Any, list[Tensor]]:
-    """A model, and where its output layer's inputs are recorded; the last one is the model's own."""
-    MTPLossLoggingHelper.tracker = {}
-    model = MODELS[name]()
-    fill(model)
-    apply_fp32(model, config, weights="initialized")
-    seen: list[Tensor] = []
-    model.output_layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    return model, seen
-
-
-def weight_of(model: Any) -> Tensor:
-    weight: Tensor | None = model.output_layer.weight
-    return model.shared_embedding_or_output_weight() if weight is None else weight  # type: ignore[no-any-return]
-
-
-def total_of(results: Any) -> Tensor:
-    """A sum with random cotangents; a weighted loss has one cotangent only, its grad_scale."""
-    if len(results) == 2:
-        return results[0] * 0.25  # type: ignore[no-any-return]
-    torch.manual_seed(7)
-    return sum((x * torch.randn(x.shape)).sum() for x in results if x.requires_grad)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("config", [EXACT, FUSED], ids=["logits", "fused"])
@@ -274,148 +164,3 @@ def test_packed_sequences(mtp: int | None, config: Fp32Config) -> None:
     assert not loss_of_whole[0, bounds[1:].long() - 1].any()
     if config is FUSED:
         assert torch.equal(model(**batch, packed_seq_params=pack), -loss_of_whole)
-
-
-class TestTheBlock:
-    def test_it_leaves_no_trace(self) -> None:
-        for config in (EXACT, FUSED):
-            model, _ = built("gpt", config)
-            before = {name: dict(vars(part)) for name, part in (("model", model), ("head", model.output_layer))}
-            hooks = [len(model._forward_hooks), len(model._forward_pre_hooks)]
-            expected = model(**inputs())
-            with contextlib.suppress(KeyError), returning(model, LogprobsRequest()):
-                model(**inputs())
-                raise KeyError
-            assert {"model": vars(model).keys(), "head": vars(model.output_layer).keys()} == {
-                name: part.keys() for name, part in before.items()
-            }
-            assert vars(model).get("compute_language_model_loss") == before["model"].get("compute_language_model_loss")
-            assert [len(model._forward_hooks), len(model._forward_pre_hooks)] == hooks
-            assert torch.equal(model(**inputs()), expected)
-
-    def test_hooks_on_the_output_layer_run_once_and_the_product_is_counted(self) -> None:
-        model, _ = built("gpt")
-        seen: list[str] = []
-        model.output_layer.register_forward_hook(lambda _, args, output: seen.append(type(output[0]).__name__))
-        with returning(model, LogprobsRequest()):
-            model(**inputs())
-        assert seen == ["DeferredResults"]
-        assert model.output_layer.fp32_calls == 1
-
-    def test_a_stage_without_an_output_layer_returns_what_it_always_does(self) -> None:
-        stage = gpt(post_process=False)
-        apply_fp32(stage, EXACT, weights="initialized")
-        with returning(stage, LogprobsRequest()):
-            hidden = stage(**inputs(labels=False))
-        assert hidden.shape == (LENGTH, 2, 64)
-
-    def test_chunks(self) -> None:
-        first, (last, _) = gpt(post_process=False), built("gpt")
-        with returning([first, last], TopLogprobsRequest(k=2)):
-            assert isinstance(last(**inputs()), SelectedLogprobs)
-
-    def test_blocks_do_not_nest(self) -> None:
-        model, _ = built("gpt")
-        with returning(model, LogprobsRequest()):
-            with pytest.raises(RuntimeError, match="is in a block of `returning` already"):
-                returning(model, TopLogprobsRequest(k=2)).__enter__()
-            assert isinstance(model(**inputs()), Logprobs)
-        assert model(**inputs()).shape == (2, LENGTH)
-
-    def test_a_model_that_did_not_run(self) -> None:
-        model, _ = built("gpt")
-        with (
-            pytest.raises(RuntimeError, match="the GPTModel was not called in the block"),
-            returning(model, LogprobsRequest()),
-        ):
-            pass
-
-    def test_a_model_that_ran_without_its_hooks(self) -> None:
-        model, _ = built("gpt")
-        with pytest.raises(RuntimeError, match="whose hooks must run"), returning(model, LogprobsRequest()):
-            model.forward(**inputs())
-
-    def test_a_model_that_changes_its_labels(self) -> None:
-        model, _ = built("gpt")
-
-        class Shifted(type(model)):  # type: ignore[misc]
-            def forward(self, *args: Any, labels: Tensor, **kwargs: Any) -> Any:
-                return super().forward(*args, labels=labels.clone(), **kwargs)
-
-        model.__class__ = Shifted
-        message = "this Shifted computed the results 0 times in a forward pass, not once"
-        with pytest.raises(RuntimeError, match=message), returning(model, LogprobsRequest()):
-            model(**inputs())
-
-
-class TestRefusals:
-    @pytest.mark.parametrize("request_", [LogprobsRequest(), of_weights()[0]])
-    def test_labels_are_missing(self, request_: Any) -> None:
-        model, seen = built("gpt")
-        with pytest.raises(ValueError, match="needs labels: pass them to the model"), returning(model, request_):
-            model(**inputs(labels=False))
-        assert not seen
-
-    @pytest.mark.parametrize("name", ["gpt", "hybrid"])
-    def test_an_inference_context(self, name: str) -> None:
-        model, _ = built(name)
-        with pytest.raises(ValueError, match="got an inference context"), returning(model, LogprobsRequest()):
-            model(**inputs(), inference_context=object())
-
-    def test_no_request(self) -> None:
-        with pytest.raises(TypeError, match=r"request must be one of LogprobsRequest, .*, got 'top'"):
-            returning(gpt(), "top").__enter__()  # type: ignore[arg-type]
-
-    def test_models(self) -> None:
-        plain, soft, biased, two = gpt(), gpt(), gpt(), nn.Module()
-        soft.output_layer.__class__ = SoftCapped
-        biased.output_layer = scaled_layer(bias=True, skip_bias_add=False)
-        for model in (soft, biased):
-            apply_fp32(model, EXACT, weights="initialized")
-        two.a, two.b = built("gpt")[0], built("gpt")[0]
-        wrapped = built("gpt")[0]
-        wrapper = nn.Module()
-        wrapper.to_wrap, wrapped.output_layer = wrapped.output_layer, wrapper
-        alone = nn.Module()
-        alone.output_layer = to_fp32_output_layer(scaled_layer(), EXACT)
-        for model, kind, message in (
-            (plain, TypeError, "expected output_layer to be an Fp32OutputLayer, got ColumnParallelLinear: call apply"),
-            (soft, ValueError, "would be lost"),
-            (biased, ValueError, "with a bias"),
-            (two, ValueError, "expected one output layer, found a.output_layer, b.output_layer"),
-            (wrapped, ValueError, "the LoRA layer around output_layer.to_wrap adds"),
-            (alone, ValueError, "in a megatron-core language model .* got a Module"),
-            (nn.Module(), ValueError, "no module called output_layer"),
-        ):
-            with pytest.raises(kind, match=message):
-                returning(model, LogprobsRequest()).__enter__()
-
-    @pytest.mark.parametrize(
-        ("make", "kind", "message"),
-        [
-            (lambda: SelectedLogprobsRequest(tokens=torch.zeros(2, 3)), ValueError, r"tokens must be .* \(2, 3\)"),
-            (lambda: SelectedLogprobsRequest(tokens=[1]), TypeError, r"tokens must be a tensor \[b, s, K\], got \[1\]"),
-            (
-                lambda: LogprobsRequest(temperature=torch.ones(1, 2, 3)),
-                ValueError,
-                "temperature must broadcast",
-            ),
-            (lambda: TopLogprobsRequest(k=0), ValueError, "k must be at least 1"),
-            (lambda: TopLogprobsRequest(k=1, mask=torch.ones(3)), ValueError, "mask must be"),
-            (lambda: TruncatedLogprobsRequest(), ValueError, "expected kept_tokens or min_logprob, and not both"),
-            (lambda: TruncatedLogprobsRequest(min_logprob=torch.ones(3)), ValueError, "min_logprob must be"),
-            (lambda: WeightedLossRequest(loss_weights=1.0, grad_scale=1.0), TypeError, "loss_weights must be"),
-            (lambda: LogprobsRequest(chunk_size=0), ValueError, "chunk_size must be"),
-        ],
-    )
-    def test_fields(self, make: Callable[[], Any], kind: type[Exception], message: str) -> None:
-        with pytest.raises(kind, match=message):
-            make()
-
-    def test_another_gradient_than_was_said(self) -> None:
-        model, _ = built("gpt")
-        with returning(model, WeightedLossRequest(loss_weights=torch.ones(2, LENGTH), grad_scale=0.5)):
-            out = model(**inputs())
-        assert isinstance(out, WeightedLoss)
-        with pytest.raises(RuntimeError, match="grad_scale"):
-            out.total.backward()

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.ops.first_order import first_order_only
-from megatron_fp32.ops.logprobs import workspace
 from megatron_fp32.ops.logprobs.accumulate import (
     LogitsGradient,
     operator_gradients,
@@ -36,9 +35,9 @@ from megatron_fp32.ops.logprobs.slots import (
 )
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform
 from megatron_fp32.ops.logprobs.statistics import KeptLogits
-from megatron_fp32.ops.logprobs.tokens import token_statistics
+from megatron_fp32.ops.logprobs.tokens import stored_chunks, token_statistics
 from megatron_fp32.ops.logprobs.topk import bytes_of_a_token, top_k_of
-from megatron_fp32.ops.products.chunks import even_chunks, extended
+from megatron_fp32.ops.products.chunks import extended
 from megatron_fp32.ops.products.fixed_order import ROWS, why_not_fixed_order
 from megatron_fp32.ops.products.forward import logits_product
 from megatron_fp32.ops.products.grad_precision import GradPrecision
@@ -334,7 +333,10 @@ def _statistics(
     """The chosen tokens [tokens, K], and their statistics, from a chunk of products at a time."""
     softmax, k = options.softmax, options.top_k if tokens is None else tokens.shape[1]
     parts = []
-    for rows in _chunks(len(x), weight, options, k):
+    vocab = weight.shape[0]
+    # The products, the finished logits, and float64 tensors of the slots.
+    bytes_of_a_position = 8 * vocab + 160 * k + (0 if tokens is not None else bytes_of_a_token(vocab, k))
+    for rows in stored_chunks(len(x), weight, options, bytes_of_a_position):
         count = rows.stop - rows.start
         # On the CPU all chunks have one size: see `token_statistics`.
         more = 0 if x.is_cuda else ROWS - count
@@ -355,16 +357,6 @@ def _statistics(
     chosen_parts, statistics_parts = zip(*parts, strict=True)
     columns = [None if f[0] is None else torch.cat(f) for f in zip(*statistics_parts, strict=True)]
     return torch.cat(chosen_parts), SlotStatistics(columns[0], columns[1], columns[2].t())  # type: ignore[union-attr,arg-type]
-
-
-def _chunks(tokens: int, weight: Tensor, options: OperatorOptions, k: int) -> list[slice]:
-    """Positions whose products, finished logits and slots fit the workspace; at least one chunk."""
-    if not weight.is_cuda:
-        return [slice(start, min(start + ROWS, tokens)) for start in range(0, max(tokens, 1), ROWS)]
-    columns = weight.shape[0]
-    bytes_of_a_position = 8 * columns + 160 * k + (bytes_of_a_token(columns, k) if options.top_k else 0)
-    room = workspace.workspace_bytes(weight.device, parallel=options.softmax.shard.group is not None)
-    return even_chunks(tokens, options.chunk_size or max(1, room // bytes_of_a_position)) or [slice(0, 0)]
 
 
 def _rows(statistics: SlotStatistics, count: int) -> tuple[Tensor | None, ...]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.ops.first_order import first_order_only
-from megatron_fp32.ops.logprobs import workspace
 from megatron_fp32.ops.logprobs.accumulate import (
     LogitsGradient,
     operator_gradients,
@@ -28,8 +27,8 @@ from megatron_fp32.ops.logprobs.statistics import (
     over_ranks,
     stored_statistics,
 )
-from megatron_fp32.ops.logprobs.tokens import join
-from megatron_fp32.ops.products.chunks import even_chunks, extended
+from megatron_fp32.ops.logprobs.tokens import join, stored_chunks
+from megatron_fp32.ops.products.chunks import extended
 from megatron_fp32.ops.products.fixed_order import ROWS, why_not_fixed_order
 from megatron_fp32.ops.products.forward import logits_product
 from megatron_fp32.ops.products.operands import check_operands
@@ -65,7 +64,8 @@ class _Threshold(torch.autograd.Function):
         ctx.options, ctx.weight_owner = options, weight
         softmax, flat = options.softmax, labels.reshape(-1)
         x = whole_hidden(hidden, weight, flat, options)
-        ctx.chunks = _chunks(len(x), weight, options)
+        # The products, logits, kept and dropped ones, and what torch needs on the way to them.
+        ctx.chunks = stored_chunks(len(x), weight, options, 20 * weight.shape[0])
         parts, cuts, masses = [], [], []
         for rows in ctx.chunks:
             more = 0 if x.is_cuda else ROWS - (rows.stop - rows.start)
@@ -142,14 +142,6 @@ class _Threshold(torch.autograd.Function):
             blocks=ctx.chunks,
         )
         return grads.hidden, grads.weight, None, None, None, None, grads.bias
-
-
-def _chunks(tokens: int, weight: Tensor, options: OperatorOptions) -> list[slice]:
-    """Tokens whose products fit the workspace, with their truncated logits and what torch needs on the way to them."""
-    if not weight.is_cuda:
-        return [slice(start, min(start + ROWS, tokens)) for start in range(0, max(tokens, 1), ROWS)]
-    room = workspace.workspace_bytes(weight.device, parallel=options.softmax.shard.group is not None)
-    return even_chunks(tokens, options.chunk_size or max(1, room // (20 * weight.shape[0]))) or [slice(0, 0)]
 
 
 def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None, more: int, softmax: Softmax) -> Tensor:

@@ -8,9 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fp32.ops.logprobs import workspace
 from megatron_fp32.ops.logprobs.options import (
-    OperatorOptions,
     inverse_temperature_of,
     operator_options,
     positions_of,
@@ -18,7 +16,7 @@ from megatron_fp32.ops.logprobs.options import (
 )
 from megatron_fp32.ops.logprobs.softmax import LogitsTransform, Softmax
 from megatron_fp32.ops.logprobs.statistics import finish, over_ranks, stored_statistics
-from megatron_fp32.ops.products.chunks import even_chunks
+from megatron_fp32.ops.logprobs.tokens import stored_chunks
 from megatron_fp32.ops.products.forward import logits_product
 from megatron_fp32.ops.products.ranks import gather_first_dim
 from megatron_fp32.ops.products.shard import VocabParallel
@@ -93,15 +91,9 @@ def linear_truncation_thresholds(
     x = whole_hidden(hidden, weight, flat, options)
     found = [
         _thresholds(logits_product(x[rows], weight, bias), inverse[rows], options.softmax, top_k, top_p, min_p)
-        for rows in _chunks(len(x), weight, options)
+        for rows in stored_chunks(len(x), weight, options, 24 * weight.shape[0])
     ]
     return torch.where(flat == _POSITIONS, 0.0, torch.cat(found)).reshape(positions.shape)
-
-
-def _chunks(tokens: int, weight: Tensor, options: OperatorOptions) -> list[slice]:
-    """Tokens whose products, logits and probabilities fit the workspace."""
-    room = workspace.workspace_bytes(weight.device, parallel=options.softmax.shard.group is not None)
-    return even_chunks(tokens, options.chunk_size or max(1, room // (24 * weight.shape[0]))) or [slice(0, 0)]
 
 
 def _thresholds(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp32.ops.logprobs import workspace
+from megatron_fp32.ops.logprobs.options import OperatorOptions
 from megatron_fp32.ops.logprobs.softmax import Mean, Softmax
 from megatron_fp32.ops.logprobs.statistics import (
     KeptLogits,
@@ -84,6 +85,17 @@ def join(parts: list[TokenStatistics]) -> TokenStatistics:
         return parts[0]
     columns = [None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)]
     return TokenStatistics(*columns)  # type: ignore[arg-type]
+
+
+def stored_chunks(tokens: int, weight: Tensor, options: OperatorOptions, bytes_of_a_token: int) -> list[slice]:
+    """Tokens whose logits, and what is made of them, fit the workspace; at least one chunk, which may be empty.
+
+    On the CPU `ROWS` tokens at a time, for the reason that `token_statistics` has.
+    """
+    if not weight.is_cuda:
+        return _fixed_chunks(tokens) or [slice(0, 0)]
+    room = workspace.workspace_bytes(weight.device, parallel=options.softmax.shard.group is not None)
+    return even_chunks(tokens, options.chunk_size or max(1, room // bytes_of_a_token)) or [slice(0, 0)]
 
 
 def _fixed_chunks(tokens: int) -> list[slice]:
