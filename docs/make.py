@@ -40,6 +40,8 @@ SECTIONS = {
         "logprobs_processor",
         "Logprobs",
         "SelectedLogprobs",
+        "TruncatedLogprobs",
+        "WeightedLoss",
     ),
     "Weights of a live model": (
         "WeightStreamer",

@@ -27,7 +27,9 @@ if _typing.TYPE_CHECKING:
     from megatron_fp32.ops.logprobs import LogitsTransform as LogitsTransform
     from megatron_fp32.ops.logprobs import Logprobs as Logprobs
     from megatron_fp32.ops.logprobs import SelectedLogprobs as SelectedLogprobs
+    from megatron_fp32.ops.logprobs import TruncatedLogprobs as TruncatedLogprobs
     from megatron_fp32.ops.logprobs import VocabParallel as VocabParallel
+    from megatron_fp32.ops.logprobs import WeightedLoss as WeightedLoss
     from megatron_fp32.ops.logprobs import linear_cross_entropy as linear_cross_entropy
     from megatron_fp32.ops.logprobs import linear_distillation as linear_distillation
     from megatron_fp32.ops.logprobs import linear_logprobs as linear_logprobs
@@ -77,11 +79,13 @@ _MODULES = {
     "SelectedLogprobsRequest": "output_layer.requests",
     "TopLogprobsRequest": "output_layer.requests",
     "TransferError": "errors",
+    "TruncatedLogprobs": "ops.logprobs",
     "TruncatedLogprobsRequest": "output_layer.requests",
     "VllmOptions": "streaming",
     "VllmSink": "streaming",
     "VocabParallel": "ops.logprobs",
     "WeightStreamer": "streaming",
+    "WeightedLoss": "ops.logprobs",
     "WeightedLossRequest": "output_layer.requests",
     "add_fp32_arguments": "models.flags",
     "apply_fp32": "apply",
